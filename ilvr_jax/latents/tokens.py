@@ -1,0 +1,68 @@
+"""Special tokens by name, and the part that each token of a sample plays in the method."""
+
+import dataclasses
+import enum
+
+import numpy as np
+from jaxtyping import Int, Int8
+
+
+class Role(enum.IntEnum):
+    """What a token is to the method. Everything but PADDING is attended to."""
+
+    PADDING = 0
+    PROMPT = 1  # prompt text, the chat header of the user's turn included
+    IMAGE = 2  # a vision token
+    MARKER = 3  # vision start and end, latent start, pad and end
+    ANSWER = 4  # the assistant's text, its header included
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the tokens that have a meaning of their own, looked up in a tokenizer."""
+
+    pad: int
+    im_start: int
+    im_end: int
+    assistant: int
+    vision_start: int
+    vision_end: int
+    image_pad: int
+    latent_start: int
+    latent_pad: int
+    latent_end: int
+
+    @property
+    def markers(self) -> tuple[int, ...]:
+        return self.vision_start, self.vision_end, self.latent_start, self.latent_pad, self.latent_end
+
+
+def assistant_header(tokens: Int[np.ndarray, " time"], special: SpecialTokens) -> int:
+    """Returns where the assistant's turn begins: the index of its `<|im_start|>`.
+
+    Raises ValueError if there is no assistant header, `<|im_start|>assistant`.
+    """
+    found = np.flatnonzero((tokens[:-1] == special.im_start) & (tokens[1:] == special.assistant))
+    if not len(found):
+        raise ValueError("the tokens hold no assistant header (<|im_start|>assistant)")
+    return int(found[0])
+
+
+def token_roles(tokens: Int[np.ndarray, " time"], special: SpecialTokens) -> Int8[np.ndarray, " time"]:
+    """Returns the role of each token; the assistant header itself counts as answer text."""
+    roles = np.where(np.arange(len(tokens)) < assistant_header(tokens, special), Role.PROMPT, Role.ANSWER)
+    roles[np.isin(tokens, special.markers)] = Role.MARKER
+    roles[tokens == special.image_pad] = Role.IMAGE
+    return roles.astype(np.int8)
+
+
+def answer_labels(tokens: Int[np.ndarray, " time"], special: SpecialTokens) -> Int[np.ndarray, " time"]:
+    """Returns the labels of the method: the assistant's tokens after its header, -100 where there is no loss.
+
+    `latent_start` and `latent_end` carry loss, `latent_pad` and vision tokens do not.
+    """
+    labels = tokens.astype(np.int32).copy()
+    labels[: assistant_header(tokens, special) + 2] = -100
+    visual = (special.latent_pad, special.image_pad, special.vision_start, special.vision_end)
+    labels[np.isin(tokens, visual)] = -100
+    return labels

@@ -1,0 +1,107 @@
+"""The shape of a Qwen2.5-VL model."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+# Mean and deviation of the pixels that Qwen2.5-VL's image processor assumes (CLIP's), in units of 0..1.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower; names as in a published `vision_config`."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    window_size: int  # pixels a side
+    fullatt_block_indexes: tuple[int, ...]
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    in_channels: int = 3
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+    # Deviation of fresh patch embedding weights. With inputs scaled down by the root of their number
+    # (through image_std) and weights of unit scale, Adam's steps fit the layer; None is 1/sqrt(inputs).
+    patch_init_std: float | None = None
+
+    @property
+    def window_units(self) -> int:
+        """Merge units a side of an attention window."""
+        return self.window_size // self.patch_size // 2
+
+    @property
+    def patch_dim(self) -> int:
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder and its vision tower; names as in a published `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rope_theta: float
+    mrope_section: tuple[int, ...]
+    vision: VisionConfig
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    dtype: str = "float32"  # of activations; parameters are float32
+    remat_policy: str = "none"  # "none", "full", or a name in jax.checkpoint_policies
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+def model_config(settings: ConfigDict, vocab_size: int) -> ModelConfig:
+    """Returns the model's shape from the `model` section of a config and the tokenizer's size."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.to_dict().items()}
+    vision = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.pop("vision").items()}
+    return ModelConfig(
+        vocab_size=vocab_size, vision=VisionConfig(out_hidden_size=settings.hidden_size, **vision), **fields
+    )
+
+
+def model_config_from_hf(config: dict, **overrides) -> ModelConfig:
+    """Returns the model's shape from the contents of a published `config.json`.
+
+    Read through transformers' config class, which fills in what published files leave out.
+    """
+    from transformers import Qwen2_5_VLConfig
+
+    full = Qwen2_5_VLConfig.from_dict(config)
+    text, vision = full.text_config, full.vision_config
+    return ModelConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=text.num_key_value_heads,
+        rope_theta=text.rope_parameters["rope_theta"],
+        mrope_section=tuple(text.rope_parameters["mrope_section"]),
+        rms_norm_eps=text.rms_norm_eps,
+        tie_word_embeddings=full.tie_word_embeddings,
+        vision=VisionConfig(
+            depth=vision.depth,
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            num_heads=vision.num_heads,
+            out_hidden_size=vision.out_hidden_size,
+            window_size=vision.window_size,
+            fullatt_block_indexes=tuple(vision.fullatt_block_indexes),
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            in_channels=vision.in_channels,
+        ),
+        **overrides,
+    )

@@ -1,0 +1,125 @@
+"""Qwen2.5-VL's decoder: a causal transformer over embeddings, with explicit masks, positions and past."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ilvr_jax.models.attention import attention
+from ilvr_jax.models.config import ModelConfig
+from ilvr_jax.models.layers import GatedMLP, RMSNorm
+from ilvr_jax.models.rotary import decoder_angles, rotate
+
+# Keys and values of some columns, each [layers, batch, columns, key_value_heads, head_dim].
+KeyValues = tuple[Float[Array, "layers batch columns heads head_dim"], Float[Array, "layers batch columns heads head_dim"]]
+
+
+def remat_policy(name: str):
+    """Returns the rematerialisation policy of that name: "none", "full", or one of jax.checkpoint_policies.
+
+    Raises ValueError for any other name.
+    """
+    plain = ("everything_saveable", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
+    if name == "full":
+        return jax.checkpoint_policies.nothing_saveable
+    if name in plain:
+        return getattr(jax.checkpoint_policies, name)
+    raise ValueError(f"model.remat_policy is {name!r}; accepted are none, full, {', '.join(plain)}")
+
+
+class DecoderLayer(nn.Module):
+    """Grouped-query attention with rotary positions and biases on q, k and v, then SwiGLU."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden: Float[Array, "batch time channels"],
+        past: Sequence[tuple[Array, Array]],
+        angles: Float[Array, "batch time half"],
+        mask: Bool[Array, "batch time keys"],
+    ) -> tuple[Float[Array, "batch time channels"], tuple[Array, Array]]:
+        config = self.config
+
+        def project(name: str, heads: int) -> Array:
+            features = nn.Dense(heads * config.head_dim, dtype=config.dtype, name=name)(normed)
+            return features.reshape(*hidden.shape[:2], heads, config.head_dim)
+
+        normed = RMSNorm(config.rms_norm_eps, name="input_layernorm")(hidden)
+        query = rotate(project("q_proj", config.num_attention_heads), angles)
+        key = rotate(project("k_proj", config.num_key_value_heads), angles)
+        value = project("v_proj", config.num_key_value_heads)
+        keys, values = [*(part[0] for part in past), key], [*(part[1] for part in past), value]
+        mixed = attention(query, keys, values, mask).reshape(hidden.shape)
+        hidden += nn.Dense(config.hidden_size, use_bias=False, dtype=config.dtype, name="o_proj")(mixed)
+        mlp = GatedMLP(config.intermediate_size, use_bias=False, dtype=config.dtype, name="mlp")
+        hidden += mlp(RMSNorm(config.rms_norm_eps, name="post_attention_layernorm")(hidden))
+        return hidden, (key, value)
+
+
+class Decoder(nn.Module):
+    """Token embeddings, stacked layers, final norm and output head."""
+
+    config: ModelConfig
+
+    def setup(self):
+        config = self.config
+        layer = DecoderLayer
+        if config.remat_policy != "none":
+            layer = nn.remat(layer, policy=remat_policy(config.remat_policy), prevent_cse=False)
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=config.num_hidden_layers,
+        )(config)
+        shape = (config.vocab_size, config.hidden_size)
+        std = config.hidden_size**-0.5 if config.tie_word_embeddings else 1.0
+        self.embed_tokens = self.param("embed_tokens", nn.initializers.normal(std), shape)
+        self.norm = RMSNorm(config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = self.param("lm_head", nn.initializers.normal(config.hidden_size**-0.5), shape)
+
+    def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch channels"]:
+        """Returns the tokens' embeddings."""
+        return self.embed_tokens[tokens].astype(self.config.dtype)
+
+    def __call__(
+        self,
+        inputs: Float[Array, "batch time channels"],
+        positions: Int[Array, "batch 3 time"],
+        mask: Bool[Array, "batch time keys"],
+        past: Sequence[KeyValues] = (),
+    ) -> tuple[Float[Array, "batch time channels"], KeyValues]:
+        """Returns the hidden states after the last norm, and the keys and values of these columns.
+
+        `keys` counts the columns of every part of `past`, in order, and then the present ones; the caller
+        keeps the cache and says through `mask` who sees whom.
+        """
+        config = self.config
+        angles = decoder_angles(positions, config.head_dim, config.rope_theta, config.mrope_section)
+        hidden, key_values = self.layers(inputs.astype(config.dtype), tuple(past), angles, mask)
+        return self.norm(hidden), key_values
+
+    def logits(self, hidden: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
+        """Returns float32 logits over the vocabulary."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return jnp.einsum(
+            "...c,vc->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+
+    def last_projections(
+        self, hidden: Float[Array, "batch time channels"]
+    ) -> tuple[Float[Array, "batch time heads head_dim"], Float[Array, "batch time key_value_heads head_dim"]]:
+        """Returns `hidden` under the last layer's q_proj and k_proj, without norm or rotary positions."""
+        weights = self.layers.variables["params"]
+
+        def project(name: str) -> Array:
+            flat = hidden @ weights[name]["kernel"][-1].astype(hidden.dtype) + weights[name]["bias"][-1]
+            return flat.reshape(*hidden.shape[:2], -1, self.config.head_dim)
+
+        return project("q_proj"), project("k_proj")

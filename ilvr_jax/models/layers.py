@@ -1,0 +1,34 @@
+"""Layers that the decoder and the vision tower share."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation over channels, in float32 (as Qwen2RMSNorm)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+        weight = self.param("weight", nn.initializers.ones, (inputs.shape[-1],))
+        wide = inputs.astype(jnp.float32)
+        wide = wide * (jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon) ** -0.5
+        return wide.astype(inputs.dtype) * weight.astype(inputs.dtype)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    intermediate_size: int
+    use_bias: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, use_bias=self.use_bias, dtype=self.dtype, name=name)
+
+        gate = nn.silu(dense(self.intermediate_size, "gate_proj")(inputs))
+        return dense(inputs.shape[-1], "down_proj")(gate * dense(self.intermediate_size, "up_proj")(inputs))
