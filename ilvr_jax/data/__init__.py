@@ -1,0 +1,1 @@
+"""Reading, generating and batching records: everything between a file and a Batch."""

@@ -1,0 +1,46 @@
+"""What one line of ILVR's training data says, whether it was read from a file or generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ImageSource = Path | np.ndarray
+"""An image file, or the pixels themselves: uint8 [height, width, 3]."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text step of the answer."""
+
+    content: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """A latent step of the answer: the model looks ahead at ``helper_image``."""
+
+    helper_image: ImageSource
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question with its images and its interleaved answer.
+
+    ``steps`` (``sequence_plan``) is empty only for evaluation records; ``answer`` is ``original_final_answer``;
+    ``map_desc`` holds 1 for the start, 2 for the goal, -1 for a hole and 0 for ice; ``name`` is for messages, such as
+    "train.jsonl line 3" or "frozen_lake record 17".
+    """
+
+    question: str
+    images: tuple[ImageSource, ...]
+    steps: tuple[Text | Look, ...]
+    answer: str | None = None
+    map_desc: tuple[tuple[int, ...], ...] | None = None
+    name: str = ""
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used; the message is one sentence naming the record and what is wrong with it."""
