@@ -1,0 +1,273 @@
+"""The configuration of a run: read from a Python file, overridden by flags, kept beside the checkpoints."""
+
+import argparse
+import ast
+import contextlib
+import difflib
+import importlib.util
+import json
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# What may differ when a run is continued: none of it changes what is learnt.
+NO_EFFECT_ON_TRAINING = ("log_every", "checkpoint_every", "checkpoint_keep", "eval")
+
+OBJECTIVES = ("text", "alignment", "autonomy")
+
+
+class BadConfig(ValueError):
+    """A configuration that cannot be used; one sentence says why."""
+
+
+def read_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Adds --config, --workdir and --config.section.key to a parser and reads the command line.
+
+    Returns the namespace with `config` (a locked ConfigDict) and `workdir` (a Path; by default runs/ and the
+    name of the config file). Raises BadConfig if the file, a key or a value is no good; leaves the process with
+    status 2, as argparse does, at an unknown flag.
+    """
+    parser.allow_abbrev = False
+    parser.add_argument("--config", required=True, help="a Python file with a function get_config()")
+    parser.add_argument("--workdir", type=Path, help="where everything is written (default: runs/<config name>)")
+    parser.epilog = "Any value of the config can be given as --config.section.key=value."
+    options, others = parser.parse_known_args(arguments)
+    overrides, unknown = _split_overrides(others)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    path = Path(options.config)
+    options.config = load_config(path)
+    for key, text in overrides:
+        override(options.config, key, text)
+    check_config(options.config)
+    options.workdir = options.workdir or Path("runs") / path.stem
+    return options
+
+
+def load_config(path: Path) -> ConfigDict:
+    """Returns the locked ConfigDict that the file's get_config() returns; raises BadConfig if it gives none."""
+    resolved = resolve_path(path)
+    if not resolved.is_file():
+        raise BadConfig(f"there is no config file {path}; --config takes a Python file such as configs/base.py")
+    spec = importlib.util.spec_from_file_location("ilvr_jax_config", resolved)
+    if spec is None or spec.loader is None:
+        raise BadConfig(f"{path} is not a Python file (.py); --config takes one such as configs/base.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except Exception as error:  # the file is the user's code: whatever it raises is what is wrong with it
+        raise BadConfig(f"{path}{_error_line(error, resolved)}: {_first_line(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise BadConfig(f"{path} has no function get_config() that returns an ml_collections.ConfigDict")
+    return config.lock()
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """Sets config's value at a dotted key from its text, in the type that the value has already.
+
+    Tuples are written (1, 2) or 1,2. Raises BadConfig for an unknown key, naming the nearest valid one, and for
+    text that is not of the type.
+    """
+    values = dict(_flatten(config))
+    if key not in values:
+        if any(name.startswith(key + ".") for name in values):
+            inside = ", ".join(sorted({name[len(key) + 1 :].split(".")[0] for name in values if name.startswith(key)}))
+            raise BadConfig(f"--config.{key} is a section, set one of its keys: {inside}")
+        last = key.split(".")[-1]
+        near = difflib.get_close_matches(key, values, n=1, cutoff=0.0) if values else []
+        near = [name for name in values if name.split(".")[-1] == last][:1] or near
+        raise BadConfig(f"--config.{key} is not a key of the config; the nearest is {near[0] if near else 'none'}")
+    section = config
+    *parents, name = key.split(".")
+    for parent in parents:
+        section = section[parent]
+    section[name] = parse_value(key, text, values[key])
+
+
+def parse_value(key: str, text: str, current: Any) -> Any:
+    """Returns the text as a value of the type of `current`; raises BadConfig, naming the key, if it is not one."""
+    if isinstance(current, str):
+        return text
+    if isinstance(current, tuple):
+        value = _parse_tuple(text, current)
+    elif text.lower() in ("true", "false"):
+        value = text.lower() == "true"
+    else:
+        value = _literal(text)
+    if type(current) is float and type(value) is int:
+        value = float(value)
+    if isinstance(current, tuple) and isinstance(value, tuple):
+        accepted = {type(item) for item in current} | ({int} if any(type(item) is float for item in current) else set())
+        wrong = bool(accepted) and any(type(item) not in accepted for item in value)
+        kind = "a tuple of " + " or ".join(sorted(item.__name__ for item in accepted))
+    else:
+        wrong = current is not None and type(value) is not type(current)
+        names = {bool: "true or false", int: "an integer", float: "a number", tuple: "a tuple"}
+        kind = names.get(type(current), f"a value of type {type(current).__name__}")
+    if wrong:
+        raise BadConfig(f"config key {key} was given {text!r}, {kind} is accepted")
+    return value
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises BadConfig if the stages do not fit together or the run could not end."""
+    if not config.stages:
+        raise BadConfig("config key stages is empty; it takes the names of the stages to run")
+    if len(set(config.stages)) != len(config.stages):
+        raise BadConfig(f"config key stages names a stage twice: {', '.join(config.stages)}")
+    for name in config.stages:
+        sections = [key for key, value in config.items() if isinstance(value, ConfigDict) and "objective" in value]
+        if name not in sections:
+            raise BadConfig(f"config key stages names {name!r}, the config has the stages {', '.join(sections)}")
+        stage = config[name]
+        _one_of(f"{name}.objective", stage.objective, OBJECTIVES)
+        for part in stage.train:
+            _one_of(f"{name}.train", part, ("vision", "decoder"))
+        if not stage.train:
+            raise BadConfig(f"config key {name}.train is empty, it takes vision, decoder or both")
+        for key in ("steps", "batch_size", "accumulation"):
+            if key in stage and stage[key] < 1:
+                raise BadConfig(f"config key {name}.{key} is {stage[key]}, at least 1 is accepted")
+    for key in ("log_every", "checkpoint_every", "checkpoint_keep"):
+        if config[key] < 1:
+            raise BadConfig(f"config key {key} is {config[key]}, at least 1 is accepted")
+    _one_of("data.on_bad_record", config.data.on_bad_record, ("error", "skip"))
+
+
+@contextlib.contextmanager
+def blame(section: str) -> Iterator[None]:
+    """Within it a ValueError is about the values of a config section: raises BadConfig, which names the section."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadConfig(f"config section {section}: {error}") from error
+
+
+def resolve_path(path: str | Path) -> Path:
+    """Finds a path of the config: relative to the working directory if it exists there, else to the repository."""
+    path = Path(path).expanduser()
+    if path.is_absolute() or path.exists() or not (REPOSITORY / path).exists():
+        return path
+    return REPOSITORY / path
+
+
+def claim_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Makes the workdir and writes config.json there, or checks that it is a run of the same config.
+
+    Raises BadConfig, naming the keys that differ, if it is a run of another config, keys without effect on
+    training aside.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        theirs, ours = dict(_flatten(read_config(workdir))), dict(_flatten(from_json(to_json(config))))
+        missing = "absent"
+        differing = [
+            f"{key} ({theirs.get(key, missing)!r} there, {ours.get(key, missing)!r} here)"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key, missing) != ours.get(key, missing)
+            and not any(key == name or key.startswith(name + ".") for name in NO_EFFECT_ON_TRAINING)
+        ]
+        if differing:
+            raise BadConfig(
+                f"{workdir} was made with another config: {', '.join(differing)}; give these values, or another "
+                "--workdir"
+            )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise BadConfig(f"--workdir {workdir} cannot be a folder: {error.strerror}") from error
+    unfinished = path.with_suffix(".json.partial")
+    unfinished.write_text(to_json(config))
+    unfinished.replace(path)
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """Returns the config that a workdir was made with; raises BadConfig if it is not the workdir of a run."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise BadConfig(f"{workdir} holds no run: no {path.name}; --workdir takes the folder of a training run")
+    try:
+        return from_json(path.read_text())
+    except ValueError as error:
+        raise BadConfig(f"{path} is not a config: {error}") from error
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the config as JSON; tuples become lists."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """Returns the config that `to_json` wrote; lists become tuples again."""
+
+    def restore(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: restore(item) for key, item in value.items()}
+        return tuple(restore(item) for item in value) if isinstance(value, list) else value
+
+    return ConfigDict(restore(json.loads(text))).lock()
+
+
+def _split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Sorts `--config.key=value` and `--config.key value` from what is neither."""
+    overrides, unknown, waiting = [], [], list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not argument.startswith("--config."):
+            unknown.append(argument)
+            continue
+        key, equals, text = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            if not waiting or waiting[0].startswith("--"):
+                raise BadConfig(f"--config.{key} has no value; write --config.{key}=VALUE")
+            text = waiting.pop(0)
+        overrides.append((key, text))
+    return overrides, unknown
+
+
+def _flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict) and len(value):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _literal(text: str) -> Any:
+    """Reads a Python literal; anything else is a string, which the type check then judges."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _parse_tuple(text: str, current: tuple) -> Any:
+    if text[:1] in ("(", "["):
+        value = _literal(text)
+        return tuple(value) if isinstance(value, list) else value
+    words = tuple(word.strip() for word in text.split(",") if word.strip())
+    return words if current and isinstance(current[0], str) else tuple(_literal(word) for word in words)
+
+
+def _one_of(key: str, value: str, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        raise BadConfig(f"config key {key} is {value!r}, one of {', '.join(accepted)} is accepted")
+
+
+def _error_line(error: Exception, path: Path) -> str:
+    """Returns " line N" for the last line of the file that the error passed through."""
+    if isinstance(error, SyntaxError):
+        return f" line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    return f" line {lines[-1]}" if lines else ""
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error.args[0]) if error.args else ""
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

@@ -1,0 +1,116 @@
+"""Checkpoints: what comes back is what was saved, however the process ended."""
+
+import errno
+
+import flax.struct
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from etils import epath
+
+from ilvr_jax.training.checkpoints import Checkpoints, DiskFull, stage_folder, stages_with_checkpoints
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: dict
+    opt_state: tuple
+    teacher: dict | None
+    rng: jax.Array
+
+
+def make_state(with_teacher=True):
+    params = {"decoder": {"kernel": jnp.arange(200_000.0).reshape(500, 400).astype(jnp.bfloat16)}, "vision": {}}
+    teacher = {"kernel": jnp.ones((3, 2))} if with_teacher else None
+    return State(jnp.int32(0), params, optax.adamw(1e-3).init(params), teacher, jax.random.key(7))
+
+
+def make_iterator():
+    return iter(grain.MapDataset.range(1000).shuffle(seed=3).repeat().to_iter_dataset().batch(4))
+
+
+def numbers(state):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state.replace(rng=jax.random.key_data(state.rng)))]
+
+
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_state_and_place_in_the_data_come_back(tmp_path, with_teacher):
+    state, iterator = make_state(with_teacher), make_iterator()
+    for _ in range(3):
+        next(iterator)
+    with Checkpoints(tmp_path / "stage", keep=1) as checkpoints:
+        assert checkpoints.latest() is None
+        checkpoints.save(3, state, iterator)
+        following = next(iterator)
+    fresh = make_iterator()
+    with Checkpoints(tmp_path / "stage", keep=1) as checkpoints:
+        assert checkpoints.latest() == 3
+        restored = checkpoints.restore(3, jax.eval_shape(lambda: make_state(with_teacher)), fresh)
+        params = checkpoints.restore_params(3, state.params)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for one, other in zip(numbers(restored), numbers(state), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(params["decoder"]["kernel"], state.params["decoder"]["kernel"])
+    np.testing.assert_array_equal(next(fresh), following)
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    """The step that follows reuses the buffers while the save is still being written."""
+    step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state = State(jnp.int32(0), {"kernel": jnp.zeros((2000, 1000))}, (), None, jnp.int32(0))
+    like = jax.eval_shape(lambda: state)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for number in range(1, 4):
+            state = step(state)
+            checkpoints.save(number, state, make_iterator())
+        for _ in range(5):
+            state = step(state)
+        checkpoints.wait()
+        for number in range(1, 4):
+            restored = checkpoints.restore(number, like, make_iterator())
+            np.testing.assert_array_equal(restored.params["kernel"], number)
+
+
+def test_the_newest_are_kept(tmp_path):
+    state, iterator = make_state(), make_iterator()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3, 3):
+            checkpoints.save(step, state, iterator)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["2", "3"]
+
+
+def test_an_unfinished_checkpoint_is_not_one(tmp_path):
+    folder = stage_folder(tmp_path, "stage1")
+    with Checkpoints(folder, keep=2) as checkpoints:
+        checkpoints.save(1, make_state(), make_iterator())
+    (folder / "2.orbax-checkpoint-tmp").mkdir()
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.latest() == 1
+    assert (folder / "2.orbax-checkpoint-tmp").exists()  # somebody may be writing it: a reader leaves it alone
+    with Checkpoints(folder, keep=2) as checkpoints:
+        assert checkpoints.latest() == 1
+    assert not (folder / "2.orbax-checkpoint-tmp").exists()
+    assert stages_with_checkpoints(tmp_path, ("warm_up", "stage1", "stage2")) == ["stage1"]
+
+
+def test_a_full_disk_gets_one_sentence_and_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    state, iterator = make_state(), make_iterator()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, iterator)
+
+    def no_room(self, *arguments, **keywords):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    with monkeypatch.context() as patch, pytest.raises(DiskFull, match="no disk space .* before it are complete"):
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
+            patch.setattr(type(epath.Path("/")), "write_text", no_room)
+            checkpoints.save(2, state, iterator)
+            checkpoints.wait()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.latest() == 1
+        checkpoints.restore(1, state, make_iterator())

@@ -1,0 +1,186 @@
+"""The configuration: overrides keep types, mistakes get one sentence, a workdir belongs to one config."""
+
+import argparse
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from ilvr_jax.training.configuration import (
+    BadConfig,
+    claim_workdir,
+    from_json,
+    load_config,
+    override,
+    parse_value,
+    read_command,
+    read_config,
+    resolve_path,
+    to_json,
+)
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    stage = dict(objective="text", steps=4, batch_size=2, accumulation=1, learning_rate=1e-3, train=("vision",))
+    return ConfigDict(dict(
+        seed=0, stages=("warm_up",), warm_up=stage, log_every=1, checkpoint_every=10, checkpoint_keep=1,
+        data=dict(path="", on_bad_record="error", frozen_lake=dict(levels=(3, 4), density=(0.1, 0.2), exclude=())),
+        eval=dict(data="", batch_size=4), model=dict(tie=True),
+    ))
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def read(config_file, *flags):
+    return read_command(argparse.ArgumentParser(), [f"--config={config_file}", *flags])
+
+
+def test_overrides_keep_the_type_of_the_value(config_file):
+    options = read(
+        config_file,
+        "--config.warm_up.steps=7",
+        "--config.warm_up.learning_rate=1",
+        "--config.data.path",
+        "3",
+        "--config.data.frozen_lake.levels=5",
+        "--config.data.frozen_lake.density=(0.5, 1)",
+        "--config.data.frozen_lake.exclude=a.jsonl, b.jsonl",
+        "--config.model.tie=false",
+    )
+    config = options.config
+    assert config.warm_up.steps == 7
+    assert config.warm_up.learning_rate == 1.0 and isinstance(config.warm_up.learning_rate, float)
+    assert config.data.path == "3"
+    assert config.data.frozen_lake.levels == (5,)
+    assert config.data.frozen_lake.density == (0.5, 1)
+    assert config.data.frozen_lake.exclude == ("a.jsonl", "b.jsonl")
+    assert config.model.tie is False
+    assert str(options.workdir) == "runs/small"
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--config.warm_up.step=7", "config.warm_up.step is not a key of the config; the nearest is warm_up.steps"),
+        ("--config.steps=7", "the nearest is warm_up.steps"),
+        ("--config.warm_up=7", "config.warm_up is a section, set one of its keys: accumulation, batch_size"),
+        ("--config.warm_up.steps=many", "warm_up.steps was given 'many', an integer is accepted"),
+        ("--config.warm_up.steps=1.5", "warm_up.steps was given '1.5', an integer is accepted"),
+        ("--config.warm_up.steps=true", "warm_up.steps was given 'true', an integer is accepted"),
+        ("--config.warm_up.learning_rate=", "warm_up.learning_rate was given '', a number is accepted"),
+        ("--config.model.tie=1", "model.tie was given '1', true or false is accepted"),
+        ("--config.data.frozen_lake.levels=3,x", "levels was given '3,x', a tuple of int is accepted"),
+        ("--config.data.frozen_lake.density=x", "density was given 'x', a tuple of float or int is accepted"),
+        ("--config.warm_up.steps", "config.warm_up.steps has no value"),
+        ("--config.warm_up.steps=0", "warm_up.steps is 0, at least 1 is accepted"),
+        ("--config.stages=stage3", "stages names 'stage3', the config has the stages warm_up"),
+        ("--config.stages=warm_up,warm_up", "names a stage twice"),
+        ("--config.warm_up.objective=texts", "one of text, alignment, autonomy is accepted"),
+        ("--config.warm_up.train=teacher", "one of vision, decoder is accepted"),
+        ("--config.data.on_bad_record=stop", "one of error, skip is accepted"),
+    ],
+)
+def test_a_wrong_flag_gets_one_sentence(config_file, flag, sentence):
+    with pytest.raises(BadConfig) as error:
+        read(config_file, flag)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("def get_config():\n    return missing\n", "line 2: NameError: name 'missing' is not defined"),
+        ("def get_config(:\n", "line 1: SyntaxError"),
+        ("def get_config():\n    return {}\n", "no function get_config() that returns an ml_collections.ConfigDict"),
+        ("value = 1\n", "no function get_config()"),
+        (
+            "from ml_collections import ConfigDict\ndef get_config():\n"
+            "    config = ConfigDict(dict(steps=1))\n    config.steps = 'x'\n    return config\n",
+            "line 4: TypeError",
+        ),
+    ],
+)
+def test_a_config_file_that_is_no_good_gets_one_sentence(tmp_path, text, sentence):
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    with pytest.raises(BadConfig) as error:
+        load_config(path)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_config_file_is_named(tmp_path):
+    with pytest.raises(BadConfig, match="there is no config file .*absent.py"):
+        load_config(tmp_path / "absent.py")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BadConfig, match="not a Python file"):
+        load_config(tmp_path / "config.json")
+
+
+def test_unknown_flags_end_the_process_with_status_2(config_file, capsys):
+    with pytest.raises(SystemExit) as ended:
+        read(config_file, "--steps=3")
+    assert ended.value.code == 2
+    assert "--steps=3" in capsys.readouterr().err
+
+
+scalars = st.booleans() | st.integers() | st.floats(allow_nan=False)
+
+
+@given(scalars)
+def test_a_printed_value_is_read_back(value):
+    read_back = parse_value("key", repr(value).replace("inf", "1e999"), value)
+    assert read_back == value and type(read_back) is type(value)
+
+
+@given(st.lists(st.integers()).map(tuple) | st.lists(st.from_regex(r"[a-z_/]+", fullmatch=True)).map(tuple))
+def test_a_printed_tuple_is_read_back_with_and_without_parentheses(value):
+    assert parse_value("key", repr(value), value) == value
+    assert parse_value("key", ",".join(map(str, value)), value) == value
+
+
+def test_a_workdir_belongs_to_one_config(config_file, tmp_path):
+    workdir = tmp_path / "run"
+    config = read(config_file).config
+    claim_workdir(config, workdir)
+    assert read_config(workdir).to_dict() == config.to_dict()
+    claim_workdir(config, workdir)
+    claim_workdir(read(config_file, "--config.log_every=5", "--config.eval.batch_size=9").config, workdir)
+    assert read_config(workdir).eval.batch_size == 9
+    with pytest.raises(BadConfig, match=r"another config: warm_up.steps \(4 there, 6 here\); give"):
+        claim_workdir(read(config_file, "--config.warm_up.steps=6").config, workdir)
+    assert read_config(workdir).warm_up.steps == 4
+
+
+def test_a_workdir_that_cannot_be_one(config_file, tmp_path):
+    with pytest.raises(BadConfig, match="cannot be a folder"):
+        claim_workdir(read(config_file).config, config_file)
+    with pytest.raises(BadConfig, match="holds no run"):
+        read_config(tmp_path)
+
+
+def test_json_keeps_tuples():
+    config = ConfigDict(dict(a=(1, (2, 3)), b=dict(c=(), d=dict())))
+    assert from_json(to_json(config)).to_dict() == config.to_dict()
+
+
+def test_paths_are_looked_for_here_and_then_in_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_path("tests").is_dir()
+    (tmp_path / "tests").mkdir()
+    assert resolve_path("tests").resolve() == (tmp_path / "tests").resolve()
+    assert str(resolve_path("absent/file")) == "absent/file"
+
+
+def test_override_reaches_the_lock():
+    config = ConfigDict(dict(a=dict(b=1))).lock()
+    override(config, "a.b", "2")
+    assert config.a.b == 2
