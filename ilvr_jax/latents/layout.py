@@ -29,7 +29,7 @@ class Layout:
     segments: int = 0  # latent segments
     text: int = 0  # columns of the text after each segment
     tail: int = 0  # further columns for the last text
-    latent_size: int = 0  # K, slots a segment
+    latent_size: int = 0  # K, slots a segment; a sample may use fewer
     images: int = 1  # user images a sample
     image_windows: int = 1  # attention windows a user image
     helper_windows: int = 1  # attention windows a helper image
@@ -79,7 +79,6 @@ class Batch:
     roles: Int8[jax.Array, "rows columns"]
     positions: Int[jax.Array, "rows 3 columns"]
     image_index: Int[jax.Array, "rows columns"]  # which of the row's vision features stands here, -1 for none
-    segment_valid: Bool[jax.Array, "rows segments"]
     images: ImageBatch  # leading axes [rows, images]
     helper_images: ImageBatch  # leading axes [rows, segments]
     record: Int[jax.Array, " rows"]
@@ -174,7 +173,7 @@ def fits(sample: Sample, layout: Layout, window_units: int) -> bool:
     last = len(sample.tokens) - sample.slot_starts[-1] - sample.latent_size
     between = need.text if need.segments > 1 else 0
     return (
-        need.latent_size == layout.latent_size
+        need.latent_size <= layout.latent_size
         and need.segments <= layout.segments
         and need.helper_windows <= layout.helper_windows
         and need.prefix <= layout.prefix
@@ -191,7 +190,7 @@ def sample_columns(sample: Sample, layout: Layout) -> Int[np.ndarray, " time"]:
     for segment, start in enumerate(sample.slot_starts):
         count = start - index
         columns[index:start] = np.arange(slots[segment, 0] - count, slots[segment, 0])
-        columns[start : start + size] = slots[segment]
+        columns[start : start + size] = slots[segment, :size]
         if count > slots[segment, 0] - first_free:
             raise ValueError(f"text {segment + 1} has {count} tokens and the layout {slots[segment, 0] - first_free}")
         index, first_free = start + size, slots[segment, -1] + 1
@@ -214,14 +213,12 @@ def collate(samples: Sequence[Sample], layout: Layout, special: SpecialTokens, w
     roles = np.zeros((rows, columns), np.int8)
     positions = np.zeros((rows, 3, columns), np.int32)
     image_index = np.full((rows, columns), -1, np.int32)
-    segment_valid = np.zeros((rows, layout.segments), bool)
     for row, sample in enumerate(samples):
         place = sample_columns(sample, layout)
         tokens[row, place] = sample.tokens
         targets[row, place[:-1]] = sample.labels[1:]
         roles[row, place] = sample.roles
         positions[row][:, place] = sample.positions
-        segment_valid[row, : len(sample.slot_starts)] = True
         capacity = layout.image_windows * window_units**2
         features = [
             number * capacity + np.arange(image.vision_tokens) for number, image in enumerate(sample.images)
@@ -239,7 +236,6 @@ def collate(samples: Sequence[Sample], layout: Layout, special: SpecialTokens, w
         roles=roles,
         positions=positions,
         image_index=image_index,
-        segment_valid=segment_valid,
         images=stack("images", layout.images, layout.image_windows),
         helper_images=stack("helper_images", layout.segments, layout.helper_windows),
         record=np.array([sample.record for sample in samples], np.int32),

@@ -1,0 +1,1 @@
+"""Batched decoding with latent slots, and evaluation on top of it."""

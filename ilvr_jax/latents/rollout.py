@@ -1,0 +1,99 @@
+"""The stage 2 roll-out: latent slots filled by the model's own hidden states, one after another.
+
+The columns are processed in order: the prefix in parallel, then segment by segment K single-column steps and the
+text after them in parallel, then the tail. Keys and values of finished columns are kept, so all of it costs one
+forward pass; recomputing the prefix for each slot would cost S * K + 1 of them.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from ilvr_jax.latents.layout import Batch
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
+
+
+def roll_out(
+    model: Qwen2_5VL, decoder: PyTree, inputs: Float[Array, "rows columns channels"], batch: Batch
+) -> Float[Array, "rows columns channels"]:
+    """Returns the final hidden states when each slot's input is the hidden state of the column before it.
+
+    The gradient flows through every slot. What `inputs` hold in the slots is not used.
+    """
+    layout, positions, valid = batch.layout, batch.positions, batch.valid
+    size, width = layout.latent_size, layout.latent_size + layout.text
+    prefix_end, tail_start = layout.prefix, layout.columns - layout.tail
+    hidden, key_values = model.decode(
+        decoder, inputs[:, :prefix_end], positions[..., :prefix_end], causal_mask(valid[:, :prefix_end])
+    )
+    if not layout.segments:
+        return _with_tail(model, decoder, inputs, batch, [hidden], key_values)
+    config = model.config
+    heads = (config.num_key_value_heads, config.head_dim)
+    empty = jnp.zeros((config.num_hidden_layers, len(inputs), size, *heads), key_values[0].dtype)
+    # Only columns before the present segment have been written; the rest of the cache is masked.
+    room = ((0, 0), (0, 0), (0, layout.segments * width), (0, 0), (0, 0))
+    cache = jax.tree.map(lambda array: jnp.pad(array, room), key_values)
+
+    def column_slice(array: Array, start: Array, length: int, axis: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, start, length, axis)
+
+    @jax.checkpoint  # keeps one segment's activations at a time
+    def segment(carry, number):
+        cache, before = carry
+        start = prefix_end + number * width
+        done = (jnp.arange(tail_start) < start) & valid[:, :tail_start]
+
+        def slot(carry, index):
+            slot_cache, before = carry
+            position = column_slice(positions, start + index, 1, 2)
+            now = column_slice(valid, start, size, 1)
+            # A slot sees the finished columns, the slots before it, and itself.
+            mask = jnp.concatenate([done, now & (jnp.arange(size) < index), jnp.ones_like(now[:, :1])], axis=1)
+            hidden, new = model.decode(decoder, before, position, mask[:, None], [cache, slot_cache])
+            update = jax.lax.dynamic_update_slice_in_dim
+            slot_cache = jax.tree.map(lambda all_slots, one: update(all_slots, one, index, 2), slot_cache, new)
+            return (slot_cache, hidden), hidden[:, 0]
+
+        (slot_cache, last), slot_hidden = jax.lax.scan(slot, ((empty, empty), before), jnp.arange(size))
+        parts, new, hidden = [slot_cache], slot_cache, jnp.swapaxes(slot_hidden, 0, 1)
+        if layout.text:
+            text_start = start + size
+            text_valid = column_slice(valid, text_start, layout.text, 1)
+            slots_valid = column_slice(valid, start, size, 1)
+            rows, text = len(inputs), layout.text
+            mask = jnp.concatenate(
+                [
+                    jnp.broadcast_to(done[:, None], (rows, text, tail_start)),
+                    jnp.broadcast_to(slots_valid[:, None], (rows, text, size)),
+                    causal_mask(text_valid),
+                ],
+                axis=2,
+            )
+            text_hidden, text_new = model.decode(
+                decoder,
+                column_slice(inputs, text_start, text, 1),
+                column_slice(positions, text_start, text, 2),
+                mask,
+                [cache, *parts],
+            )
+            new = jax.tree.map(lambda slots, words: jnp.concatenate([slots, words], axis=2), slot_cache, text_new)
+            hidden, last = jnp.concatenate([hidden, text_hidden], axis=1), text_hidden[:, -1:]
+        cache = jax.tree.map(
+            lambda all_columns, some: jax.lax.dynamic_update_slice_in_dim(all_columns, some, start, 2), cache, new
+        )
+        return (cache, last), hidden
+
+    (cache, _), segment_hidden = jax.lax.scan(segment, (cache, hidden[:, -1:]), jnp.arange(layout.segments))
+    segment_hidden = jnp.swapaxes(segment_hidden, 0, 1).reshape(len(inputs), layout.segments * width, -1)
+    return _with_tail(model, decoder, inputs, batch, [hidden, segment_hidden], cache)
+
+
+def _with_tail(model: Qwen2_5VL, decoder: PyTree, inputs: Array, batch: Batch, hidden: list[Array], cache) -> Array:
+    """Adds the hidden states of the columns after the last segment's text."""
+    tail_start = batch.layout.columns - batch.layout.tail
+    if batch.layout.tail:
+        mask = causal_mask(batch.valid)[:, tail_start:]
+        tail, _ = model.decode(decoder, inputs[:, tail_start:], batch.positions[..., tail_start:], mask, [cache])
+        hidden = [*hidden, tail]
+    return jnp.concatenate(hidden, axis=1)

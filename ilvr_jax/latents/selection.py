@@ -1,0 +1,178 @@
+"""The momentum teacher's selection: which helper-image features are worth predicting (ILVR, section 3)."""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ilvr_jax.latents.layout import Batch
+from ilvr_jax.latents.tokens import Role
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
+
+NORM_FLOOR = 1e-8  # as torch.cosine_similarity
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSettings:
+    """Settings of the method; the defaults are the published ones."""
+
+    latent_size: int = 8  # K, slots a segment
+    coverage: float = 0.9  # p, the mass of the softmax that the targets cover
+    candidates: int = 256  # L, features are grouped to this many at most
+    temperature: float = 1.0  # of the softmax over candidates
+    grouping: str = "published"  # "published" drops the features that do not divide evenly, "complete" none
+    tau: float = 0.999  # the teacher's momentum; 1.0 freezes it
+    ce_weight: float = 1.0
+    sim_weight: float = 1.0
+    target_noise: float = 0.01  # deviation of the noise added to targets
+
+    def __post_init__(self):
+        if self.grouping not in ("published", "complete"):
+            raise ValueError(f"latents.grouping is {self.grouping!r}; accepted are 'published' and 'complete'")
+
+
+@flax.struct.dataclass
+class Selection:
+    """What the teacher picked for each segment's slots, in order of score."""
+
+    targets: Float[Array, "rows segments slots channels"]
+    valid: Bool[Array, "rows segments slots"]  # slots that have a target
+    candidates: Int[Array, "rows segments slots"]  # which candidate it was
+    cosines: Float[Array, "rows segments candidates"]
+    user_query: Float[Array, "rows channels"]
+
+
+def cosine(first: Float[Array, "*batch channels"], second: Float[Array, "*batch channels"]) -> Float[Array, "*batch"]:
+    """Returns the cosine along the last axis, in float32."""
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    norms = jnp.linalg.norm(first, axis=-1) * jnp.linalg.norm(second, axis=-1)
+    return jnp.sum(first * second, axis=-1) / jnp.maximum(norms, NORM_FLOOR)
+
+
+def masked_mean(values: Float[Array, "rows time channels"], mask: Bool[Array, "rows time"]) -> Float[Array, "rows channels"]:
+    """Returns the float32 mean over the time steps where `mask` holds, zero if there are none."""
+    weights = mask.astype(jnp.float32)
+    total = jnp.einsum("rt,rtc->rc", weights, values.astype(jnp.float32))
+    return total / jnp.maximum(weights.sum(1), 1.0)[:, None]
+
+
+def user_query(
+    model: Qwen2_5VL, decoder: PyTree, batch: Batch, hidden: Float[Array, "rows columns channels"]
+) -> Float[Array, "rows channels"]:
+    """Returns u, the mean of what the user's text and the user's images say.
+
+    The images' part weighs vision tokens by the attention that prompt tokens pay them under the last layer's
+    projections. A row without images falls back on the mean embedding of its prompt's text.
+    """
+    prefix = slice(0, batch.layout.prefix)  # rows that have segments hold their whole prompt there
+    hidden, roles = hidden[:, prefix], batch.roles[:, prefix]
+    prompt, image = roles == Role.PROMPT, roles == Role.IMAGE
+    query, key = model.last_projections(decoder, hidden)
+    groups = query.shape[2] // key.shape[2]
+    grouped = query.reshape(*query.shape[:2], key.shape[2], groups, -1)
+    scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(image[:, None, None, None], scores * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    attention = jax.nn.softmax(scores, axis=-1).mean((1, 2))
+    prompt_weights = prompt / jnp.maximum(prompt.sum(1, keepdims=True), 1)
+    weights = jnp.einsum("bq,bqk->bk", prompt_weights, attention)
+    from_images = jnp.einsum("bk,bkc->bc", weights, hidden.astype(jnp.float32))
+    from_text = masked_mean(hidden, prompt)
+    fallback = masked_mean(model.embed(decoder, batch.tokens[:, prefix]), prompt)
+    return jnp.where(image.any(1)[:, None], (from_images + from_text) / 2, fallback)
+
+
+def group_neighbours(
+    features: Float[Array, "rows segments units channels"],
+    valid: Bool[Array, "rows segments units"],
+    candidates: int,
+    grouping: str,
+) -> tuple[Float[Array, "rows segments groups channels"], Bool[Array, "rows segments groups"]]:
+    """Returns at most `candidates` features an image, means of neighbours where there are more.
+
+    "published" makes groups of units // candidates and drops the rest, as the published code; "complete"
+    spreads every unit over the groups as evenly as whole units allow.
+    """
+    units = valid.shape[-1]
+    if units <= candidates:
+        return features, valid
+    index, count = jnp.arange(units), valid.sum(-1, keepdims=True)
+    if grouping == "published":
+        group = index // jnp.maximum(count // candidates, 1)
+    else:
+        group = index * candidates // jnp.maximum(count, 1)
+    group = jnp.where(count > candidates, group, index)
+    member = (group[..., None] == jnp.arange(candidates)) & valid[..., None]
+    sizes = member.sum(-2)
+    means = jnp.einsum("bsug,bsuc->bsgc", member.astype(jnp.float32), features.astype(jnp.float32))
+    return means / jnp.maximum(sizes, 1)[..., None], sizes > 0
+
+
+def pick(
+    cosines: Float[Array, "rows candidates"],
+    valid: Bool[Array, "rows candidates"],
+    slots: Bool[Array, "rows slots"],
+    settings: LatentSettings,
+) -> tuple[Int[Array, "rows slots"], Bool[Array, "rows slots"]]:
+    """Returns the candidates of highest score that together cover the mass p, in descending order.
+
+    No more than there are `slots`.
+    """
+    scores = jnp.where(valid, cosines / settings.temperature, -jnp.inf)
+    mass = jnp.where(valid, jax.nn.softmax(jnp.where(valid.any(-1, keepdims=True), scores, 0.0), axis=-1), 0.0)
+    missing = max(0, slots.shape[-1] - mass.shape[-1])
+    mass, scores = (
+        jnp.pad(array, ((0, 0), (0, missing)), constant_values=fill) for array, fill in ((mass, 0.0), (scores, -jnp.inf))
+    )
+    best, order = jax.lax.top_k(scores, slots.shape[-1])
+    picked_mass = jnp.take_along_axis(mass, order, axis=-1)
+    covered_before = jnp.cumsum(picked_mass, axis=-1) - picked_mass
+    keep = slots & (covered_before < settings.coverage) & jnp.isfinite(best)
+    return jnp.where(keep, order, 0), keep
+
+
+def select(
+    model: Qwen2_5VL,
+    decoder: PyTree,
+    batch: Batch,
+    features: Float[Array, "rows images units channels"],
+    helper_features: Float[Array, "rows segments units channels"],
+    settings: LatentSettings,
+) -> Selection:
+    """Returns the teacher's targets for every segment of a batch.
+
+    One pass of the teacher's decoder over whole samples whose slots hold the embedding of `latent_pad`; then
+    segment by segment, since each query holds the mean of what the segment before selected. `decoder` is the
+    teacher's; the features come from its vision tower.
+    """
+    inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
+    hidden, _ = model.decode(decoder, inputs, batch.positions, causal_mask(batch.valid))
+    user = user_query(model, decoder, batch, hidden)
+    candidates, candidate_valid = group_neighbours(
+        helper_features, batch.helper_images.unit_valid, settings.candidates, settings.grouping
+    )
+    segment_of_column = batch.layout.column_segment
+
+    def next_segment(previous, segment):
+        previous_mean, has_previous = previous
+        text = (batch.roles == Role.ANSWER) & (segment_of_column == segment["number"])
+        parts = jnp.stack([user, masked_mean(hidden, text), previous_mean], axis=1)
+        present = jnp.stack([jnp.ones_like(has_previous), text.any(1), has_previous], axis=1)
+        query = masked_mean(parts, present)
+        cosines = cosine(query[:, None], segment["candidates"])
+        chosen, keep = pick(cosines, segment["candidate_valid"], segment["slots"], settings)
+        targets = jnp.take_along_axis(segment["candidates"], chosen[..., None], axis=1).astype(jnp.float32)
+        following = masked_mean(targets, keep), keep.any(1)
+        return following, (jnp.where(keep[..., None], targets, 0.0), keep, chosen, cosines)
+
+    segments = {
+        "number": jnp.arange(batch.layout.segments),
+        "candidates": jnp.swapaxes(candidates, 0, 1),
+        "candidate_valid": jnp.swapaxes(candidate_valid, 0, 1),
+        "slots": jnp.swapaxes(batch.valid[:, batch.layout.slot_columns], 0, 1),
+    }
+    start = jnp.zeros_like(user), jnp.zeros(len(user), bool)
+    _, picked = jax.lax.scan(next_segment, start, segments)
+    targets, valid, chosen, cosines = jax.tree.map(lambda array: jnp.swapaxes(array, 0, 1), picked)
+    return Selection(targets, valid, chosen, cosines, user)

@@ -1,0 +1,32 @@
+"""What a training run carries from step to step."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a checkpoint must hold. The optimizer covers the trained parts of `params` alone."""
+
+    step: Int[Array, ""]
+    params: PyTree  # {"vision": ..., "decoder": ...}, float32
+    opt_state: PyTree
+    teacher: PyTree | None  # the decoder's moving average, float32; None where the stage has no teacher
+    rng: PRNGKeyArray
+
+
+def create_state(
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    train: tuple[str, ...],
+    with_teacher: bool,
+    key: PRNGKeyArray,
+) -> TrainState:
+    """Returns the state at the start of a stage: a fresh optimizer, and a teacher that equals the student."""
+    trained = {name: params[name] for name in train}
+    # A copy, since the step gives away the buffers of the state that it is called with.
+    teacher = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params["decoder"])
+    return TrainState(jnp.int32(0), params, optimizer.init(trained), teacher if with_teacher else None, key)
