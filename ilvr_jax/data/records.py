@@ -10,6 +10,9 @@ import numpy as np
 ImageSource = Path | np.ndarray
 """An image file, or the pixels themselves: uint8 [height, width, 3]."""
 
+MapDesc = tuple[tuple[int, ...], ...]
+"""Rows of a FrozenLake map: 1 start, 2 goal, -1 hole, 0 ice."""
+
 
 @dataclass(frozen=True)
 class Text:
@@ -38,7 +41,7 @@ class Record:
     images: tuple[ImageSource, ...]
     steps: tuple[Text | Look, ...]
     answer: str | None = None
-    map_desc: tuple[tuple[int, ...], ...] | None = None
+    map_desc: MapDesc | None = None
     name: str = ""
 
 

@@ -1,0 +1,108 @@
+"""python -m ilvr_jax.data export: writes generated FrozenLake records as a data set in ILVR's format."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import rich.console
+import rich.progress
+from PIL import Image
+
+from ilvr_jax.data.drawing import CELL_PIXELS
+from ilvr_jax.data.frozen_lake import FrozenLakeSource, frozen_lake_settings
+from ilvr_jax.data.records import Record, Text
+from ilvr_jax.training.configuration import load_config, override, resolve_path
+
+
+def export(records: Iterable[Record], folder: Path) -> int:
+    """Writes records as `folder`/train.jsonl and PNG files beside it, and returns how many.
+
+    train.jsonl appears when all are written. Raises FileExistsError if there is one already.
+    """
+    path = folder / "train.jsonl"
+    if path.exists():
+        raise FileExistsError(f"{path} exists; a folder without a train.jsonl is accepted")
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".jsonl.partial")
+    count = 0
+    with unfinished.open("w", encoding="utf-8") as file:
+        for count, record in enumerate(records, start=1):
+            file.write(json.dumps(_fields(record, folder, count - 1)) + "\n")
+    unfinished.replace(path)
+    return count
+
+
+def _fields(record: Record, folder: Path, number: int) -> dict:
+    looks = [step for step in record.steps if not isinstance(step, Text)]
+    pictures = [*record.images, *(look.helper_image for look in looks)]
+    names = [f"images/{number:06d}_{index}.png" for index in range(len(pictures))]
+    for name, pixels in zip(names, pictures, strict=True):
+        Image.fromarray(pixels).save(folder / name)
+    helper_names = iter(names[len(record.images) :])
+    return {
+        "text_input": record.question,
+        "image_input": names[: len(record.images)],
+        "sequence_plan": [
+            {"type": "text", "content": step.content}
+            if isinstance(step, Text)
+            else {"type": "latent", "helper_image": next(helper_names)}
+            for step in record.steps
+        ],
+        "original_final_answer": record.answer,
+        "map_desc": record.map_desc,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reads the command line and exports; bad input ends the process with one sentence."""
+    parser = argparse.ArgumentParser(prog="python -m ilvr_jax.data", allow_abbrev=False)
+    command = parser.add_subparsers(required=True, metavar="export").add_parser(
+        "export",
+        allow_abbrev=False,
+        help="write generated FrozenLake records as train.jsonl and images",
+        epilog="Any value of the config can be given as --config.section.key=value.",
+    )
+    command.add_argument("--config", required=True, help="a Python file with a function get_config()")
+    command.add_argument("--count", required=True, type=int, help="how many records")
+    command.add_argument("--out", required=True, type=Path, help="the folder to write to")
+    command.add_argument("--seed", type=int, help="of the generator (default: the config's seed)")
+    options, others = parser.parse_known_args(arguments)
+    for other in others:
+        if not (other.startswith("--config.") and "=" in other):
+            parser.error(f"unrecognized argument {other}; config values are given as --config.section.key=value")
+    try:
+        _export_config(options, [other.removeprefix("--config.").partition("=") for other in others])
+    except OSError as error:
+        sys.exit(f"error: {options.out} cannot be written: {error.strerror or error}")
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"error: interrupted; {options.out} is incomplete and has no train.jsonl")
+
+
+def _export_config(options: argparse.Namespace, overrides: Sequence[tuple[str, str, str]]) -> None:
+    config = load_config(Path(options.config))
+    for key, _, text in overrides:
+        override(config, key, text)
+    seed = config.seed if options.seed is None else options.seed
+    if options.count < 1 or seed < 0:
+        raise ValueError(f"--count is {options.count} and the seed {seed}; at least 1 and 0 are accepted")
+    settings = frozen_lake_settings(config.data.frozen_lake)
+    settings = dataclasses.replace(
+        settings, cell_pixels=CELL_PIXELS, exclude=tuple(str(resolve_path(path)) for path in settings.exclude)
+    )
+    source = FrozenLakeSource(settings, seed, options.count)
+    console = rich.console.Console(stderr=True)
+    records = (source[index] for index in range(len(source)))
+    count = export(rich.progress.track(records, "Exporting", total=len(source), console=console), options.out)
+    print(
+        f"{count} records in {options.out / 'train.jsonl'}: {CELL_PIXELS} pixels a cell, "
+        f"read with data.image_scale={28 / CELL_PIXELS} for one vision token a cell"
+    )
+
+
+if __name__ == "__main__":
+    main()
