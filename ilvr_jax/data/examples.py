@@ -1,0 +1,124 @@
+"""From a record to a sample: the chat text, its tokens, patches and latent slots."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerFast
+
+from ilvr_jax.data.images import load_image, patch_image
+from ilvr_jax.data.records import BadRecord, ImageSource, Record, Text
+from ilvr_jax.data.tokenizer import SPECIAL_TOKENS
+from ilvr_jax.latents.layout import Sample, build_sample
+from ilvr_jax.latents.tokens import SpecialTokens
+from ilvr_jax.models.images import PatchedImage
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # image_pad is repeated once per vision token
+LATENT = "<|latent_start|><|latent_pad|><|latent_end|>"  # latent_pad is repeated once per slot
+HELPER_IMAGES = {"latent": LATENT, "omit": "", "encode": IMAGE}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSettings:
+    """How records become samples."""
+
+    image_scale: float = 1.0
+    question: str | None = None  # put in place of every record's own
+    latent_size: int = 8  # K, slots a look
+    helper_images: str = "latent"  # looks become "latent" slots, are left out ("omit"), or vision tokens ("encode")
+    system: str = ""  # text of a system turn, none if empty
+
+    def __post_init__(self):
+        if self.helper_images not in HELPER_IMAGES:
+            raise ValueError(f'helper_images is "{self.helper_images}"; {", ".join(HELPER_IMAGES)} are accepted')
+        if self.latent_size < 1 or self.image_scale <= 0:
+            raise ValueError(
+                f"latent_size is {self.latent_size} and image_scale {self.image_scale}; positive numbers are accepted"
+            )
+
+
+def build_example(
+    record: Record,
+    tokenizer: PreTrainedTokenizerFast,
+    special: SpecialTokens,
+    settings: ExampleSettings,
+    number: int = 0,
+) -> Sample:
+    """Builds the training sample of a record: prompt and answer.
+
+    The steps follow each other with nothing between them; the answer ends with `<|im_end|>`.
+
+    Raises BadRecord if the record has no steps, its text holds a special token, or an image cannot be read.
+    """
+    if not record.steps:
+        raise BadRecord(f"{record.name}: has zero steps; at least one step is needed for training")
+    looks = [step.helper_image for step in record.steps if not isinstance(step, Text)]
+    look = HELPER_IMAGES[settings.helper_images]
+    answer = "".join(_plain(step.content, record) if isinstance(step, Text) else look for step in record.steps)
+    return _build(
+        record,
+        _prompt(record, settings) + answer + "<|im_end|>",
+        [*record.images, *(looks if settings.helper_images == "encode" else [])],
+        looks if settings.helper_images == "latent" else [],
+        (tokenizer, special, settings, number),
+    )
+
+
+def build_prompt(
+    record: Record,
+    tokenizer: PreTrainedTokenizerFast,
+    special: SpecialTokens,
+    settings: ExampleSettings,
+    number: int = 0,
+) -> Sample:
+    """Builds a record's prompt alone, up to and including the assistant header, for decoding.
+
+    Raises BadRecord as `build_example` does; a record needs no steps.
+    """
+    return _build(record, _prompt(record, settings), record.images, [], (tokenizer, special, settings, number))
+
+
+def _prompt(record: Record, settings: ExampleSettings) -> str:
+    system = f"<|im_start|>system\n{settings.system}<|im_end|>\n" if settings.system else ""
+    question = _plain(record.question if settings.question is None else settings.question, record)
+    user = f"<|im_start|>user\n{IMAGE * len(record.images)}{question}<|im_end|>\n"
+    return f"{system}{user}<|im_start|>assistant\n"
+
+
+def _plain(text: str, record: Record) -> str:
+    """Returns the text if it holds no special token: one would be read as part of the chat's structure."""
+    if "<|" in text:
+        for token in SPECIAL_TOKENS:
+            if token in text:
+                raise BadRecord(f"{record.name}: a text holds {token}, a special token; text without it is accepted")
+    return text
+
+
+def _build(
+    record: Record,
+    chat: str,
+    images: Sequence[ImageSource],
+    helper_images: Sequence[ImageSource],
+    build: tuple[PreTrainedTokenizerFast, SpecialTokens, ExampleSettings, int],
+) -> Sample:
+    tokenizer, special, settings, number = build
+    try:
+        patched = [patch_image(load_image(image, settings.image_scale)) for image in images]
+        patched_helpers = [patch_image(load_image(image, settings.image_scale)) for image in helper_images]
+    except BadRecord as error:
+        raise BadRecord(f"{record.name}: {error}") from error
+    # The Rust tokenizer underneath: the wrapper costs several times as much for a text of this length.
+    tokens = np.array(tokenizer.backend_tokenizer.encode(chat, add_special_tokens=False).ids, np.int32)
+    tokens = _expand(tokens, patched, special, settings.latent_size)
+    return build_sample(tokens, patched, patched_helpers, special, settings.latent_size, record=number)
+
+
+def _expand(
+    tokens: Int[np.ndarray, " short"], images: Sequence[PatchedImage], special: SpecialTokens, latent_size: int
+) -> Int[np.ndarray, " time"]:
+    """Repeats each image_pad once per vision token and each latent_pad once per slot."""
+    counts = np.ones(len(tokens), np.int64)
+    counts[tokens == special.image_pad] = [image.vision_tokens for image in images]
+    counts[tokens == special.latent_pad] = latent_size
+    return np.repeat(tokens, counts)

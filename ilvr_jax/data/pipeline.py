@@ -1,0 +1,196 @@
+"""The input pipeline: shuffled records -> samples (in grain workers) -> batches of few static shapes, endlessly."""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import grain
+from absl import flags
+
+from ilvr_jax.data.records import BadRecord, Record
+from ilvr_jax.latents.layout import Batch, Layout, Sample, collate, fits, required_layout
+from ilvr_jax.latents.tokens import SpecialTokens
+
+PREFETCHED_BATCHES = 2
+PREFETCHED_SAMPLES = 16  # a worker
+
+
+class Source(Protocol):
+    """Records by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+class Loaded(NamedTuple):
+    """A record on its way to a batch: a sample and its bucket, or why there is none."""
+
+    number: int
+    sample: Sample | None = None
+    bucket: int = -1
+    problem: str = ""
+
+
+def make_iterator(
+    source: Source,
+    to_sample: Callable[..., Sample],
+    buckets: Sequence[Layout],
+    batch_size: int,
+    seed: int,
+    special: SpecialTokens,
+    window_units: int,
+    workers: int = 0,
+    on_bad_record: str = "error",
+) -> grain.DatasetIterator[Batch]:
+    """Returns an endless iterator over batches, every epoch in another order.
+
+    `to_sample(record, number=...)` makes a sample of record `number`; it goes to the first of `buckets` that holds
+    it, and a batch is made when a bucket has `batch_size` samples. Part-full buckets are carried into the next
+    epoch. With `workers` processes or none (a thread), the batches are the same. The state (`get_state`,
+    `set_state`) is small and plain JSON, and may be restored with another number of workers.
+
+    A bad record raises BadRecord at the next batch, or with `on_bad_record="skip"` is logged and left out;
+    `skipped_records` lists these. Raises ValueError on settings that make no sense.
+    """
+    if on_bad_record not in ("error", "skip"):
+        raise ValueError(f'on_bad_record is "{on_bad_record}"; "error" and "skip" are accepted')
+    if not buckets or batch_size < 1 or workers < 0:
+        raise ValueError(f"{len(buckets)} buckets, batch_size {batch_size}, workers {workers}: too few")
+    if not len(source):
+        raise BadRecord("the source holds no records; at least one is needed")
+    load = functools.partial(
+        load_sample, source=source, to_sample=to_sample, buckets=tuple(buckets), window_units=window_units
+    )
+    records = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().map(load)
+    grain.config.update("py_traceback_filtering", "off")  # it would add lines of its own to an error's sentence
+    batches = BatchIterator(
+        records,
+        functools.partial(collate, special=special, window_units=window_units),
+        buckets,
+        batch_size,
+        workers,
+        skip=on_bad_record == "skip",
+        source_length=len(source),
+    )
+    return grain.experimental.ThreadPrefetchDatasetIterator(batches, PREFETCHED_BATCHES)
+
+
+def skipped_records(iterator: grain.DatasetIterator) -> list[int]:
+    """Returns the numbers of the records left out so far, each once however often it came up."""
+    return list(iterator.get_state()["skipped"])
+
+
+def load_sample(
+    number: int, source: Source, to_sample: Callable[..., Sample], buckets: Sequence[Layout], window_units: int
+) -> Loaded:
+    """Loads one record and finds its bucket; a bad record is returned as such, to be judged in the main process."""
+    try:
+        record = source[number]
+        sample = to_sample(record, number=number)
+        for bucket, layout in enumerate(buckets):
+            if fits(sample, layout, window_units):
+                return Loaded(number, sample, bucket)
+        raise BadRecord(f"{record.name}: {_too_large(required_layout(sample, window_units), buckets[-1])}")
+    except BadRecord as error:
+        return Loaded(number, problem=str(error))
+
+
+def _too_large(need: Layout, largest: Layout) -> str:
+    def words(layout: Layout) -> str:
+        return (
+            f"{layout.prefix} tokens before the first segment, {layout.segments} segments of {layout.latent_size} "
+            f"slots, {layout.text} tokens between segments and {layout.text + layout.tail} after them, "
+            f"{layout.images} images of {layout.image_windows} windows, helper images of {layout.helper_windows}"
+        )
+
+    return f"fits no bucket: it takes {words(need)}; the largest bucket holds {words(largest)}"
+
+
+class BatchIterator(grain.DatasetIterator):
+    """Assembles batches from `records`, a random-access dataset of Loaded.
+
+    The state is a position in the (endless, shuffled) order of records and the positions of the samples that
+    wait in part-full buckets. Those are loaded again after a restore.
+    """
+
+    def __init__(
+        self,
+        records: grain.MapDataset,
+        make_batch: Callable[[Sequence[Sample], Layout], Batch],
+        buckets: Sequence[Layout],
+        batch_size: int,
+        workers: int,
+        skip: bool,
+        source_length: int,
+    ):
+        super().__init__()
+        self._records, self._make_batch, self._buckets = records, make_batch, tuple(buckets)
+        self._batch_size, self._workers = batch_size, workers
+        self._skip, self._source_length = skip, source_length
+        self._stream = None
+        self.set_state({"position": 0, "pending": [], "skipped": []})
+
+    def get_state(self) -> dict[str, Any]:
+        waiting = [position for bucket in self._waiting for position, _ in bucket]
+        return {
+            "position": self._position,
+            "pending": sorted([*self._to_reload, *waiting]),
+            "skipped": sorted(self._skipped),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._close_stream()
+        self._position = state["position"]
+        self._to_reload = list(state["pending"])
+        self._skipped = set(state["skipped"])
+        self._waiting: list[list[tuple[int, Sample]]] = [[] for _ in self._buckets]
+
+    def __next__(self) -> Batch:
+        self._assert_not_closed()
+        while self._to_reload:
+            position = self._to_reload[0]
+            self._put(position, self._records[position])
+            self._to_reload.pop(0)
+        if self._stream is None:
+            self._stream = self._start_stream()
+        while True:
+            for layout, waiting in zip(self._buckets, self._waiting, strict=True):
+                if len(waiting) >= self._batch_size:
+                    samples = [sample for _, sample in waiting[: self._batch_size]]
+                    del waiting[: self._batch_size]
+                    return self._make_batch(samples, layout)
+            loaded, position = next(self._stream), self._position
+            self._position += 1
+            self._put(position, loaded)
+
+    def _put(self, position: int, loaded: Loaded) -> None:
+        if loaded.sample is not None:
+            self._waiting[loaded.bucket].append((position, loaded.sample))
+        elif not self._skip:
+            raise BadRecord(loaded.problem)
+        elif loaded.number not in self._skipped:
+            logging.getLogger(__name__).warning("left out: %s", loaded.problem)
+            self._skipped.add(loaded.number)
+        if len(self._skipped) == self._source_length:
+            raise BadRecord(f"every record was left out, the last because: {loaded.problem}")
+
+    def _start_stream(self) -> grain.DatasetIterator:
+        remaining = self._records.slice(slice(self._position, None)).to_iter_dataset(
+            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        )
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # grain asks absl's flags for debug settings before it starts a worker
+                flags.FLAGS.mark_as_parsed()
+            remaining = remaining.mp_prefetch(grain.MultiprocessingOptions(self._workers, PREFETCHED_SAMPLES))
+        return iter(remaining)
+
+    def _close_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = None
+
+    def close(self) -> None:
+        super().close()
+        self._close_stream()

@@ -1,0 +1,163 @@
+"""The input pipeline: order, buckets, exact state, bad records."""
+
+import collections
+import functools
+import itertools
+import json
+import logging
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from ilvr_jax.data.examples import ExampleSettings, build_example
+from ilvr_jax.data.pipeline import make_iterator, skipped_records
+from ilvr_jax.data.records import BadRecord, Look, Record, Text
+from ilvr_jax.data.tokenizer import special_tokens, train_tokenizer
+from ilvr_jax.latents.layout import Layout
+
+TOKENIZER = train_tokenizer(["go on look there"])
+SPECIAL = special_tokens(TOKENIZER)
+TO_SAMPLE = functools.partial(
+    build_example, tokenizer=TOKENIZER, special=SPECIAL, settings=ExampleSettings(latent_size=2)
+)
+BUCKETS = [
+    Layout(prefix=24, segments=segments, text=4, tail=6, latent_size=2, images=1, image_windows=1, helper_windows=1)
+    for segments in (1, 3)
+]
+
+
+class LookSource:
+    """Record i has an image of colour i and i % 4 looks; the records in `bad` cannot be used."""
+
+    def __init__(self, count: int, bad: tuple[int, ...] = ()):
+        self.count, self.bad = count, bad
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Record:
+        if index in self.bad:
+            raise BadRecord(f"source line {index}: is bad")
+        image = np.full((28, 28, 3), index, np.uint8)
+        steps = [Text("go on"), *[Look(image), Text("look")] * (index % 4)]
+        return Record("there", (image,), tuple(steps), name=f"source line {index}")
+
+
+def iterator(source=None, buckets=BUCKETS, batch_size=4, seed=3, **settings):
+    source = LookSource(23) if source is None else source
+    return make_iterator(source, TO_SAMPLE, buckets, batch_size, seed, SPECIAL, window_units=2, **settings)
+
+
+def records(batches, count: int) -> list[list[int]]:
+    return [batch.record.tolist() for batch in itertools.islice(batches, count)]
+
+
+def test_batches_hold_what_their_records_say():
+    for batch in itertools.islice(iterator(), 12):
+        assert batch.layout in BUCKETS and batch.tokens.shape == (4, batch.layout.columns)
+        looks = np.array(batch.record) % 4
+        assert (np.array(batch.tokens) == SPECIAL.latent_start).sum(1).tolist() == looks.tolist()
+        assert looks.max() <= 1 if batch.layout == BUCKETS[0] else looks.min() >= 2
+        assert batch.images.pixels.max((1, 2, 3, 4)).tolist() == batch.record.tolist()
+
+
+def test_an_epoch_holds_every_record_once_and_epochs_differ():
+    flat = list(itertools.chain(*records(iterator(LookSource(24), BUCKETS[1:], seed=0), 12)))
+    assert sorted(flat[:24]) == sorted(flat[24:48]) == list(range(24))
+    assert flat[:24] != flat[24:48] != list(range(24))
+    other = itertools.chain(*records(iterator(LookSource(24), BUCKETS[1:], seed=1), 6))
+    assert list(other) != flat[:24]
+
+
+def test_part_full_buckets_are_carried_over_epochs():
+    batches = records(iterator(LookSource(5), batch_size=8), 10)
+    counts = collections.Counter(itertools.chain(*batches))
+    assert len(counts) == 5 and all(len(batch) == 8 for batch in batches)
+
+
+def test_worker_processes_give_the_same_batches():
+    settings = {"source": LookSource(23, bad=(7, 2)), "on_bad_record": "skip"}
+    alone, workers = iterator(**settings), iterator(**settings, workers=2)
+    records(alone, 3)
+    workers.set_state(alone.get_state())  # a state holds for any number of workers
+    for expected, got in itertools.islice(zip(alone, workers, strict=True), 8):
+        jax.tree.map(np.testing.assert_array_equal, expected, got)
+    state = workers.get_state()
+    assert state == alone.get_state()
+    assert len(state["pending"]) > 0 and skipped_records(workers) == [2, 7]
+    workers.close()
+    resumed = iterator(**settings)
+    resumed.set_state(state)
+    assert records(resumed, 3) == records(alone, 3)
+
+
+@pytest.mark.parametrize("taken", range(7))
+def test_a_restored_iterator_continues_exactly(taken):
+    source = LookSource(23, bad=(4, 11))
+    first = iterator(source, on_bad_record="skip")
+    records(first, taken)
+    state = json.loads(json.dumps(first.get_state()))
+    expected = list(itertools.islice(first, 6))
+    skipped = skipped_records(first)
+    second = iterator(source, on_bad_record="skip")
+    records(second, 2)
+    second.set_state(state)
+    assert second.get_state() == state
+    for left, right in zip(expected, itertools.islice(second, 6), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, left, right)
+    assert skipped_records(second) == skipped
+
+
+def test_orbax_saves_and_restores_the_iterator(tmp_path):
+    import grain
+
+    first = iterator()
+    records(first, 3)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(first)))
+        manager.wait_until_finished()
+        second = iterator()
+        manager.restore(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(second)))
+    assert records(second, 4) == records(first, 4)
+
+
+def test_a_bad_record_stops_the_run_with_its_sentence():
+    batches = iterator(LookSource(23, bad=(7,)))
+    for _ in range(2):  # asking again does not get round it
+        with pytest.raises(BadRecord, match="^source line 7: is bad$"):
+            records(batches, 30)
+
+
+def test_bad_records_are_left_out_and_counted_once(caplog):
+    batches = iterator(LookSource(23, bad=(7, 2)), on_bad_record="skip")
+    with caplog.at_level(logging.WARNING):
+        seen = set(itertools.chain(*records(batches, 30)))
+    assert seen == set(range(23)) - {2, 7}
+    assert skipped_records(batches) == [2, 7]
+    assert sorted(caplog.messages) == ["left out: source line 2: is bad", "left out: source line 7: is bad"]
+
+
+def test_a_source_of_bad_records_alone_ends():
+    for _ in range(2):
+        with pytest.raises(BadRecord, match="every record was left out, the last because: source line [01]: is bad"):
+            next(iterator(LookSource(2, bad=(0, 1)), on_bad_record="skip"))
+    with pytest.raises(BadRecord, match="the source holds no records"):
+        iterator(LookSource(0))
+
+
+def test_a_record_too_large_for_every_bucket_is_named():
+    batches = iterator(LookSource(23), buckets=BUCKETS[:1])
+    with pytest.raises(BadRecord, match=r"^source line \d+: fits no bucket: .* [23] segments .* 1 segments"):
+        records(batches, 30)
+    batches = iterator(LookSource(23), buckets=BUCKETS[:1], on_bad_record="skip")
+    assert set(itertools.chain(*records(batches, 30))) == {i for i in range(23) if i % 4 < 2}
+    assert skipped_records(batches) == [i for i in range(23) if i % 4 >= 2]
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(ValueError, match='on_bad_record is "stop"; "error" and "skip" are accepted'):
+        iterator(on_bad_record="stop")
+    with pytest.raises(ValueError, match="0 buckets"):
+        iterator(buckets=[])
