@@ -14,6 +14,7 @@ from ilvr_jax.latents.tokens import SpecialTokens
 
 PREFETCHED_BATCHES = 2
 PREFETCHED_SAMPLES = 16  # a worker
+LOGGED_SKIPS = 20  # bad records that are named; those that follow are counted only
 
 
 class Source(Protocol):
@@ -51,8 +52,8 @@ def make_iterator(
     epoch. With `workers` processes or none (a thread), the batches are the same. The state (`get_state`,
     `set_state`) is small and plain JSON, and may be restored with another number of workers.
 
-    A bad record raises BadRecord at the next batch, or with `on_bad_record="skip"` is logged and left out;
-    `skipped_records` lists these. Raises ValueError on settings that make no sense.
+    A bad record raises BadRecord at the next batch, or with `on_bad_record="skip"` is left out: the
+    first are logged, and `skipped_records` lists all. Raises ValueError on settings that make no sense.
     """
     if on_bad_record not in ("error", "skip"):
         raise ValueError(f'on_bad_record is "{on_bad_record}"; "error" and "skip" are accepted')
@@ -98,14 +99,26 @@ def load_sample(
 
 
 def _too_large(need: Layout, largest: Layout) -> str:
-    def words(layout: Layout) -> str:
-        return (
-            f"{layout.prefix} tokens before the first segment, {layout.segments} segments of {layout.latent_size} "
-            f"slots, {layout.text} tokens between segments and {layout.text + layout.tail} after them, "
-            f"{layout.images} images of {layout.image_windows} windows, helper images of {layout.helper_windows}"
-        )
-
-    return f"fits no bucket: it takes {words(need)}; the largest bucket holds {words(largest)}"
+    """Says what of a sample does not fit; all its sizes where only their combination is too large."""
+    rooms = {
+        "images": (need.images, largest.images),
+        "attention windows an image": (need.image_windows, largest.image_windows),
+    }
+    if need.segments:
+        last = max(0, largest.segments - need.segments + 1) * largest.text + largest.tail
+        rooms |= {
+            "tokens before the first latent segment": (need.prefix, largest.prefix),
+            "latent segments": (need.segments, largest.segments),
+            "slots a segment": (need.latent_size, largest.latent_size),
+            "tokens between segments": (need.text, largest.text),
+            "tokens after the last segment": (need.text + need.tail, last),
+            "attention windows a helper image": (need.helper_windows, largest.helper_windows),
+        }
+    else:
+        rooms["tokens"] = (need.prefix, len(largest.text_columns))
+    over = {name: sizes for name, sizes in rooms.items() if sizes[0] > sizes[1]} or rooms
+    needs, holds = ([f"{sizes[side]} {name}" for name, sizes in over.items()] for side in (0, 1))
+    return f"fits no bucket: it takes {', '.join(needs)}; the largest bucket holds {', '.join(holds)}"
 
 
 class BatchIterator(grain.DatasetIterator):
@@ -171,8 +184,9 @@ class BatchIterator(grain.DatasetIterator):
         elif not self._skip:
             raise BadRecord(loaded.problem)
         elif loaded.number not in self._skipped:
-            logging.getLogger(__name__).warning("left out: %s", loaded.problem)
             self._skipped.add(loaded.number)
+            if len(self._skipped) <= LOGGED_SKIPS:
+                logging.getLogger(__name__).warning("left out: %s", loaded.problem)
         if len(self._skipped) == self._source_length:
             raise BadRecord(f"every record was left out, the last because: {loaded.problem}")
 

@@ -1,0 +1,102 @@
+"""How many samples a second the input pipeline makes by itself, on generated FrozenLake maps.
+
+python -m benchmarks.input_pipeline [--batch-size=64] [--seconds=10] [--workers 0 2]
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+
+from ilvr_jax.data.examples import ExampleSettings, build_example
+from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.data.pipeline import make_iterator
+from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer
+from ilvr_jax.latents.layout import collate, merge_layouts, required_layout
+
+MEASURED = 256  # records of which the stages are timed one by one, and which set the bucket's shape
+WINDOW_UNITS = 2  # merge units a side of an attention window, as in configs/base.py
+
+
+def milliseconds(make: Callable[[int], object], count: int) -> tuple[float, list]:
+    """Returns the time of one call of `make(i)`, averaged over i < count, and what the calls returned."""
+    start = time.perf_counter()
+    made = [make(index) for index in range(count)]
+    return (time.perf_counter() - start) / count * 1e3, made
+
+
+def processor() -> str:
+    """Returns the name of the processor, as far as the system tells it."""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    """Times each stage for one sample, then the whole pipeline; prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    arguments = parser.parse_args()
+
+    source = FrozenLakeSource(FrozenLakeSettings(), seed=0, count=1_000_000)
+    source[0]  # sprites are read once
+    record_time, records = milliseconds(source.__getitem__, MEASURED)
+    tokenizer = train_tokenizer(record_texts(records))
+    special = special_tokens(tokenizer)
+    table = Table(
+        "helper images", "what", "workers", "ms a sample", "samples/s", f"ms a batch of {arguments.batch_size}"
+    )
+
+    def row(kind: str, what: str, workers: str, sample_time: float) -> None:
+        batch_time = sample_time * arguments.batch_size
+        table.add_row(kind, what, workers, f"{sample_time:.2f}", f"{1e3 / sample_time:.0f}", f"{batch_time:.1f}")
+
+    row("", "make the map and draw it", "", record_time)
+    for kind in ("omit", "latent"):
+        to_sample = functools.partial(
+            build_example, tokenizer=tokenizer, special=special, settings=ExampleSettings(1.0, None, 4, kind)
+        )
+        build_time, samples = milliseconds(lambda index, make=to_sample: make(records[index]), MEASURED)
+        layout = merge_layouts([required_layout(sample, WINDOW_UNITS) for sample in samples])
+        # What 256 records do not show is rare, and has a bucket of its own.
+        longest = dataclasses.replace(
+            layout, prefix=layout.prefix + 64, segments=2 * layout.segments, text=2 * layout.text
+        )
+        row(kind, "tokens and patches", "", build_time)
+        size = arguments.batch_size
+        batches = [samples[start : start + size] for start in range(0, MEASURED - size + 1, size)] or [samples]
+        collate_time, _ = milliseconds(
+            lambda index, rows=batches, shape=layout: collate(rows[index], shape, special, WINDOW_UNITS) and None,
+            len(batches),
+        )
+        row(kind, f"collate ({layout.columns} columns)", "", collate_time / len(batches[0]))
+        for workers in arguments.workers:
+            iterator = make_iterator(source, to_sample, [layout, longest], size, 0, special, WINDOW_UNITS, workers)
+            for _ in range(4):  # what was prefetched, and starting the workers, does not count
+                next(iterator)
+            count, start = 0, time.perf_counter()
+            while time.perf_counter() - start < arguments.seconds:
+                count += len(next(iterator).record)
+            row(kind, "whole pipeline", str(workers), (time.perf_counter() - start) * 1e3 / count)
+            iterator.close()
+
+    console = Console(width=120)
+    console.print(table)
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("grain", "tokenizers", "numpy", "pillow")]
+    console.print(f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {', '.join(versions)}")
+
+
+if __name__ == "__main__":
+    main()
