@@ -1,0 +1,1 @@
+"""What a person looks at in the end: tables and pictures of results."""

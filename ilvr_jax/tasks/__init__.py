@@ -1,0 +1,1 @@
+"""Tasks: how an answer is read and what it scores."""
