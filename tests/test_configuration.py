@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ilvr_jax.training.configuration import (
     BadConfig,
-    claim_workdir,
+    check_workdir,
     from_json,
     load_config,
     override,
@@ -18,13 +18,15 @@ from ilvr_jax.training.configuration import (
     read_config,
     resolve_path,
     to_json,
+    write_config,
 )
 
 CONFIG = """
 from ml_collections import ConfigDict
 
 def get_config():
-    stage = dict(objective="text", steps=4, batch_size=2, accumulation=1, learning_rate=1e-3, train=("vision",))
+    stage = dict(objective="text", steps=4, batch_size=2, accumulation=1, learning_rate=1e-3, train=("vision",),
+                 helper_images="omit")
     return ConfigDict(dict(
         seed=0, stages=("warm_up",), warm_up=stage, log_every=1, checkpoint_every=10, checkpoint_keep=1,
         data=dict(path="", on_bad_record="error", frozen_lake=dict(levels=(3, 4), density=(0.1, 0.2), exclude=())),
@@ -85,6 +87,7 @@ def test_overrides_keep_the_type_of_the_value(config_file):
         ("--config.stages=stage3", "stages names 'stage3', the config has the stages warm_up"),
         ("--config.stages=warm_up,warm_up", "names a stage twice"),
         ("--config.warm_up.objective=texts", "one of text, alignment, autonomy is accepted"),
+        ("--config.warm_up.helper_images=x", "one of latent, omit, encode is accepted"),
         ("--config.warm_up.train=teacher", "one of vision, decoder is accepted"),
         ("--config.data.on_bad_record=stop", "one of error, skip is accepted"),
     ],
@@ -150,19 +153,21 @@ def test_a_printed_tuple_is_read_back_with_and_without_parentheses(value):
 def test_a_workdir_belongs_to_one_config(config_file, tmp_path):
     workdir = tmp_path / "run"
     config = read(config_file).config
-    claim_workdir(config, workdir)
+    other = read(config_file, "--config.warm_up.steps=6").config
+    check_workdir(config, workdir)
+    write_config(config, workdir)
     assert read_config(workdir).to_dict() == config.to_dict()
-    claim_workdir(config, workdir)
-    claim_workdir(read(config_file, "--config.log_every=5", "--config.eval.batch_size=9").config, workdir)
-    assert read_config(workdir).eval.batch_size == 9
+    check_workdir(other, workdir)  # nothing was saved yet
+    (workdir / "checkpoints" / "warm_up" / "2").mkdir(parents=True)
+    check_workdir(config, workdir)
+    check_workdir(read(config_file, "--config.log_every=5", "--config.eval.batch_size=9").config, workdir)
     with pytest.raises(BadConfig, match=r"another config: warm_up.steps \(4 there, 6 here\); give"):
-        claim_workdir(read(config_file, "--config.warm_up.steps=6").config, workdir)
-    assert read_config(workdir).warm_up.steps == 4
+        check_workdir(other, workdir)
 
 
 def test_a_workdir_that_cannot_be_one(config_file, tmp_path):
     with pytest.raises(BadConfig, match="cannot be a folder"):
-        claim_workdir(read(config_file).config, config_file)
+        write_config(read(config_file).config, config_file)
     with pytest.raises(BadConfig, match="holds no run"):
         read_config(tmp_path)
 

@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 NO_EFFECT_ON_TRAINING = ("log_every", "checkpoint_every", "checkpoint_keep", "eval")
 
 OBJECTIVES = ("text", "alignment", "autonomy")
+HELPER_IMAGES = ("latent", "omit", "encode")
 
 
 class BadConfig(ValueError):
@@ -127,6 +128,7 @@ def check_config(config: ConfigDict) -> None:
             raise BadConfig(f"config key stages names {name!r}, the config has the stages {', '.join(sections)}")
         stage = config[name]
         _one_of(f"{name}.objective", stage.objective, OBJECTIVES)
+        _one_of(f"{name}.helper_images", stage.helper_images, HELPER_IMAGES)
         for part in stage.train:
             _one_of(f"{name}.train", part, ("vision", "decoder"))
         if not stage.train:
@@ -157,14 +159,17 @@ def resolve_path(path: str | Path) -> Path:
     return REPOSITORY / path
 
 
-def claim_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Makes the workdir and writes config.json there, or checks that it is a run of the same config.
+def has_begun(workdir: Path) -> bool:
+    """Says whether a workdir holds a run to go on with: one that has saved a checkpoint."""
+    return any(workdir.glob("checkpoints/*/[0-9]*"))
 
-    Raises BadConfig, naming the keys that differ, if it is a run of another config, keys without effect on
-    training aside.
+
+def check_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Raises BadConfig, naming the keys that differ, if the workdir holds a run of another config that has begun.
+
+    Keys without effect on training may differ.
     """
-    path = workdir / "config.json"
-    if path.exists():
+    if has_begun(workdir):
         theirs, ours = dict(_flatten(read_config(workdir))), dict(_flatten(from_json(to_json(config))))
         missing = "absent"
         differing = [
@@ -178,13 +183,17 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
                 f"{workdir} was made with another config: {', '.join(differing)}; give these values, or another "
                 "--workdir"
             )
+
+
+def write_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes config.json into the workdir; raises BadConfig if it cannot be a folder."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise BadConfig(f"--workdir {workdir} cannot be a folder: {error.strerror}") from error
-    unfinished = path.with_suffix(".json.partial")
+    unfinished = workdir / "config.json.partial"
     unfinished.write_text(to_json(config))
-    unfinished.replace(path)
+    unfinished.replace(workdir / "config.json")
 
 
 def read_config(workdir: Path) -> ConfigDict:

@@ -1,7 +1,8 @@
 """How training goes, for the person who waits: a live bar on a terminal, elsewhere a line now and then."""
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +25,6 @@ class Progress:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._task = None
 
     def say(self, sentence: str) -> None:
         """Prints a sentence, above the bar if there is one."""
@@ -32,12 +32,15 @@ class Progress:
         self._log.flush()
         self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
-    def begin(self, stage: str, step: int, steps: int) -> None:
-        """Shows a stage that goes on from a step."""
-        self._stage, self._step, self._steps = stage, step, steps
+    @contextlib.contextmanager
+    def stage(self, name: str, step: int, steps: int) -> Iterator[None]:
+        """Shows a stage that goes on from a step, while it lasts."""
+        self._stage, self._step, self._steps = name, step, steps
         self._first, self._since = step, time.monotonic()
-        self._task = self._bar.add_task(stage, total=steps, completed=step, text="compiling")
-        self._bar.start()
+        self._task = self._bar.add_task(name, total=steps, completed=step, text="compiling")
+        with self._bar:
+            yield
+        self._bar.remove_task(self._task)
 
     def advance(self) -> None:
         """Counts one step."""
@@ -60,13 +63,8 @@ class Progress:
         else:
             self.say(line)
 
-    def end(self) -> None:
-        """Takes the bar away."""
-        self._bar.stop()
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task = None
+    def __enter__(self) -> "Progress":
+        return self
 
-    def close(self) -> None:
-        self.end()
+    def __exit__(self, *error) -> None:
         self._log.close()

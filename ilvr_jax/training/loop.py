@@ -1,0 +1,302 @@
+"""The training run: the stages of the config in order, each resumable, evaluated at its end."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import optax
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from ilvr_jax.data.examples import ExampleSettings, build_example
+from ilvr_jax.data.frozen_lake import FrozenLakeSource, frozen_lake_settings
+from ilvr_jax.data.ilvr import IlvrSource
+from ilvr_jax.data.pipeline import Source, make_iterator, skipped_records
+from ilvr_jax.data.tokenizer import load_tokenizer, record_texts, special_tokens, train_tokenizer
+from ilvr_jax.inference.evaluation import evaluate, read_answers
+from ilvr_jax.latents.layout import Layout
+from ilvr_jax.latents.tokens import SpecialTokens
+from ilvr_jax.models.config import model_config
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.reports.pictures import draw_solutions
+from ilvr_jax.reports.tables import success_table
+from ilvr_jax.training.checkpoints import Checkpoints, stage_folder
+from ilvr_jax.training.configuration import blame, check_workdir, has_begun, resolve_path, to_json, write_config
+from ilvr_jax.training.interruption import Interrupted, stop_request
+from ilvr_jax.training.metrics import Metrics
+from ilvr_jax.training.optimizer import make_optimizer
+from ilvr_jax.training.progress import Progress
+from ilvr_jax.training.state import TrainState, create_state
+from ilvr_jax.training.step import make_train_step
+
+TOKENIZER_RECORDS = 2000  # as many records' texts make the tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the stages of a run share."""
+
+    config: ConfigDict
+    workdir: Path
+    source: Source
+    evaluation_source: Source | None
+    tokenizer: PreTrainedTokenizerFast
+    special: SpecialTokens
+    model: Qwen2_5VL
+    steps: Mapping[str, tuple[optax.GradientTransformation, Callable]]  # each stage's optimizer and train step
+    progress: Progress
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a number; one sentence says where."""
+
+
+def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> dict[str, Any]:
+    """Runs the stages of the config, in order, and returns the summary of the run.
+
+    Everything is written under `workdir`: config.json, tokenizer/, checkpoints/<stage>/, metrics.jsonl,
+    tensorboard/<stage>/, train.log, evaluations/<stage>.json summary.json and solutions.png. The same call leaves
+    finished stages as they are and goes on from the newest checkpoint, with the numbers of a run never stopped.
+
+    Raises BadConfig, BadRecord, DiskFull and Diverged, and Interrupted after a signal, when all is saved.
+    """
+    check_workdir(config, workdir)
+    source, evaluation_source = open_source(config), open_evaluation_source(config)
+    tokenizer = load_tokenizer(workdir / "tokenizer") if has_begun(workdir) else make_tokenizer(config, source)
+    with blame("model"):
+        model = Qwen2_5VL(model_config(config.model, len(tokenizer)))
+        params = jax.jit(model.init)(jax.random.key(config.seed))
+    steps = {name: make_step(config, name, model) for name in config.stages}
+    write_config(config, workdir)
+    tokenizer.save_pretrained(workdir / "tokenizer")
+    with Progress(workdir / "train.log", console) as progress:
+        special = special_tokens(tokenizer)
+        run = Run(config, workdir, source, evaluation_source, tokenizer, special, model, steps, progress)
+        for name in config.stages:
+            params = train_stage(run, name, params)
+            evaluate_stage(run, name, params)
+        return finish(run)
+
+
+def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
+    """Trains a stage from `params`, or from its newest checkpoint, and returns its parameters."""
+    config, stage, number = run.config, run.config[name], run.config.stages.index(name)
+    key = jax.random.fold_in(jax.random.key(config.seed), number)
+    optimizer, train_step = run.steps[name]
+
+    def start(params: PyTree) -> TrainState:
+        return create_state(params, optimizer, tuple(stage.train), stage.objective == "alignment", key)
+
+    with (
+        Checkpoints(stage_folder(run.workdir, name), config.checkpoint_keep) as checkpoints,
+        contextlib.closing(open_iterator(run, name, config.seed + number)) as iterator,
+    ):
+        first = checkpoints.latest() or 0
+        if first == stage.steps:
+            run.progress.say(f"{name}: finished earlier, after {first} steps")
+            return checkpoints.restore_params(first, params)
+        if first:
+            run.progress.say(f"{name}: goes on after step {first}")
+            state = checkpoints.restore(first, jax.eval_shape(start, params), iterator)
+        else:
+            state = start(params)
+        del params  # the step gives their buffers away
+        with (
+            Metrics(run.workdir, name, first) as metrics,
+            run.progress.stage(name, first, stage.steps),
+            stop_request() as stop,
+        ):
+            clock, values = Clock(stage.batch_size, first, metrics.seconds_before), {}
+            for step in range(first + 1, stage.steps + 1):
+                with clock.waiting_for_data(values):
+                    batch = next(iterator)
+                before, (state, values) = values, train_step(state, batch)
+                jax.block_until_ready(before)  # one step ahead of the device at most, so that Ctrl-C acts soon
+                run.progress.advance()
+                if step % config.log_every == 0 or step == stage.steps:
+                    losses = finite(name, step, jax.device_get(values))
+                    speed = clock.lap(step)
+                    metrics.write(step, {**losses, **speed})
+                    run.progress.report(losses, speed["samples_per_second"])
+                if step % config.checkpoint_every == 0 or step == stage.steps or stop.signal_number:
+                    checkpoints.save(step, state, iterator)
+                if stop.signal_number:
+                    checkpoints.wait()
+                    raise Interrupted(
+                        f"stopped in {name} after step {step} of {stage.steps}, saved in {checkpoints.folder}; the "
+                        "same command goes on from there",
+                        stop.signal_number,
+                    )
+        checkpoints.wait()
+        write_json(
+            run.workdir / "stages" / f"{name}.json",
+            {
+                "steps": stage.steps,
+                "seconds": round(clock.seconds, 1),
+                "compilations": train_step._cache_size(),
+                "skipped_records": skipped_records(iterator),
+            },
+        )
+    return state.params
+
+
+def open_source(config: ConfigDict) -> Source:
+    """Returns the records that the config's data section names."""
+    data = config.data
+    if data.source == "ilvr":
+        root = resolve_path(data.root) if data.root else None
+        return IlvrSource(resolve_path(data.path), root, on_bad_record=data.on_bad_record)
+    with blame("data"):
+        if data.source != "frozen_lake":
+            raise ValueError(f"source is {data.source!r}; accepted are frozen_lake and ilvr")
+        settings = frozen_lake_settings(data.frozen_lake)
+        exclude = tuple(str(resolve_path(path)) for path in settings.exclude)
+        return FrozenLakeSource(dataclasses.replace(settings, exclude=exclude), config.seed, data.records)
+
+
+def open_iterator(run: Run, stage: str, seed: int) -> grain.DatasetIterator:
+    """Returns the endless batches of a stage."""
+    data, latents = run.config.data, run.config.latents
+    with blame("data"):
+        examples = ExampleSettings(
+            image_scale=data.image_scale,
+            question=data.question or None,
+            latent_size=latents.latent_size,
+            helper_images=run.config[stage].helper_images,
+            system=data.system,
+        )
+        buckets = [Layout(latent_size=latents.latent_size, **bucket) for bucket in data.buckets.values()]
+        return make_iterator(
+            run.source,
+            functools.partial(build_example, tokenizer=run.tokenizer, special=run.special, settings=examples),
+            buckets,
+            run.config[stage].batch_size,
+            seed,
+            run.special,
+            run.model.config.vision.window_units,
+            data.workers,
+            data.on_bad_record,
+        )
+
+
+def make_tokenizer(config: ConfigDict, source: Source) -> PreTrainedTokenizerFast:
+    """Returns the tokenizer that the config names, or one made from the records' texts."""
+    with blame("tokenizer"):
+        if config.tokenizer:
+            return load_tokenizer(resolve_path(config.tokenizer))
+    records = (source[index] for index in range(min(len(source), TOKENIZER_RECORDS)))
+    return train_tokenizer(itertools.chain([config.data.system, config.data.question], record_texts(records)))
+
+
+def make_step(config: ConfigDict, name: str, model: Qwen2_5VL) -> tuple[optax.GradientTransformation, Callable]:
+    """Returns a stage's optimizer and jitted train step."""
+    with blame(name):
+        optimizer = make_optimizer(config[name])
+        return optimizer, make_train_step(model, config[name], config.latents, optimizer)
+
+
+def open_evaluation_source(config: ConfigDict) -> Source | None:
+    """Returns the records that stages are evaluated on, None if `eval.data` is empty."""
+    return IlvrSource(resolve_path(config.eval.data), plan_required=False) if config.eval.data else None
+
+
+def evaluate_stage(run: Run, name: str, params: PyTree) -> None:
+    """Writes evaluations/<stage>.json and the answers beside it, unless it was done before with the same settings."""
+    path = run.workdir / "evaluations" / f"{name}.json"
+    done = path.with_suffix(".settings.json")
+    settings = json.loads(to_json(run.config.eval))
+    if run.evaluation_source is None or (done.exists() and json.loads(done.read_text()) == settings):
+        return
+    run.progress.say(f"{name}: evaluating on {len(run.evaluation_source)} maps of {run.config.eval.data}")
+    evaluation = evaluate(
+        run.config, run.evaluation_source, run.model, params, run.tokenizer, run.special, run.progress.console
+    )
+    evaluation.write(path)
+    write_json(done, settings)
+    run.progress.say(f"{name}: success {evaluation.success.overall:.3f} in {evaluation.seconds:.0f} s")
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Prints the table of success by stage, draws the picture, and returns the summary, written to summary.json."""
+    stages: dict[str, Any] = {}
+    for name in run.config.stages:
+        path = run.workdir / "stages" / f"{name}.json"
+        stages[name] = json.loads(path.read_text()) if path.exists() else {"steps": run.config[name].steps}
+        path = run.workdir / "evaluations" / f"{name}.json"
+        if run.evaluation_source is not None:
+            stages[name]["evaluation"] = json.loads(path.read_text())
+    evaluations = {name: stage["evaluation"] for name, stage in stages.items() if "evaluation" in stage}
+    if evaluations:
+        run.progress.console.print(success_table(evaluations))
+        last = run.workdir / "evaluations" / f"{list(evaluations)[-1]}.json"
+        draw_solutions(read_answers(last), run.workdir / "solutions.png")
+    summary = {
+        "workdir": str(run.workdir),
+        "device": jax.devices()[0].device_kind,
+        "skipped_records": len({number for stage in stages.values() for number in stage.get("skipped_records", ())}),
+        "skipped_lines": list(getattr(run.source, "skipped", ())),
+        "stages": stages,
+    }
+    write_json(run.workdir / "summary.json", summary)
+    return summary
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a file that is complete or not there."""
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(value, indent=2) + "\n")
+    unfinished.replace(path)
+
+
+def finite(stage: str, step: int, values: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the values as floats; raises Diverged if one is not a number."""
+    values = {name: float(value) for name, value in values.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise Diverged(
+                f"{name} is {value} at step {step} of {stage}: nothing was saved since the last checkpoint; a lower "
+                f"{stage}.learning_rate or {stage}.clip may help"
+            )
+    return values
+
+
+class Clock:
+    """Measures the rate of a stage and how long the device stood idle because no batch was ready."""
+
+    def __init__(self, batch_size: int, first: int, seconds: float):
+        """`seconds` were spent on the stage before, up to step `first`."""
+        self.seconds = seconds
+        self._batch_size, self._step = batch_size, first
+        self._since, self._waited = time.monotonic(), 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self, running: Mapping[str, jax.Array]) -> Iterator[None]:
+        """Times what happens within it, unless `running`, the results of the step before, were not ready after it."""
+        began = time.monotonic()
+        yield
+        if all(value.is_ready() for value in running.values()):
+            self._waited += time.monotonic() - began
+
+    def lap(self, step: int) -> dict[str, float]:
+        """Returns the figures since the lap before: rate, share of time without data, seconds of the stage so far."""
+        taken = time.monotonic() - self._since
+        figures = {
+            "samples_per_second": (step - self._step) * self._batch_size / taken,
+            "data_wait_share": self._waited / taken,
+            "seconds": self.seconds + taken,
+        }
+        self.seconds, self._step = self.seconds + taken, step
+        self._since, self._waited = time.monotonic(), 0.0
+        return figures
