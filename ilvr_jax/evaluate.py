@@ -2,9 +2,11 @@
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from absl import logging
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -25,7 +27,8 @@ from ilvr_jax.training.configuration import (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
+    """Runs the command and returns its exit status: 0 done, 1 not written, 2 bad input, 130 stopped."""
+    logging.set_verbosity(logging.FATAL)  # libraries log the errors that they raise: each is to be said once
     parser = argparse.ArgumentParser(prog="python -m ilvr_jax.evaluate", description=__doc__)
     parser.add_argument("--data", type=Path, help="JSON lines with a map_desc each (default: eval.data of the config)")
     parser.add_argument("--json", type=Path, help="where to write the figures; each answer goes into a file beside it")
@@ -48,10 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         evaluation = evaluate(options.config, source, *restored, console=console)
     except (BadConfig, BadRecord, NoCheckpoint) as error:
         print(error, file=sys.stderr)
-        return 1
-    show(evaluation, options.stage or str(options.workdir), console)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    show(evaluation, options.stage or options.workdir.name, console)
     if options.json:
-        evaluation.write(options.json)
+        try:
+            evaluation.write(options.json)
+        except OSError as error:
+            print(f"{options.json} could not be written: {error.strerror}", file=sys.stderr)
+            return 1
         console.print(f"Written: {options.json} and {samples_path(options.json)}", highlight=False, soft_wrap=True)
     return 0
 
@@ -80,9 +90,11 @@ def show(evaluation: Evaluation, name: str, console: Console) -> None:
 
 def check_writable(path: Path) -> None:
     """Raises BadConfig if a file cannot be written, before the work is done that it is for."""
+    if path.is_dir():
+        raise BadConfig(f"--json {path} is a folder; a path for a file is accepted")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
+        with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise BadConfig(f"--json {path} cannot be written: {error.strerror}; a path for a file is accepted") from error

@@ -104,7 +104,7 @@ class Evaluation:
         }
 
     def write(self, path: Path) -> None:
-        """Writes the answers, one a line, to `samples_path(path)`, and then the summary to `path`, whole or not at all."""
+        """Writes the answers, one a line, to `samples_path(path)`, then the summary to `path`, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with samples_path(path).open("w", encoding="utf-8") as file:
             for answer in self.answers:

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, PathPatch
-from matplotlib.patheffects import withStroke
 from matplotlib.path import Path as Curve
+from matplotlib.patheffects import withStroke
 
 from ilvr_jax.data.drawing import draw_map
 from ilvr_jax.data.frozen_lake import Cell
@@ -58,7 +58,7 @@ def draw_solutions(answers: Sequence[Answer], path: Path, count: int = 12, wrong
 
 
 def choose_answers(answers: Sequence[Answer], count: int, wrong: int) -> list[Answer]:
-    """Returns up to `count` answers, sorted by level: at most `wrong` wrong ones, more if the right ones are too few."""
+    """Returns up to `count` answers, by level, at most `wrong` wrong ones or more for want of right ones."""
     solved = _varied([answer for answer in answers if answer.success])
     failed = _varied([answer for answer in answers if not answer.success])
     failed = failed[: max(wrong, count - len(solved))][:count]
