@@ -88,8 +88,14 @@ def newer_names(state: dict) -> dict:
 
 def older_names(state: dict) -> dict:
     """Returns the tensors under `model...` and `visual...`."""
-    names = {name: name.replace("model.language_model.", "model.").replace("model.visual.", "visual.") for name in state}
-    return {names[name]: tensor for name, tensor in state.items()}
+    shorter = {"model.language_model.": "model.", "model.visual.": "visual."}
+    return {_replaced(name, shorter): tensor for name, tensor in state.items()}
+
+
+def _replaced(name: str, changes: dict) -> str:
+    for old, new in changes.items():
+        name = name.replace(old, new)
+    return name
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -220,9 +220,7 @@ def collate(samples: Sequence[Sample], layout: Layout, special: SpecialTokens, w
         roles[row, place] = sample.roles
         positions[row][:, place] = sample.positions
         capacity = layout.image_windows * window_units**2
-        features = [
-            number * capacity + np.arange(image.vision_tokens) for number, image in enumerate(sample.images)
-        ]
+        features = [number * capacity + np.arange(image.vision_tokens) for number, image in enumerate(sample.images)]
         image_index[row, place[sample.roles == Role.IMAGE]] = np.concatenate([np.zeros(0, int), *features])
     any_image = next((image for sample in samples for image in (*sample.images, *sample.helper_images)), None)
     patch_dim, dtype = (any_image.pixels.shape[1], any_image.pixels.dtype) if any_image else (588, np.uint8)

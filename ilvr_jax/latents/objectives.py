@@ -59,9 +59,7 @@ def alignment_objective(
     helper_features = model.encode_images(
         params["vision"] if teacher_vision is None else teacher_vision, batch.helper_images
     )
-    selection = jax.lax.stop_gradient(
-        select(model, teacher, batch, teacher_features, helper_features, settings)
-    )
+    selection = jax.lax.stop_gradient(select(model, teacher, batch, teacher_features, helper_features, settings))
     slots = batch.layout.slot_columns
     inputs = model.embed(params["decoder"], batch.tokens, batch.image_index, features)
     filled = jnp.where(selection.valid[..., None], selection.targets.astype(inputs.dtype), inputs[:, slots])
@@ -91,5 +89,3 @@ def _objective(model: Qwen2_5VL, params: PyTree, batch: Batch, hidden: Array) ->
     loss = cross_entropy(logits, batch.targets)
     zero = jnp.zeros_like(loss)
     return Objective(loss, loss, zero, zero, hidden, logits)
-
-

@@ -51,7 +51,9 @@ def cosine(first: Float[Array, "*batch channels"], second: Float[Array, "*batch 
     return jnp.sum(first * second, axis=-1) / jnp.maximum(norms, NORM_FLOOR)
 
 
-def masked_mean(values: Float[Array, "rows time channels"], mask: Bool[Array, "rows time"]) -> Float[Array, "rows channels"]:
+def masked_mean(
+    values: Float[Array, "rows time channels"], mask: Bool[Array, "rows time"]
+) -> Float[Array, "rows channels"]:
     """Returns the float32 mean over the time steps where `mask` holds, zero if there are none."""
     weights = mask.astype(jnp.float32)
     total = jnp.einsum("rt,rtc->rc", weights, values.astype(jnp.float32))
@@ -123,7 +125,8 @@ def pick(
     mass = jnp.where(valid, jax.nn.softmax(jnp.where(valid.any(-1, keepdims=True), scores, 0.0), axis=-1), 0.0)
     missing = max(0, slots.shape[-1] - mass.shape[-1])
     mass, scores = (
-        jnp.pad(array, ((0, 0), (0, missing)), constant_values=fill) for array, fill in ((mass, 0.0), (scores, -jnp.inf))
+        jnp.pad(array, ((0, 0), (0, missing)), constant_values=fill)
+        for array, fill in ((mass, 0.0), (scores, -jnp.inf))
     )
     best, order = jax.lax.top_k(scores, slots.shape[-1])
     picked_mass = jnp.take_along_axis(mass, order, axis=-1)

@@ -13,7 +13,8 @@ from ilvr_jax.models.layers import GatedMLP, RMSNorm
 from ilvr_jax.models.rotary import decoder_angles, rotate
 
 # Keys and values of some columns, each [layers, batch, columns, key_value_heads, head_dim].
-KeyValues = tuple[Float[Array, "layers batch columns heads head_dim"], Float[Array, "layers batch columns heads head_dim"]]
+Heads = Float[Array, "layers batch columns heads head_dim"]
+KeyValues = tuple[Heads, Heads]
 
 
 def remat_policy(name: str):
@@ -108,9 +109,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
         """Returns float32 logits over the vocabulary."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return jnp.einsum(
-            "...c,vc->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        return jnp.einsum("...c,vc->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def last_projections(
         self, hidden: Float[Array, "batch time channels"]

@@ -99,7 +99,7 @@ def make_train_step(
         if teacher is not None:
             teacher = optax.incremental_update(params["decoder"], teacher, 1.0 - settings.tau)
         metrics = {name: rows[name].mean() for name in ("loss", "cross_entropy")}
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         if stage.objective == "alignment":
             has_slots = rows["filled_slots"] > 0
             metrics["similarity"] = rows["similarity"].sum() / jnp.maximum(has_slots.sum(), 1)

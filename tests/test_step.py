@@ -1,0 +1,157 @@
+"""One step is one step, however it is computed: rematerialised, accumulated, alone or together."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from ilvr_jax.latents.layout import collate, merge_layouts, required_layout
+from ilvr_jax.latents.selection import LatentSettings
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
+from ilvr_jax.training.state import create_state
+from ilvr_jax.training.step import OBJECTIVES, loss_and_gradients, make_train_step
+from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, random_sample
+
+LATENTS = LatentSettings(latent_size=3, candidates=5, tau=0.9)
+KEY = jax.random.key(5)
+
+
+def samples():
+    rng = np.random.default_rng(4)
+    shapes = [((5, 3, 4), ((2, 3),)), ((2, 4), ((1, 1), (2, 2))), ((9,), ((3, 1),)), ((1, 0, 2), ((2, 2),))]
+    return [random_sample(rng, texts, images=images, record=n) for n, (texts, images) in enumerate(shapes)]
+
+
+def lay_out(rows):
+    layout = merge_layouts([required_layout(sample, WINDOW_UNITS) for sample in samples()])
+    return collate(rows, layout, SPECIAL, WINDOW_UNITS)
+
+
+def gradients(name, batch, accumulation=1, remat_policy="none"):
+    model = Qwen2_5VL(dataclasses.replace(CONFIG, remat_policy=remat_policy))
+    params, teacher = model.init(jax.random.key(0)), model.init(jax.random.key(1))["decoder"]
+    train = ("vision", "decoder")
+
+    def compute(params, teacher, batch):
+        rows, gradients = loss_and_gradients(name, train, accumulation, model, params, teacher, batch, LATENTS, KEY)
+        return rows["loss"].mean(), gradients
+
+    return jax.jit(compute)(params, teacher, batch)
+
+
+def assert_same(first, second):
+    np.testing.assert_allclose(first[0], second[0], atol=1e-4)
+    for one, other in zip(jax.tree.leaves(first[1]), jax.tree.leaves(second[1]), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_rematerialisation_accumulation_and_batching_change_nothing(name):
+    whole = gradients(name, lay_out(samples()))
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(whole[1])) > 1e-2
+    for policy in ("full", "dots_saveable"):
+        assert_same(whole, gradients(name, lay_out(samples()), remat_policy=policy))
+    assert_same(whole, gradients(name, lay_out(samples()), accumulation=4))
+    alone = [gradients(name, lay_out([sample])) for sample in samples()]
+    assert_same(whole, jax.tree.map(lambda *parts: sum(parts) / len(parts), *alone))
+
+
+def stage(**changes) -> ConfigDict:
+    defaults = {
+        "objective": "alignment",
+        "train": ("decoder",),
+        "batch_size": 4,
+        "accumulation": 1,
+        "steps": 10,
+        "optimizer": "adamw",
+        "learning_rate": 1e-2,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "beta2": 0.99,
+        "clip": 1.0,
+    }
+    return ConfigDict({**defaults, **changes})
+
+
+def test_the_teacher_is_the_closed_form_average_of_the_students():
+    model, batch = Qwen2_5VL(CONFIG), lay_out(samples())
+    optimizer = make_optimizer(stage())
+    state = create_state(model.init(jax.random.key(0)), optimizer, ("decoder",), with_teacher=True, key=KEY)
+    step = make_train_step(model, stage(), ConfigDict(dataclasses.asdict(LATENTS)), optimizer)
+    students = [jax.tree.map(np.asarray, state.params["decoder"])]
+    vision = jax.tree.map(np.asarray, state.params["vision"])
+    for _ in range(5):
+        state, _ = step(state, batch)
+        students.append(jax.tree.map(np.asarray, state.params["decoder"]))
+    tau, count = LATENTS.tau, len(students) - 1
+    weights = [tau**count, *((1 - tau) * tau ** (count - number) for number in range(1, count + 1))]
+    expected = jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *students)
+    moved = 0.0
+    for leaf, value, first in zip(*map(jax.tree.leaves, (state.teacher, expected, students[0])), strict=True):
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_allclose(leaf, value, atol=1e-6)
+        moved = max(moved, np.abs(leaf - first).max())
+    assert moved > 1e-2
+    for leaf, first in zip(jax.tree.leaves(state.params["vision"]), jax.tree.leaves(vision), strict=True):
+        np.testing.assert_array_equal(leaf, first)
+    assert step._cache_size() == 1
+
+
+def test_tau_one_freezes_the_teacher():
+    model, batch = Qwen2_5VL(CONFIG), lay_out(samples())
+    optimizer = make_optimizer(stage())
+    state = create_state(model.init(jax.random.key(0)), optimizer, ("decoder",), with_teacher=True, key=KEY)
+    first = jax.tree.map(np.asarray, state.teacher)
+    step = make_train_step(model, stage(), ConfigDict({**dataclasses.asdict(LATENTS), "tau": 1.0}), optimizer)
+    state, _ = step(state, batch)
+    for leaf, value in zip(jax.tree.leaves(state.teacher), jax.tree.leaves(first), strict=True):
+        np.testing.assert_array_equal(leaf, value)
+
+
+def test_gradient_clipping_is_by_global_norm():
+    params = {"decoder": {"layer": {"kernel": jnp.zeros((3, 2))}}}
+    large = jax.tree.map(lambda leaf: leaf + 100.0, params)
+    how = stage(clip=0.5)
+    clip = optax.clip_by_global_norm(0.5)
+    clipped, _ = clip.update(large, clip.init(params))
+    ours, theirs = make_optimizer(how), optax.adamw(1e-2, b2=0.99, weight_decay=0.0)
+    mine, _ = ours.update(large, ours.init(params), params)
+    reference, _ = theirs.update(clipped, theirs.init(params), params)
+    np.testing.assert_allclose(mine["decoder"]["layer"]["kernel"], reference["decoder"]["layer"]["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"), [("constant", 1.0, 1.0), ("linear", 0.5, 0.0), ("cosine", 0.5, 0.0)]
+)
+def test_schedules_rise_then_decay(schedule, middle, last):
+    rate = learning_rate_schedule(stage(schedule=schedule, learning_rate=1.0, warmup_steps=10, steps=110))
+    np.testing.assert_allclose([rate(0), rate(9), rate(10)], [0.1, 1.0, 1.0], atol=1e-6)
+    np.testing.assert_allclose([rate(60), rate(110)], [middle, last], atol=1e-6)
+
+
+def test_weight_decay_spares_biases_and_norms():
+    params = Qwen2_5VL(CONFIG).init(jax.random.key(0))
+    mask = decayed(params)
+    assert mask["decoder"]["layers"]["q_proj"] == {"kernel": True, "bias": False}
+    assert mask["decoder"]["norm"] == {"weight": False} and mask["decoder"]["lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "alignement"}, "objective is 'alignement'; accepted are text, alignment, autonomy"),
+        ({"accumulation": 3}, r"accumulation \(3\) does not divide batch_size \(4\)"),
+        ({"schedule": "cos"}, "schedule is 'cos'; accepted are constant, linear, cosine"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; accepted are adamw"),
+    ],
+)
+def test_bad_settings_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        optimizer = make_optimizer(stage(**changes))
+        make_train_step(Qwen2_5VL(CONFIG), stage(**changes), ConfigDict(dataclasses.asdict(LATENTS)), optimizer)
