@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         return fail(error.exit_status, error)
     except KeyboardInterrupt:
-        return fail(130, "stopped between two steps; the same command goes on from the newest checkpoint")
+        return fail(130, "stopped outside a training step; the same command goes on from the newest checkpoint")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -1,6 +1,7 @@
 """Checkpoints: what comes back is what was saved, however the process ended."""
 
 import errno
+import shutil
 
 import flax.struct
 import grain
@@ -96,6 +97,18 @@ def test_an_unfinished_checkpoint_is_not_one(tmp_path):
         assert checkpoints.latest() == 1
     assert not (folder / "2.orbax-checkpoint-tmp").exists()
     assert stages_with_checkpoints(tmp_path, ("warm_up", "stage1", "stage2")) == ["stage1"]
+
+
+def test_a_disk_with_too_little_room_is_noticed_before_writing(tmp_path, monkeypatch):
+    state = make_state()
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    usage = shutil.disk_usage(tmp_path)
+    with pytest.raises(DiskFull, match=r"\(1.2 MB are needed, 1.2 MB are free\)"):
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            checkpoints.save(1, state, make_iterator())
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+            checkpoints.save(2, state, make_iterator())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
 
 
 def test_a_full_disk_gets_one_sentence_and_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):

@@ -177,6 +177,7 @@ def config_file(config, tmp_path):
         (["--config.data.source=ilvr", "--config.data.path=absent.jsonl"], "absent.jsonl: there is no such file"),
         (["--config.data.source=files"], "source is 'files'; accepted are frozen_lake and ilvr"),
         (["--config.eval.data=absent.jsonl"], "absent.jsonl: there is no such file"),
+        (["--config.eval.max_new_tokens=0"], "eval: max_new_tokens is 0; accepted is 1 or more"),
         (["--config.tokenizer=absent"], "absent holds no tokenizer.json"),
     ],
 )

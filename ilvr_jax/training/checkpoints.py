@@ -1,6 +1,7 @@
 """Checkpoints of a stage: parameters, the rest of the train state and the place in the data, saved together."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ class Checkpoints:
             training=ocp.args.StandardSave(state.replace(params=None)),
             data=grain.checkpoint.CheckpointSave(iterator),
         )
+        self.wait()
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < size:  # found out before, since the writer's threads would leave half a checkpoint and much noise
+            raise DiskFull(_no_room(self.folder, f" ({size / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free)"))
         with _say_disk_full(self.folder):
             self._manager.save(step, args=items, force=True)
 
@@ -146,6 +152,13 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(shape, tree)
 
 
+def _no_room(folder: Path, numbers: str = "") -> str:
+    return (
+        f"no disk space for another checkpoint in {folder}{numbers}: those before it are complete; free some and "
+        "repeat the command to go on from them"
+    )
+
+
 @contextlib.contextmanager
 def _say_disk_full(path: Path) -> Iterator[None]:
     """Turns whatever says within it that the disk is full into one sentence."""
@@ -156,9 +169,6 @@ def _say_disk_full(path: Path) -> Iterator[None]:
         while cause is not None:
             text = str(cause)
             if any(words in text for words in ("No space left", "ENOSPC", "Disk quota", "File too large")):
-                raise DiskFull(
-                    f"no disk space to save {path}: the checkpoints before it are complete; free some and repeat the "
-                    "command to go on from them"
-                ) from error
+                raise DiskFull(_no_room(path)) from error
             cause = cause.__cause__ or cause.__context__
         raise

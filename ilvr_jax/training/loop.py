@@ -24,7 +24,7 @@ from ilvr_jax.data.frozen_lake import FrozenLakeSource, frozen_lake_settings
 from ilvr_jax.data.ilvr import IlvrSource
 from ilvr_jax.data.pipeline import Source, make_iterator, skipped_records
 from ilvr_jax.data.tokenizer import load_tokenizer, record_texts, special_tokens, train_tokenizer
-from ilvr_jax.inference.evaluation import evaluate, read_answers
+from ilvr_jax.inference.evaluation import decode_settings, evaluate, prompt_settings, read_answers
 from ilvr_jax.latents.layout import Layout
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import model_config
@@ -66,7 +66,7 @@ def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> 
     """Runs the stages of the config, in order, and returns the summary of the run.
 
     Everything is written under `workdir`: config.json, tokenizer/, checkpoints/<stage>/, metrics.jsonl,
-    tensorboard/<stage>/, train.log, evaluations/<stage>.json summary.json and solutions.png. The same call leaves
+    tensorboard/<stage>/, train.log, evaluations/<stage>.json, summary.json and solutions.png. The same call leaves
     finished stages as they are and goes on from the newest checkpoint, with the numbers of a run never stopped.
 
     Raises BadConfig, BadRecord, DiskFull and Diverged, and Interrupted after a signal, when all is saved.
@@ -121,7 +121,8 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
             for step in range(first + 1, stage.steps + 1):
                 with clock.waiting_for_data(values):
                     batch = next(iterator)
-                before, (state, values) = values, train_step(state, batch)
+                with clock.setting_compilation_apart(train_step):
+                    before, (state, values) = values, train_step(state, batch)
                 jax.block_until_ready(before)  # one step ahead of the device at most, so that Ctrl-C acts soon
                 run.progress.advance()
                 if step % config.log_every == 0 or step == stage.steps:
@@ -145,6 +146,7 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
                 "steps": stage.steps,
                 "seconds": round(clock.seconds, 1),
                 "compilations": train_step._cache_size(),
+                "compilation_seconds": round(clock.compilation_seconds, 1),
                 "skipped_records": skipped_records(iterator),
             },
         )
@@ -170,7 +172,8 @@ def open_iterator(run: Run, stage: str, seed: int) -> grain.DatasetIterator:
     data, latents = run.config.data, run.config.latents
     with blame("data"):
         examples = ExampleSettings(
-            image_scale=data.image_scale,
+            # What is generated is drawn at the size it is wanted in.
+            image_scale=1.0 if data.source == "frozen_lake" else data.image_scale,
             question=data.question or None,
             latent_size=latents.latent_size,
             helper_images=run.config[stage].helper_images,
@@ -208,6 +211,10 @@ def make_step(config: ConfigDict, name: str, model: Qwen2_5VL) -> tuple[optax.Gr
 
 def open_evaluation_source(config: ConfigDict) -> Source | None:
     """Returns the records that stages are evaluated on, None if `eval.data` is empty."""
+    with blame("data"):
+        prompt_settings(config)
+    with blame("eval"):
+        decode_settings(config)
     return IlvrSource(resolve_path(config.eval.data), plan_required=False) if config.eval.data else None
 
 
@@ -277,9 +284,9 @@ class Clock:
 
     def __init__(self, batch_size: int, first: int, seconds: float):
         """`seconds` were spent on the stage before, up to step `first`."""
-        self.seconds = seconds
+        self.seconds, self.compilation_seconds = seconds, 0.0
         self._batch_size, self._step = batch_size, first
-        self._since, self._waited = time.monotonic(), 0.0
+        self._since, self._waited, self._compiled = time.monotonic(), 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting_for_data(self, running: Mapping[str, jax.Array]) -> Iterator[None]:
@@ -289,14 +296,24 @@ class Clock:
         if all(value.is_ready() for value in running.values()):
             self._waited += time.monotonic() - began
 
+    @contextlib.contextmanager
+    def setting_compilation_apart(self, function: Callable) -> Iterator[None]:
+        """Keeps a call of a jitted function out of the rate if it is compiled for it."""
+        programs, began = function._cache_size(), time.monotonic()
+        yield
+        if function._cache_size() > programs:
+            self._compiled += time.monotonic() - began
+            self.compilation_seconds += time.monotonic() - began
+
     def lap(self, step: int) -> dict[str, float]:
         """Returns the figures since the lap before: rate, share of time without data, seconds of the stage so far."""
         taken = time.monotonic() - self._since
+        running = taken - self._compiled
         figures = {
-            "samples_per_second": (step - self._step) * self._batch_size / taken,
-            "data_wait_share": self._waited / taken,
+            "samples_per_second": (step - self._step) * self._batch_size / running,
+            "data_wait_share": self._waited / running,
             "seconds": self.seconds + taken,
         }
         self.seconds, self._step = self.seconds + taken, step
-        self._since, self._waited = time.monotonic(), 0.0
+        self._since, self._waited, self._compiled = time.monotonic(), 0.0, 0.0
         return figures

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+SHOWN = ("loss", "similarity")  # the metrics that fit on a terminal
+
 
 class Progress:
     """Prints sentences and the progress of stages, and writes both to a log file."""
@@ -36,7 +38,7 @@ class Progress:
     def stage(self, name: str, step: int, steps: int) -> Iterator[None]:
         """Shows a stage that goes on from a step, while it lasts."""
         self._stage, self._step, self._steps = name, step, steps
-        self._first, self._since = step, time.monotonic()
+        self._since = None
         self._task = self._bar.add_task(name, total=steps, completed=step, text="compiling")
         with self._bar:
             yield
@@ -45,11 +47,13 @@ class Progress:
     def advance(self) -> None:
         """Counts one step."""
         self._step += 1
+        if self._since is None:  # the first step was compiled: it says nothing about the others
+            self._first, self._since = self._step, time.monotonic()
         self._bar.advance(self._task)
 
     def report(self, values: Mapping[str, float], rate: float) -> None:
         """Shows the newest losses and the rate in samples a second."""
-        losses = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        losses = " ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
         self._bar.update(self._task, text=f"{rate:.1f} samples/s {losses}")
         taken = time.monotonic() - self._since
         left = taken / max(self._step - self._first, 1) * (self._steps - self._step)
