@@ -12,11 +12,12 @@ from ml_collections import ConfigDict
 
 from ilvr_jax.data.__main__ import export
 from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.latents.layout import Layout
 from ilvr_jax.train import main
 from ilvr_jax.training.checkpoints import NoCheckpoint, restore_for_inference
 from ilvr_jax.training.configuration import load_config
 from ilvr_jax.training.interruption import Interrupted
-from ilvr_jax.training.loop import Diverged, finite, train
+from ilvr_jax.training.loop import Diverged, finite, padded_tokens, train
 from ilvr_jax.training.metrics import read_metrics
 from ilvr_jax.training.progress import Progress
 
@@ -192,6 +193,16 @@ def test_the_workdir_of_another_config_is_refused(finished, config_file, capsys)
     workdir, _ = finished
     assert main([f"--config={config_file}", f"--workdir={workdir}", "--config.stage2.steps=7"]) == 2
     assert "was made with another config: stage2.steps (6 there, 7 here); give" in capsys.readouterr().err
+
+
+def test_buckets_are_ordered_by_what_they_cost():
+    """The first that holds a sample is taken: short text before long, and no room for helpers where there are none."""
+    small, large = Layout(prefix=60, image_windows=4), Layout(prefix=140, image_windows=9)
+    looks = Layout(prefix=60, segments=2, text=8, tail=10, latent_size=4, image_windows=4, helper_windows=4)
+    many = Layout(prefix=100, segments=5, text=8, tail=10, latent_size=4, image_windows=9, helper_windows=9)
+    assert padded_tokens(small, 2) == 60 + 4 * 4
+    assert padded_tokens(looks, 2) == 60 + 2 * (4 + 8) + 10 + (4 + 2 * 4) * 4
+    assert sorted([many, large, looks, small], key=lambda layout: padded_tokens(layout, 2)) == [small, looks, large, many]
 
 
 def test_a_loss_that_is_no_number_stops_the_run():

@@ -179,7 +179,12 @@ def open_iterator(run: Run, stage: str, seed: int) -> grain.DatasetIterator:
             helper_images=run.config[stage].helper_images,
             system=data.system,
         )
-        buckets = [Layout(latent_size=latents.latent_size, **bucket) for bucket in data.buckets.values()]
+        window_units = run.model.config.vision.window_units
+        # A sample goes to the first bucket that holds it, and a ConfigDict knows no order but the alphabet's.
+        buckets = sorted(
+            (Layout(latent_size=latents.latent_size, **bucket) for bucket in data.buckets.values()),
+            key=lambda layout: padded_tokens(layout, window_units),
+        )
         return make_iterator(
             run.source,
             functools.partial(build_example, tokenizer=run.tokenizer, special=run.special, settings=examples),
@@ -187,10 +192,16 @@ def open_iterator(run: Run, stage: str, seed: int) -> grain.DatasetIterator:
             run.config[stage].batch_size,
             seed,
             run.special,
-            run.model.config.vision.window_units,
+            window_units,
             data.workers,
             data.on_bad_record,
         )
+
+
+def padded_tokens(layout: Layout, window_units: int) -> int:
+    """Returns what a row of the layout costs: its columns and the vision tokens that its images have room for."""
+    windows = layout.images * layout.image_windows + layout.segments * layout.helper_windows
+    return layout.columns + windows * window_units**2
 
 
 def make_tokenizer(config: ConfigDict, source: Source) -> PreTrainedTokenizerFast:
