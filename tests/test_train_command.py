@@ -202,7 +202,7 @@ def test_buckets_are_ordered_by_what_they_cost():
     many = Layout(prefix=100, segments=5, text=8, tail=10, latent_size=4, image_windows=9, helper_windows=9)
     assert padded_tokens(small, 2) == 60 + 4 * 4
     assert padded_tokens(looks, 2) == 60 + 2 * (4 + 8) + 10 + (4 + 2 * 4) * 4
-    assert sorted([many, large, looks, small], key=lambda layout: padded_tokens(layout, 2)) == [small, looks, large, many]
+    assert sorted([many, large, looks, small], key=lambda one: padded_tokens(one, 2)) == [small, looks, large, many]
 
 
 def test_a_loss_that_is_no_number_stops_the_run():
