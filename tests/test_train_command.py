@@ -17,7 +17,7 @@ from ilvr_jax.train import main
 from ilvr_jax.training.checkpoints import NoCheckpoint, restore_for_inference
 from ilvr_jax.training.configuration import load_config
 from ilvr_jax.training.interruption import Interrupted
-from ilvr_jax.training.loop import Diverged, finite, padded_tokens, train
+from ilvr_jax.training.loop import Clock, Diverged, finite, padded_tokens, train
 from ilvr_jax.training.metrics import read_metrics
 from ilvr_jax.training.progress import Progress
 
@@ -209,3 +209,27 @@ def test_a_loss_that_is_no_number_stops_the_run():
     assert finite("stage1", 3, {"loss": np.float32(1.5)}) == {"loss": 1.5}
     with pytest.raises(Diverged, match="loss is nan at step 3 of stage1"):
         finite("stage1", 3, {"loss": np.float32("nan")})
+
+
+def test_the_clock_keeps_compilation_out_of_rate_and_time_left(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("ilvr_jax.training.loop.time.monotonic", lambda: now[0])
+    clock, programs = Clock(batch_size=8, first=10, seconds=100.0), [0]
+
+    class Function:
+        def _cache_size(self):
+            return programs[0]
+
+    for took, compiled, waited in ((30.0, True, 0.0), (2.0, False, 1.0), (2.0, False, 1.0)):
+        with clock.waiting_for_data({}):
+            now[0] += waited
+        with clock.setting_compilation_apart(Function()):
+            now[0] += took
+            programs[0] += compiled
+    figures = clock.lap(13)
+    assert figures == {"samples_per_second": 3 * 8 / 6, "data_wait_share": 2 / 6, "seconds": 136.0}
+    assert clock.compilation_seconds == 30.0
+    assert clock.seconds_left(16) == 6.0
+    now[0] += 4
+    assert clock.lap(15)["samples_per_second"] == 4.0
+    assert clock.seconds == 140.0 and clock.seconds_left(16) == 2.0

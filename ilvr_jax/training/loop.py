@@ -129,7 +129,7 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
                     losses = finite(name, step, jax.device_get(values))
                     speed = clock.lap(step)
                     metrics.write(step, {**losses, **speed})
-                    run.progress.report(losses, speed["samples_per_second"])
+                    run.progress.report(losses, speed["samples_per_second"], clock.seconds_left(stage.steps))
                 if step % config.checkpoint_every == 0 or step == stage.steps or stop.signal_number:
                     checkpoints.save(step, state, iterator)
                 if stop.signal_number:
@@ -297,6 +297,7 @@ class Clock:
         """`seconds` were spent on the stage before, up to step `first`."""
         self.seconds, self.compilation_seconds = seconds, 0.0
         self._batch_size, self._step = batch_size, first
+        self._steps_here, self._seconds_here = 0, 0.0  # without compilation
         self._since, self._waited, self._compiled = time.monotonic(), 0.0, 0.0
 
     @contextlib.contextmanager
@@ -325,6 +326,11 @@ class Clock:
             "data_wait_share": self._waited / running,
             "seconds": self.seconds + taken,
         }
+        self._steps_here, self._seconds_here = self._steps_here + step - self._step, self._seconds_here + running
         self.seconds, self._step = self.seconds + taken, step
         self._since, self._waited, self._compiled = time.monotonic(), 0.0, 0.0
         return figures
+
+    def seconds_left(self, steps: int) -> float:
+        """Returns how long the stage will take from the last lap on, compilation aside."""
+        return self._seconds_here / self._steps_here * (steps - self._step)
