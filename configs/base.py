@@ -11,12 +11,12 @@ def stage(**changes) -> ConfigDict:
             "helper_images": "latent",  # "latent" slots, "omit", or "encode" as vision tokens
             "train": ("decoder",),  # parts of the model that learn
             "steps": 100,
-            "batch_size": 64,
+            "batch_size": 32,
             "accumulation": 1,
-            "optimizer": "adamw",
-            "learning_rate": 1e-3,
-            "schedule": "linear",
-            "warmup_steps": 10,
+            "optimizer": "muon",  # or "adamw"
+            "learning_rate": 1.5e-3,
+            "schedule": "linear",  # the decay: "constant", "linear" or "cosine"
+            "warmup_steps": 30,
             "weight_decay": 0.01,
             "beta2": 0.99,
             "clip": 1.0,
@@ -25,8 +25,38 @@ def stage(**changes) -> ConfigDict:
     )
 
 
+VSP_MAPS = "tests/data/vsp_planning/test.jsonl"  # 200 real maps, for evaluation alone
+
+
+def bucket(prefix: int, segments: int = 0, tail: int = 0, windows: int = 4) -> ConfigDict:
+    """Returns the columns of a batch of maps: up to 4 x 4 cells take 4 attention windows, up to 6 x 6 take 9."""
+    return ConfigDict(
+        {
+            "prefix": prefix,
+            "segments": segments,
+            "text": 8 if segments else 0,  # two moves told with their cells, and the markers around them
+            "tail": tail,
+            "images": 1,
+            "image_windows": windows,
+            "helper_windows": windows if segments else 0,
+        }
+    )
+
+
 def get_config() -> ConfigDict:
     """Returns the configuration of the base run."""
+    buckets = ConfigDict(
+        {
+            "small_short": bucket(62),
+            "small_long": bucket(100),
+            "large_short": bucket(106, windows=9),
+            "large_middle": bucket(126, windows=9),
+            "large_long": bucket(148, windows=9),
+            "small_looks": bucket(66, segments=2, tail=10),
+            "large_looks": bucket(108, segments=2, tail=10, windows=9),
+            "many_looks": bucket(108, segments=5, tail=16, windows=9),
+        }
+    )
     return ConfigDict(
         {
             "seed": 0,
@@ -41,7 +71,7 @@ def get_config() -> ConfigDict:
                 "mrope_section": (4, 6, 6),
                 "rms_norm_eps": 1e-6,
                 "tie_word_embeddings": False,
-                "remat_policy": "none",  # "none", "full", or a name in jax.checkpoint_policies
+                "remat_policy": "dots_saveable",  # or "none", "full", or a name in jax.checkpoint_policies
                 "dtype": "float32",
                 "vision": {
                     "depth": 2,
@@ -61,13 +91,26 @@ def get_config() -> ConfigDict:
                 "source": "frozen_lake",  # or "ilvr", JSON lines at `path` with images under `root`
                 "path": "",
                 "root": "",  # empty: the folder of `path`
+                "records": 10_000_000,  # of the generated source
                 "on_bad_record": "error",  # or "skip"
-                "image_scale": 28 / 64,  # a cell of 64 pixels becomes one vision token
-                "question": "",  # empty: the record's own
+                "image_scale": 28 / 64,  # of image files: a cell of 64 pixels becomes one vision token
+                "question": "Find the shortest safe path.",  # in place of every record's own; empty: its own
                 "system": "",  # a system turn before the user's; empty: none
-                "workers": 0,
-                "buckets": {},
-                "frozen_lake": {},
+                "workers": 0,  # processes that make samples; 0: a thread
+                # A sample goes to the first bucket that holds it; each is compiled once a stage.
+                "buckets": buckets,
+                "frozen_lake": {
+                    "levels": (3, 4, 5, 6),
+                    "hole_probability": 0.18,
+                    "detour_share": 0.3,
+                    "max_moves": 12,
+                    "moves_per_look": 2,
+                    "cell_pixels": 28,
+                    "question": "Find the shortest safe path.",
+                    "read_out": "distances",  # or "map", "none"
+                    "cell_names": "row_column",
+                    "exclude": (VSP_MAPS,),
+                },
             },
             "latents": {
                 "latent_size": 4,
@@ -80,11 +123,12 @@ def get_config() -> ConfigDict:
                 "sim_weight": 1.0,
                 "target_noise": 0.01,
             },
-            "warm_up": stage(objective="text", helper_images="omit", train=("vision", "decoder"), steps=700),
-            "stage1": stage(objective="alignment", steps=150, learning_rate=5e-4),
-            "stage2": stage(objective="autonomy", steps=150, learning_rate=5e-4),
+            # Helper images left out: the sequences are shorter, and the slots are quickly learnt afterwards.
+            "warm_up": stage(objective="text", helper_images="omit", train=("vision", "decoder"), steps=1000),
+            "stage1": stage(objective="alignment", steps=150, learning_rate=7e-4),
+            "stage2": stage(objective="autonomy", steps=150, learning_rate=7e-4),
             "eval": {
-                "data": "",
+                "data": VSP_MAPS,
                 "max_new_tokens": 128,
                 "batch_size": 50,
                 "temperature": 0.0,

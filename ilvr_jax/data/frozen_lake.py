@@ -20,7 +20,8 @@ MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 
 CELL_WORDS = {1: "elf", 2: "goal", -1: "hole", 0: "ice"}
 MOVE_WORDS = {"U": "up", "D": "down", "L": "left", "R": "right"}
-READ_OUTS = ("map", "none")
+READ_OUTS = ("distances", "map", "none")
+FARTHEST = 9  # distances above it are told in one word
 CELL_NAMES = ("row_column", "none")
 ATTEMPTS = 20_000  # maps drawn before a record is given up: at the defaults, one in 25 to 120 has a detour
 
@@ -38,7 +39,9 @@ class FrozenLakeSettings:
     moves_per_look: int = 2
     cell_pixels: int = 28  # one vision token a cell
     question: str = "Find the shortest safe path."
-    read_out: str = "map"  # "map": the answer begins with the map, cell by cell; "none"
+    # What the answer begins with, cell by cell: "distances" tells how many moves each cell is from the goal, "map"
+    # what is on it; "none".
+    read_out: str = "distances"
     cell_names: str = "row_column"  # "row_column": each move is told with the cell it starts from; "none"
     exclude: tuple[str, ...] = ()  # JSON-lines files with a map_desc a line: none of their maps, turned or mirrored
 
@@ -185,8 +188,9 @@ def tell(map_desc: MapDesc, moves: str, settings: FrozenLakeSettings, name: str 
     before it wherever it stands, so that a thing is the same one token everywhere.
     """
     text, steps, cell = "", [], find_cell(map_desc, 1)
-    if settings.read_out == "map":
-        text = "".join("".join(f" {CELL_WORDS[kind]}" for kind in row) + "\n" for row in map_desc)
+    if settings.read_out != "none":
+        words = cell_words(map_desc, settings.read_out)
+        text = "".join("".join(f" {word}" for word in row) + "\n" for row in words)
     for number, move in enumerate(moves, start=1):
         text += f" {cell[0]} {cell[1]}" if settings.cell_names == "row_column" else ""
         text += f" {MOVE_WORDS[move]}"
@@ -202,6 +206,22 @@ def tell(map_desc: MapDesc, moves: str, settings: FrozenLakeSettings, name: str 
         map_desc=map_desc,
         name=name,
     )
+
+
+def cell_words(map_desc: MapDesc, read_out: str) -> list[list[str]]:
+    """Returns a word for each cell: what is on it, or on bare ice its distance to the goal if that is asked for.
+
+    With "distances", ice too far for one digit is "far", ice without a way to the goal is "cut".
+    """
+    words = [[CELL_WORDS[kind] for kind in row] for row in map_desc]
+    if read_out == "distances":
+        distances = distance_to_goal(map_desc)
+        for row, cells in enumerate(map_desc):
+            for column, kind in enumerate(cells):
+                if kind == 0:
+                    distance = distances.get((row, column))
+                    words[row][column] = "cut" if distance is None else str(distance) if distance <= FARTHEST else "far"
+    return words
 
 
 def symmetries(map_desc: MapDesc) -> Iterator[MapDesc]:

@@ -4,6 +4,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
+from optax import contrib
 
 
 def learning_rate_schedule(stage: ConfigDict) -> optax.Schedule:
@@ -29,17 +30,38 @@ def decayed(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("bias", "weight"), params)
 
 
+def muon_dimensions(params: PyTree) -> PyTree:
+    """Says which parameters Muon orthogonalises, and over which axes: the matrices between hidden layers.
+
+    Leading axes are stacked layers. Embeddings, the output head, the patch embedding, biases and norms are Adam's.
+    """
+
+    def dimensions(path, leaf) -> contrib.MuonDimensionNumbers | None:
+        names = [key.key for key in path]
+        if names[-1] != "kernel" or "patch_embed" in names:
+            return None
+        return contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
 def make_optimizer(stage: ConfigDict) -> optax.GradientTransformation:
     """Returns gradient clipping by global norm, then the stage's optimizer.
 
-    Raises ValueError for an optimizer other than "adamw" or "muon".
+    "muon" takes orthogonalised steps in hidden matrices, scaled to the size of Adam's so that one learning rate
+    serves both, and Adam's elsewhere. Raises ValueError for an optimizer other than "adamw" and "muon".
     """
     schedule = learning_rate_schedule(stage)
-    optimizers = {
-        "adamw": lambda: optax.adamw(
-            schedule, b1=0.9, b2=stage.beta2, eps=1e-8, weight_decay=stage.weight_decay, mask=decayed
-        ),
-    }
-    if stage.optimizer not in optimizers:
-        raise ValueError(f"optimizer is {stage.optimizer!r}; accepted are {', '.join(optimizers)}")
-    return optax.chain(optax.clip_by_global_norm(stage.clip), optimizers[stage.optimizer]())
+    if stage.optimizer == "adamw":
+        optimizer = optax.adamw(schedule, b2=stage.beta2, weight_decay=stage.weight_decay, mask=decayed)
+    elif stage.optimizer == "muon":
+        optimizer = contrib.muon(
+            schedule,
+            weight_decay=stage.weight_decay,
+            adam_b2=stage.beta2,
+            consistent_rms=1.0,
+            muon_weight_dimension_numbers=muon_dimensions,
+        )
+    else:
+        raise ValueError(f"optimizer is {stage.optimizer!r}; accepted are adamw, muon")
+    return optax.chain(optax.clip_by_global_norm(stage.clip), optimizer)
