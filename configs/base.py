@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
             "many_looks": bucket(108, segments=5, tail=16, windows=9),
         }
     )
-    return ConfigDict(
+    config = ConfigDict(
         {
             "seed": 0,
             "stages": ("warm_up", "stage1", "stage2"),
@@ -138,3 +138,4 @@ def get_config() -> ConfigDict:
             "checkpoint_keep": 2,
         }
     )
+    return config.lock()  # a misspelt key on top of it is an error

@@ -104,6 +104,18 @@ def test_the_roll_out_equals_recomputing_every_prefix():
         np.testing.assert_allclose(leaf, expected, atol=1e-4 * max(1.0, float(jnp.abs(expected).max())))
 
 
+@pytest.mark.parametrize("name", ["alignment", "autonomy"])
+def test_without_segments_every_stage_is_plain_cross_entropy(name):
+    sample = unequal_samples()[2]
+    batch = collate([sample], required_layout(sample, WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
+    gradients, result = loss_and_gradient(name, batch)
+    expected_gradients, expected = loss_and_gradient("text", batch)
+    np.testing.assert_allclose(result.loss, expected.loss, rtol=1e-6)
+    assert float(result.filled_slots[0]) == 0
+    for leaf, value in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        np.testing.assert_allclose(leaf, value, atol=1e-5)
+
+
 def test_no_gradient_reaches_the_teacher():
     samples = unequal_samples()[:1]
     batch = collate(samples, required_layout(samples[0], WINDOW_UNITS), SPECIAL, WINDOW_UNITS)

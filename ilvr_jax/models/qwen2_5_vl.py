@@ -52,6 +52,8 @@ class Qwen2_5VL:
 
     def encode_images(self, vision: PyTree, images: ImageBatch) -> Float[Array, "*images units channels"]:
         """Returns each image's vision tokens in raster order, padded."""
+        if not images.raster_order.size:  # a layout without room for such images
+            return jnp.zeros((*images.raster_order.shape, self.config.hidden_size), self.config.dtype)
         return self.vision.apply({"params": vision}, images)
 
     def embed(

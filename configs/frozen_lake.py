@@ -1,0 +1,17 @@
+"""The base run with more time: the same model and stages, more steps, and more of the maps that are hard."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """Returns the configuration of the longer run."""
+    config = base.get_config()
+    config.data.frozen_lake.levels = (3, 4, 5, 6, 6)
+    config.data.frozen_lake.detour_share = 0.4
+    config.warm_up.steps = 5500
+    config.stage1.steps = 400
+    config.stage2.steps = 500
+    config.checkpoint_every = 500
+    return config
