@@ -47,9 +47,9 @@ def get_config() -> ConfigDict:
     """Returns the configuration of the base run."""
     buckets = ConfigDict(
         {
-            "small_short": bucket(62),
+            "small_short": bucket(66),
             "small_long": bucket(100),
-            "large_short": bucket(106, windows=9),
+            "large_short": bucket(108, windows=9),
             "large_middle": bucket(126, windows=9),
             "large_long": bucket(148, windows=9),
             "small_looks": bucket(66, segments=2, tail=10),
@@ -124,8 +124,8 @@ def get_config() -> ConfigDict:
                 "target_noise": 0.01,
             },
             # Helper images left out: the sequences are shorter, and the slots are quickly learnt afterwards.
-            "warm_up": stage(objective="text", helper_images="omit", train=("vision", "decoder"), steps=1000),
-            "stage1": stage(objective="alignment", steps=150, learning_rate=7e-4),
+            "warm_up": stage(objective="text", helper_images="omit", train=("vision", "decoder"), steps=950),
+            "stage1": stage(objective="alignment", steps=300, learning_rate=7e-4),
             "stage2": stage(objective="autonomy", steps=150, learning_rate=7e-4),
             "eval": {
                 "data": VSP_MAPS,
