@@ -251,7 +251,7 @@ def read_maps(path: str | Path) -> Iterable[MapDesc]:
                 yield check_map(fields.get("map_desc"))
             except BadRecord as error:
                 raise BadRecord(f"{path} line {number}: {error}") from error
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadRecord(f"{path} line {number}: is not JSON ({error}); a JSON object is accepted") from error
 
 

@@ -1,0 +1,83 @@
+"""Drawing maps: against the pictures of the real maps, Pillow's resampling and Pillow's blending."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ilvr_jax.data.drawing import draw_map
+from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.data.records import Look, Text
+
+VSP = Path(__file__).parent / "data" / "vsp_planning"
+SPRITES = Path(importlib.util.find_spec("gymnasium").origin).parent / "envs" / "toy_text" / "img"
+STEPS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def real_maps():
+    lines = [json.loads(line) for line in (VSP / "test.jsonl").read_text().splitlines()]
+    files = [line["image_input"] for line in lines]
+    files = [file[0] if isinstance(file, list) else file for file in files]
+    return [(line["map_desc"], VSP / file) for line, file in zip(lines, files, strict=True)]
+
+
+def test_the_real_pictures_are_drawn_pixel_for_pixel(real_maps):
+    assert len(real_maps) == 200
+    for map_desc, path in real_maps:
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(draw_map(map_desc), np.asarray(image.convert("RGB")), err_msg=path.name)
+
+
+@pytest.mark.parametrize("cell_pixels", [28, 16, 37])
+def test_a_small_picture_is_the_whole_large_one_averaged_in_boxes(real_maps, cell_pixels):
+    for map_desc, path in real_maps[::5]:
+        size = (len(map_desc[0]) * cell_pixels, len(map_desc) * cell_pixels)
+        with Image.open(path) as image:
+            expected = image.convert("RGB").resize(size, Image.Resampling.BOX)
+        drawn = draw_map(map_desc, cell_pixels)
+        assert drawn.dtype == np.uint8
+        np.testing.assert_array_equal(drawn, np.asarray(expected), err_msg=path.name)
+
+
+def cells_of(picture: np.ndarray, cell_pixels: int) -> np.ndarray:
+    """Cuts a picture into [row, column, height, width, 3]."""
+    rows, columns = picture.shape[0] // cell_pixels, picture.shape[1] // cell_pixels
+    return picture.reshape(rows, cell_pixels, columns, cell_pixels, 3).transpose(0, 2, 1, 3, 4)
+
+
+def test_helper_images_differ_only_in_the_cells_the_elf_left_and_reached():
+    source = FrozenLakeSource(FrozenLakeSettings(read_out="none", moves_per_look=1), seed=4, count=40)
+    looks = 0
+    for record in source:
+        start = tuple(np.argwhere(np.array(record.map_desc) == 1)[0].tolist())
+        first, elf = cells_of(record.images[0], 28), start
+        for text, look in zip(record.steps[::2], record.steps[1::2], strict=False):
+            assert isinstance(text, Text) and isinstance(look, Look)
+            elf = tuple(np.add(elf, STEPS[text.content.split()[2]]).tolist())
+            changed = (cells_of(look.helper_image, 28) != first).any(axis=(2, 3, 4))
+            assert set(zip(*(axis.tolist() for axis in np.nonzero(changed)), strict=True)) == {start, elf}
+            looks += 1
+    assert looks > 80
+
+
+def sprite(name: str) -> Image.Image:
+    with Image.open(SPRITES / f"{name}.png") as image:
+        return image.convert("RGBA").resize((64, 64), Image.Resampling.NEAREST)
+
+
+@pytest.mark.parametrize("move, elf", [("L", "elf_left"), ("D", "elf_down"), ("R", "elf_right"), ("U", "elf_up")])
+@pytest.mark.parametrize("kind, lying", [(0, None), (1, "stool"), (2, "goal"), (-1, "hole")])
+def test_the_elf_stands_on_what_lies_there_and_looks_where_it_went(move, elf, kind, lying):
+    expected = sprite("ice")
+    for name in [lying] * bool(lying) + ["cracked_hole" if kind == -1 else elf]:
+        expected = Image.alpha_composite(expected, sprite(name))
+    drawn = draw_map(((0, kind, 0),), elf=(0, 1), last_move=move)
+    # Pillow rounds otherwise than pygame; the outermost pixels are the border's.
+    difference = drawn[1:-1, 65:127].astype(int) - np.asarray(expected)[1:-1, 1:-1, :3]
+    assert abs(difference).max() <= 2
+    np.testing.assert_array_equal(drawn[:, :64], draw_map(((0,),)))
+    np.testing.assert_array_equal(drawn[:, 128:], draw_map(((0,),)))
