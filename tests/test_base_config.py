@@ -1,0 +1,84 @@
+"""The base config as it ships: which programs it compiles, and that it never trains on what it is judged by."""
+
+import contextlib
+import itertools
+import json
+
+import jax
+import pytest
+
+from ilvr_jax.data.tokenizer import special_tokens
+from ilvr_jax.inference.decode import generate
+from ilvr_jax.inference.evaluation import evaluate
+from ilvr_jax.latents.layout import Layout
+from ilvr_jax.models.config import model_config
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.training.configuration import REPOSITORY, load_config, override
+from ilvr_jax.training.loop import Run, make_step, make_tokenizer, open_evaluation_source, open_iterator, open_source
+from ilvr_jax.training.state import create_state
+
+BUCKETS_MET = {
+    "warm_up": {"small_short", "small_long", "large_short", "large_middle", "large_long"},
+    "stage1": {"small_short", "large_short", "small_looks", "large_looks", "many_looks"},
+    "stage2": {"small_short", "large_short", "small_looks", "large_looks", "many_looks"},
+}
+SMALLER = {
+    "model.num_hidden_layers": 1,
+    "model.intermediate_size": 16,
+    "model.remat_policy": "none",
+    "model.vision.depth": 1,
+    **{f"{stage}.batch_size": 2 for stage in BUCKETS_MET},
+    **{f"{stage}.optimizer": "adamw" for stage in BUCKETS_MET},
+    "eval.max_new_tokens": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """The base run with its data and layouts, but a smaller model and smaller batches."""
+    config = load_config(REPOSITORY / "configs" / "base.py")
+    for key, value in SMALLER.items():
+        override(config, key, str(value))
+    source = open_source(config)
+    tokenizer = make_tokenizer(config, source)
+    model = Qwen2_5VL(model_config(config.model, len(tokenizer)))
+    steps = {name: make_step(config, name, model) for name in config.stages}
+    workdir = tmp_path_factory.mktemp("run")
+    evaluation_source = open_evaluation_source(config)
+    special = special_tokens(tokenizer)
+    return Run(config, workdir, source, evaluation_source, tokenizer, special, model, steps, progress=None)
+
+
+@pytest.mark.parametrize("stage", BUCKETS_MET)
+def test_each_step_compiles_once_a_bucket(run, stage):
+    size = run.config.latents.latent_size
+    names = {Layout(latent_size=size, **bucket): name for name, bucket in run.config.data.buckets.items()}
+    optimizer, step = run.steps[stage]
+    params = run.model.init(jax.random.key(0))
+    with_teacher = run.config[stage].objective == "alignment"
+    state = create_state(params, optimizer, tuple(run.config[stage].train), with_teacher, jax.random.key(1))
+    met, repeated = set(), 0
+    with contextlib.closing(open_iterator(run, stage, seed=0)) as iterator:
+        for batch in itertools.islice(iterator, 600):
+            name = names[batch.layout]
+            if name not in met or repeated < 10:
+                repeated += name in met
+                met.add(name)
+                state, _ = step(state, batch)
+    assert met == BUCKETS_MET[stage]
+    assert step._cache_size() == len(met)
+
+
+def test_evaluation_compiles_decoding_once(run):
+    before = generate._cache_size()
+    params = run.model.init(jax.random.key(0))
+    evaluate(run.config, run.evaluation_source, run.model, params, run.tokenizer, run.special)
+    assert generate._cache_size() - before == 1
+
+
+def test_the_maps_of_the_evaluation_are_left_out_of_the_training_data(run):
+    data = run.config.data
+    assert run.config.eval.data in data.frozen_lake.exclude
+    lines = (REPOSITORY / run.config.eval.data).read_text().splitlines()
+    maps = {tuple(map(tuple, json.loads(line)["map_desc"])) for line in lines}
+    assert len(lines) == 200 and maps <= run.source.excluded
