@@ -14,6 +14,7 @@ from ilvr_jax.data.records import Look, Text
 
 VSP = Path(__file__).parent / "data" / "vsp_planning"
 SPRITES = Path(importlib.util.find_spec("gymnasium").origin).parent / "envs" / "toy_text" / "img"
+REASONING = Path(__file__).parents[1].parent / "shared" / "data" / "vsp_reasoning_examples"
 STEPS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
 
@@ -81,3 +82,30 @@ def test_the_elf_stands_on_what_lies_there_and_looks_where_it_went(move, elf, ki
     assert abs(difference).max() <= 2
     np.testing.assert_array_equal(drawn[:, :64], draw_map(((0,),)))
     np.testing.assert_array_equal(drawn[:, 128:], draw_map(((0,),)))
+
+
+@pytest.mark.skipif(not REASONING.is_dir(), reason="the real examples with helper images are not beside the repository")
+def test_the_real_helper_images_are_drawn_pixel_for_pixel():
+    """They show the stool left behind, the elf's four directions, the elf at the goal and the cracks of a hole."""
+    seen = set()
+    for line in (REASONING / "sample.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        with Image.open(REASONING / record["image_input"]) as image:
+            map_desc = map_of(np.asarray(image.convert("RGB")))
+        with Image.open(REASONING / record["image_output"]) as image:
+            real = np.asarray(image.convert("RGB"))
+        elf = tuple(np.argwhere(np.array(map_desc) == 1)[0].tolist())
+        plan = record["text_input"].split("Full Action Plan: ")[1].splitlines()[0].lower().split(", ")
+        for move in plan:  # the example does not say after which move its picture was taken
+            elf = tuple(np.clip(np.add(elf, STEPS[move]), 0, len(map_desc) - 1).tolist())
+            if np.array_equal(draw_map(map_desc, elf=elf, last_move=move[0].upper()), real):
+                seen.add((map_desc[elf[0]][elf[1]], move))
+                break
+        else:
+            raise AssertionError(f"no picture along {plan} is {record['image_output']}")
+    assert {kind for kind, _ in seen} == {0, 2, -1} and {move for _, move in seen} == set(STEPS)
+
+
+def map_of(picture: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    kinds = {draw_map(((kind,),)).tobytes(): kind for kind in (0, 1, 2, -1)}
+    return tuple(tuple(kinds[cell.tobytes()] for cell in row) for row in cells_of(picture, 64))

@@ -24,8 +24,9 @@ def draw_map(
     """Draws a map of 1 start, 2 goal, -1 hole, 0 ice as gymnasium does, each cell `cell_pixels` on a side.
 
     `elf` is its (row, column), by default the start; it looks where `last_move` (one of U, D, L, R) went, down
-    at first. In a hole only the cracks are seen. Other sizes than 64 are the 64-pixel picture shrunk by averaging
-    boxes: what `PIL.Image.resize(size, Image.Resampling.BOX)` makes of it.
+    at first. In a hole only the cracks are seen. Smaller sizes than 64 are the 64-pixel picture shrunk by averaging
+    boxes: for a square map exactly what `PIL.Image.resize(size, Image.Resampling.BOX)` makes of it, for one more than
+    twice as high as wide within 1, since Pillow then averages and rounds in another order.
 
     Raises RuntimeError if gymnasium's sprites cannot be found or are others.
     """
