@@ -17,7 +17,7 @@ from ilvr_jax.train import main
 from ilvr_jax.training.checkpoints import NoCheckpoint, restore_for_inference
 from ilvr_jax.training.configuration import load_config
 from ilvr_jax.training.interruption import Interrupted
-from ilvr_jax.training.loop import Clock, Diverged, finite, padded_tokens, train
+from ilvr_jax.training.loop import Clock, Diverged, finite, make_step, padded_tokens, train
 from ilvr_jax.training.metrics import read_metrics
 from ilvr_jax.training.progress import Progress
 
@@ -148,6 +148,67 @@ def test_stopped_and_killed_runs_end_as_one_that_was_not(finished, config, tmp_p
     assert losses(workdir) == losses(finished[0])
     for name in STAGES:
         assert same(restore_for_inference(workdir, stage=name)[1], restore_for_inference(finished[0], stage=name)[1])
+
+
+def test_a_run_stopped_at_the_last_step_of_a_stage_keeps_its_figures(config, tmp_path, monkeypatch):
+    """The stage's file is there after a signal, made again if a kill lost it, and never that of other parameters."""
+    config = config.copy_and_resolve_references().unlock()
+    config.stages = ("warm_up",)
+    workdir = tmp_path / "run"
+    advance = Progress.advance
+
+    def stop_at(step):
+        def advance_or_stop(progress):
+            advance(progress)
+            if progress._step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(Progress, "advance", advance_or_stop)
+
+    stop_at(4)
+    evaluations = workdir / "evaluations"
+    evaluations.mkdir(parents=True)
+    for name in ("warm_up.json", "warm_up.settings.json", "warm_up_2.json"):
+        (evaluations / name).write_text("{}")
+    with pytest.raises(Interrupted, match="after step 4 of 6"):
+        train(config, workdir)
+    assert not (workdir / "stages" / "warm_up.json").exists()
+    assert [path.name for path in evaluations.iterdir()] == ["warm_up_2.json"]
+    stop_at(STEPS)
+    with pytest.raises(Interrupted, match="after step 6 of 6") as stopped:
+        train(config, workdir)
+    assert stopped.value.exit_status == 128 + signal.SIGTERM
+    before = json.loads((workdir / "stages" / "warm_up.json").read_text())
+    assert before["seconds"] > 0 and before["skipped_records"] == []
+    (workdir / "stages" / "warm_up.json").unlink()
+    stop_at(None)
+    stage = train(config, workdir)["stages"]["warm_up"]
+    assert stage["seconds"] == before["seconds"] and stage["skipped_records"] == []
+
+
+def test_a_diverged_state_is_not_saved(config, tmp_path, monkeypatch):
+    """Not even where nothing is logged, and a checkpoint or a signal would save it."""
+    config = config.copy_and_resolve_references().unlock()
+    config.stages = ("warm_up",)
+    config.update(log_every=100, checkpoint_every=2)
+
+    class Diverging:
+        def __init__(self, step):
+            self.step, self._cache_size, self.calls = step, step._cache_size, 0
+
+        def __call__(self, state, batch):
+            self.calls += 1
+            state, values = self.step(state, batch)
+            return state, {**values, "loss": values["loss"] + (np.inf if self.calls >= 3 else 0.0)}
+
+    def diverging_step(*arguments):
+        optimizer, step = make_step(*arguments)
+        return optimizer, Diverging(step)
+
+    monkeypatch.setattr("ilvr_jax.training.loop.make_step", diverging_step)
+    with pytest.raises(Diverged, match="loss is inf at step 4 of warm_up"):
+        train(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints" / "warm_up").iterdir()] == ["2"]
 
 
 def test_a_stage_without_checkpoint_is_named(finished, tmp_path):

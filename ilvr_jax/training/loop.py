@@ -94,6 +94,7 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
     config, stage, number = run.config, run.config[name], run.config.stages.index(name)
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     optimizer, train_step = run.steps[name]
+    summary = run.workdir / "stages" / f"{name}.json"
 
     def start(params: PyTree) -> TrainState:
         return create_state(params, optimizer, tuple(stage.train), stage.objective == "alignment", key)
@@ -105,9 +106,14 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
         first = checkpoints.latest() or 0
         if first == stage.steps:
             run.progress.say(f"{name}: finished earlier, after {first} steps")
-            return checkpoints.restore_params(first, params)
+            if summary.exists():
+                return checkpoints.restore_params(first, params)
+        else:  # what is said of the stage in these files was of other parameters
+            for stale in (summary, *(run.workdir / "evaluations").glob(f"{name}.*")):
+                stale.unlink(missing_ok=True)
+            if first:
+                run.progress.say(f"{name}: goes on after step {first}")
         if first:
-            run.progress.say(f"{name}: goes on after step {first}")
             state = checkpoints.restore(first, jax.eval_shape(start, params), iterator)
         else:
             state = start(params)
@@ -118,6 +124,7 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
             stop_request() as stop,
         ):
             clock, values = Clock(stage.batch_size, first, metrics.seconds_before), {}
+            step = first
             for step in range(first + 1, stage.steps + 1):
                 with clock.waiting_for_data(values):
                     batch = next(iterator)
@@ -125,31 +132,37 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
                     before, (state, values) = values, train_step(state, batch)
                 jax.block_until_ready(before)  # one step ahead of the device at most, so that Ctrl-C acts soon
                 run.progress.advance()
-                if step % config.log_every == 0 or step == stage.steps:
+                stopping, last = stop.signal_number is not None, step == stage.steps
+                log = step % config.log_every == 0 or last
+                save = step % config.checkpoint_every == 0 or last or stopping
+                if log or save:  # a diverged state must not take the place of a good one
                     losses = finite(name, step, jax.device_get(values))
+                if log:
                     speed = clock.lap(step)
                     metrics.write(step, {**losses, **speed})
                     run.progress.report(losses, speed["samples_per_second"], clock.seconds_left(stage.steps))
-                if step % config.checkpoint_every == 0 or step == stage.steps or stop.signal_number:
+                if save:
                     checkpoints.save(step, state, iterator)
-                if stop.signal_number:
-                    checkpoints.wait()
-                    raise Interrupted(
-                        f"stopped in {name} after step {step} of {stage.steps}, saved in {checkpoints.folder}; the "
-                        "same command goes on from there",
-                        stop.signal_number,
-                    )
-        checkpoints.wait()
-        write_json(
-            run.workdir / "stages" / f"{name}.json",
-            {
-                "steps": stage.steps,
-                "seconds": round(clock.seconds, 1),
-                "compilations": train_step._cache_size(),
-                "compilation_seconds": round(clock.compilation_seconds, 1),
-                "skipped_records": skipped_records(iterator),
-            },
-        )
+                if stopping:
+                    break
+            checkpoints.wait()
+            if step == stage.steps:
+                write_json(
+                    summary,
+                    {
+                        "steps": stage.steps,
+                        "seconds": round(clock.seconds, 1),
+                        "compilations": train_step._cache_size(),
+                        "compilation_seconds": round(clock.compilation_seconds, 1),
+                        "skipped_records": skipped_records(iterator),
+                    },
+                )
+        if stop.signal_number:
+            raise Interrupted(
+                f"stopped in {name} after step {step} of {stage.steps}, saved in {checkpoints.folder}; the same "
+                "command goes on from there",
+                stop.signal_number,
+            )
     return state.params
 
 
