@@ -1,6 +1,7 @@
 """The momentum teacher's selection: which helper-image features are worth predicting (ILVR, section 3)."""
 
 import dataclasses
+import math
 
 import flax.struct
 import jax
@@ -16,7 +17,7 @@ NORM_FLOOR = 1e-8  # as torch.cosine_similarity
 
 @dataclasses.dataclass(frozen=True)
 class LatentSettings:
-    """Settings of the method; the defaults are the published ones."""
+    """Settings of the method; the defaults are the published ones. Raises ValueError, naming the key, for a bad one."""
 
     latent_size: int = 8  # K, slots a segment
     coverage: float = 0.9  # p, the mass of the softmax that the targets cover
@@ -31,6 +32,18 @@ class LatentSettings:
     def __post_init__(self):
         if self.grouping not in ("published", "complete"):
             raise ValueError(f"latents.grouping is {self.grouping!r}; accepted are 'published' and 'complete'")
+        for name, accepted, good in (
+            ("latent_size", "at least 1", self.latent_size >= 1),
+            ("candidates", "at least 1", self.candidates >= 1),
+            ("coverage", "more than 0 and at most 1", 0 < self.coverage <= 1),
+            ("temperature", "more than 0", 0 < self.temperature < math.inf),
+            ("tau", "from 0 to 1", 0 <= self.tau <= 1),
+            ("ce_weight", "at least 0", 0 <= self.ce_weight < math.inf),
+            ("sim_weight", "at least 0", 0 <= self.sim_weight < math.inf),
+            ("target_noise", "at least 0", 0 <= self.target_noise < math.inf),
+        ):
+            if not good:
+                raise ValueError(f"latents.{name} is {getattr(self, name)!r}; accepted is a number {accepted}")
 
 
 @flax.struct.dataclass

@@ -1,6 +1,7 @@
 """The shape of a Qwen2.5-VL model."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -8,10 +9,12 @@ from ml_collections import ConfigDict
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower; names as in a published `vision_config`."""
+    """The vision tower; names as in a published `vision_config`. Raises ValueError, naming the key, for a bad value."""
 
     depth: int
     hidden_size: int
@@ -29,6 +32,33 @@ class VisionConfig:
     # (through image_std) and weights of unit scale, Adam's steps fit the layer; None is 1/sqrt(inputs).
     patch_init_std: float | None = None
 
+    def __post_init__(self):
+        sizes = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "window_size")
+        _check_sizes("model.vision", self, (*sizes, "patch_size", "temporal_patch_size", "in_channels"))
+        unit = 2 * self.patch_size
+        if self.window_size % unit:
+            raise _bad(
+                "model.vision.window_size", self.window_size, f"a multiple of {unit}, the pixels of a vision token"
+            )
+        if self.hidden_size % (4 * self.num_heads):  # a head's channels are halved for rows and columns, then paired
+            raise _bad(
+                "model.vision.num_heads",
+                self.num_heads,
+                f"a number whose fourfold divides hidden_size ({self.hidden_size})",
+            )
+        for block in self.fullatt_block_indexes:
+            if not (type(block) is int and 0 <= block < self.depth):
+                key, accepted = (
+                    "model.vision.fullatt_block_indexes",
+                    f"a tuple of numbers from 0 to {self.depth - 1}, below depth",
+                )
+                raise _bad(key, self.fullatt_block_indexes, accepted)
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != self.in_channels:
+                raise _bad(
+                    f"model.vision.{name}", getattr(self, name), f"a number for each of {self.in_channels} channels"
+                )
+
     @property
     def window_units(self) -> int:
         """Merge units a side of an attention window."""
@@ -41,7 +71,10 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The decoder and its vision tower; names as in a published `config.json`."""
+    """The decoder and its vision tower; names as in a published `config.json`.
+
+    Raises ValueError, naming the key, for a bad value.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -54,12 +87,38 @@ class ModelConfig:
     vision: VisionConfig
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    dtype: str = "float32"  # of activations; parameters are float32
-    remat_policy: str = "none"  # "none", "full", or a name in jax.checkpoint_policies
+    dtype: str = "float32"  # of activations, one of DTYPES; parameters are float32
+    remat_policy: str = "none"  # one of those that models.decoder.remat_policy takes
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        _check_sizes("model", self, (*sizes, "num_attention_heads", "num_key_value_heads"))
+        if self.hidden_size % (2 * self.num_attention_heads):  # a head's channels are turned in pairs
+            accepted = f"a number whose double divides hidden_size ({self.hidden_size})"
+            raise _bad("model.num_attention_heads", self.num_attention_heads, accepted)
+        if self.num_attention_heads % self.num_key_value_heads:
+            accepted = f"a divisor of num_attention_heads ({self.num_attention_heads})"
+            raise _bad("model.num_key_value_heads", self.num_key_value_heads, accepted)
+        if len(self.mrope_section) != 3 or sum(self.mrope_section) != self.head_dim // 2:
+            accepted = f"three numbers with the sum {self.head_dim // 2}, half of a head's channels"
+            raise _bad("model.mrope_section", self.mrope_section, accepted)
+        if self.dtype not in DTYPES:
+            raise _bad("model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+
+def _check_sizes(section: str, config: VisionConfig | ModelConfig, names: Sequence[str]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise _bad(f"{section}.{name}", value, "a whole number from 1")
+
+
+def _bad(key: str, value: object, accepted: str) -> ValueError:
+    return ValueError(f"{key} is {value!r}; accepted is {accepted}")
 
 
 def model_config(settings: ConfigDict, vocab_size: int) -> ModelConfig:
