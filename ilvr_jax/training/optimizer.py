@@ -1,5 +1,7 @@
 """Optimizers and learning-rate schedules by name."""
 
+import math
+
 import jax
 import optax
 from jaxtyping import PyTree
@@ -51,6 +53,15 @@ def make_optimizer(stage: ConfigDict) -> optax.GradientTransformation:
     "muon" takes orthogonalised steps in hidden matrices, scaled to the size of Adam's so that one learning rate
     serves both, and Adam's elsewhere. Raises ValueError for an optimizer other than "adamw" and "muon".
     """
+    for name, accepted, good in (
+        ("clip", "more than 0", 0 < stage.clip),
+        ("warmup_steps", "at least 0", 0 <= stage.warmup_steps),
+        ("learning_rate", "more than 0", 0 < stage.learning_rate < math.inf),
+        ("beta2", "between 0 and 1", 0 < stage.beta2 < 1),
+        ("weight_decay", "at least 0", 0 <= stage.weight_decay < math.inf),
+    ):
+        if not good:
+            raise ValueError(f"{name} is {stage[name]!r}; accepted is a number {accepted}")
     schedule = learning_rate_schedule(stage)
     if stage.optimizer == "adamw":
         optimizer = optax.adamw(schedule, b2=stage.beta2, weight_decay=stage.weight_decay, mask=decayed)
