@@ -27,6 +27,7 @@ SMALLER = {
     "model.intermediate_size": 16,
     "model.remat_policy": "none",
     "model.vision.depth": 1,
+    "model.vision.fullatt_block_indexes": (0,),
     **{f"{stage}.batch_size": 2 for stage in BUCKETS_MET},
     **{f"{stage}.optimizer": "adamw" for stage in BUCKETS_MET},
     "eval.max_new_tokens": 8,
