@@ -8,7 +8,7 @@ def stage(**changes) -> ConfigDict:
     return ConfigDict(
         {
             "objective": "text",  # "text", "alignment" (stage 1) or "autonomy" (stage 2)
-            "helper_images": "latent",  # "latent" slots, "omit", or "encode" as vision tokens
+            "helper_images": "latent",  # slots with images for the teacher; "slots" alone, "encode" or "omit"
             "train": ("decoder",),  # parts of the model that learn
             "steps": 100,
             "batch_size": 32,
@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
                 "mrope_section": (4, 6, 6),
                 "rms_norm_eps": 1e-6,
                 "tie_word_embeddings": False,
-                "remat_policy": "dots_saveable",  # or "none", "full", or a name in jax.checkpoint_policies
+                "remat_policy": "dots_saveable",  # or "none", "full", and others of jax.checkpoint_policies
                 "dtype": "float32",
                 "vision": {
                     "depth": 2,
@@ -94,7 +94,6 @@ def get_config() -> ConfigDict:
                 "records": 10_000_000,  # of the generated source
                 "on_bad_record": "error",  # or "skip"
                 "image_scale": 28 / 64,  # of image files: a cell of 64 pixels becomes one vision token
-                "question": "Find the shortest safe path.",  # in place of every record's own; empty: its own
                 "system": "",  # a system turn before the user's; empty: none
                 "workers": 0,  # processes that make samples; 0: a thread
                 # A sample goes to the first bucket that holds it; each is compiled once a stage.
@@ -126,12 +125,16 @@ def get_config() -> ConfigDict:
             # Helper images left out: the sequences are shorter, and the slots are quickly learnt afterwards.
             "warm_up": stage(objective="text", helper_images="omit", train=("vision", "decoder"), steps=950),
             "stage1": stage(objective="alignment", steps=300, learning_rate=7e-4),
-            "stage2": stage(objective="autonomy", steps=150, learning_rate=7e-4),
+            "stage2": stage(objective="autonomy", helper_images="slots", steps=150, learning_rate=7e-4),
             "eval": {
                 "data": VSP_MAPS,
-                "max_new_tokens": 128,
+                "question": "Find the shortest safe path.",  # in place of every record's own; empty: its own
+                "max_new_tokens": 128,  # latent slots and markers among them
                 "batch_size": 50,
-                "temperature": 0.0,
+                "temperature": 0.0,  # 0 is greedy
+                "top_k": 0,  # 0: all
+                "top_p": 1.0,
+                "early_end": False,  # lets the model end a latent segment early
             },
             "log_every": 10,
             "checkpoint_every": 200,

@@ -1,8 +1,10 @@
 """The base config as it ships: which programs it compiles, and that it never trains on what it is judged by."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import pytest
@@ -17,6 +19,7 @@ from ilvr_jax.training.configuration import REPOSITORY, load_config, override
 from ilvr_jax.training.loop import Run, make_step, make_tokenizer, open_evaluation_source, open_iterator, open_source
 from ilvr_jax.training.state import create_state
 
+CONFIGS = REPOSITORY / "configs"
 BUCKETS_MET = {
     "warm_up": {"small_short", "small_long", "large_short", "large_middle", "large_long"},
     "stage1": {"small_short", "large_short", "small_looks", "large_looks", "many_looks"},
@@ -34,26 +37,41 @@ SMALLER = {
 }
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    """The base run with its data and layouts, but a smaller model and smaller batches."""
-    config = load_config(REPOSITORY / "configs" / "base.py")
+def open_run(path: Path, workdir: Path) -> Run:
+    """Returns a config's run with its data and layouts, but a smaller model and smaller batches."""
+    config = load_config(path)
     for key, value in SMALLER.items():
         override(config, key, str(value))
     source = open_source(config)
     tokenizer = make_tokenizer(config, source)
     model = Qwen2_5VL(model_config(config.model, len(tokenizer)))
     steps = {name: make_step(config, name, model) for name in config.stages}
-    workdir = tmp_path_factory.mktemp("run")
     evaluation_source = open_evaluation_source(config)
     special = special_tokens(tokenizer)
     return Run(config, workdir, source, evaluation_source, tokenizer, special, model, steps, progress=None)
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    return open_run(CONFIGS / "base.py", tmp_path_factory.mktemp("run"))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_the_buckets_of_every_config_hold_its_data(path, tmp_path):
+    run = open_run(path, tmp_path)
+    for stage in run.config.stages:
+        with contextlib.closing(open_iterator(run, stage, seed=1)) as iterator:
+            rows = sum(len(batch.tokens) for batch in itertools.islice(iterator, 200))
+        assert rows == 200 * run.config[stage].batch_size
+
+
 @pytest.mark.parametrize("stage", BUCKETS_MET)
 def test_each_step_compiles_once_a_bucket(run, stage):
     size = run.config.latents.latent_size
-    names = {Layout(latent_size=size, **bucket): name for name, bucket in run.config.data.buckets.items()}
+    names = {}
+    for name, bucket in run.config.data.buckets.items():
+        layout = Layout(latent_size=size, **bucket)
+        names |= {layout: name, dataclasses.replace(layout, helper_windows=0): name}
     optimizer, step = run.steps[stage]
     params = run.model.init(jax.random.key(0))
     with_teacher = run.config[stage].objective == "alignment"

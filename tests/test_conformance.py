@@ -1,5 +1,6 @@
 """Our numbers against the published code's (see the conformance README for the tolerances)."""
 
+import dataclasses
 import json
 from functools import lru_cache
 
@@ -72,12 +73,13 @@ def by_name(decoder, vector: Vector) -> dict[str, np.ndarray]:
 
 def check_stage1(vector: Vector, row: int, columns, batch, vision, result, selection) -> None:
     """Compares one row of a batch with its file."""
-    units = np.asarray(batch.images.unit_valid[row])
-    np.testing.assert_allclose(np.asarray(vision)[row][units], vector["expect_vision"], atol=FEATURES)
+    if vector.images():
+        units = np.asarray(batch.images.unit_valid[row])
+        np.testing.assert_allclose(np.asarray(vision)[row][units], vector["expect_vision"], atol=FEATURES)
     np.testing.assert_array_equal(np.asarray(batch.positions)[row][:, columns], vector["expect_position_ids"][:, 0])
     np.testing.assert_allclose(selection.user_query[row], vector["expect_u"][0], atol=FEATURES)
     filled = np.zeros(batch.tokens.shape[1], bool)
-    picked = []
+    picked = [np.zeros((0, vector.config.hidden_size))]
     for segment in range(len(vector.sample().slot_starts)):
         cosines, top = vector[f"expect_sim_{segment}"], vector[f"expect_top_{segment}"]
         np.testing.assert_allclose(selection.cosines[row, segment, : len(cosines)], cosines, atol=FEATURES)
@@ -92,8 +94,8 @@ def check_stage1(vector: Vector, row: int, columns, batch, vision, result, selec
     np.testing.assert_allclose(result.loss[row], vector["expect_loss"], atol=LOSS)
 
 
-def stage1(vector: Vector, batch):
-    """Returns vision features, losses, selection and the decoder's gradients, of each row where models agree."""
+def stage1(vector: Vector, batch, row: int = 0):
+    """Returns vision features, losses, selection, and the decoder's gradients of one row's loss."""
     model, params, teacher = Qwen2_5VL(vector.config), vector.params(), vector.params("teacher_weight_seed")
 
     def loss(decoder):
@@ -106,18 +108,19 @@ def stage1(vector: Vector, batch):
             jax.random.key(0),
             teacher["vision"],
         )
-        return result.loss.sum(), (result, selection)
+        return result.loss[row], (result, selection)
 
     gradients, (result, selection) = jax.jit(jax.grad(loss, has_aux=True))(params["decoder"])
     return model.encode_images(params["vision"], batch.images), result, selection, gradients
 
 
-def stage2(vector: Vector, batch):
+def stage2(vector: Vector, batch, row: int = 0):
+    """Returns losses, and the decoder's gradients of one row's loss."""
     model, params = Qwen2_5VL(vector.config), vector.params()
 
     def loss(decoder):
         result = autonomy_objective(model, {**params, "decoder": decoder}, batch)
-        return result.loss.sum(), result
+        return result.loss[row], result
 
     gradients, result = jax.jit(jax.grad(loss, has_aux=True))(params["decoder"])
     return result, gradients
@@ -164,32 +167,40 @@ def test_generate(vector):
 
 
 def test_train(vector):
-    meta = vector.meta
     batch, _ = lay_out([vector])
-    latents = {**settings(vector).__dict__, "tau": meta["ema_decay"]}
-    stage = ConfigDict({"objective": "alignment", "train": ("decoder",), "batch_size": 1, "accumulation": 1})
+    check_train(vector, batch, 0)
+
+
+def check_train(vector: Vector, batch, row: int) -> None:
+    """Trains on one row of a batch, the others laid out beside it, and compares every step with its file."""
+    meta, model, params = vector.meta, Qwen2_5VL(vector.config), vector.params()
     optimizer = optax.adamw(meta["learning_rate"], b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
-    model, params = Qwen2_5VL(vector.config), vector.params()
     state = create_state(params, optimizer, ("decoder",), with_teacher=True, key=jax.random.key(0))
-    step = make_train_step(model, stage, ConfigDict(latents), optimizer)
-    tops = json.loads(str(vector["expect_tops"]))
-    for number in range(meta["steps"]):
-        _, selection = alignment_objective(
-            model, state.params, state.teacher, batch, settings(vector), jax.random.key(0)
-        )
-        for segment, top in enumerate(tops[number]):
-            picked = np.asarray(selection.candidates[0, segment])[np.asarray(selection.valid[0, segment])]
+    stage = ConfigDict({"objective": "alignment", "train": ("decoder",), "batch_size": 1, "accumulation": 1})
+    latents = ConfigDict({**dataclasses.asdict(settings(vector)), "tau": meta["ema_decay"]})
+    step = make_train_step(model, stage, latents, optimizer)
+    select_jitted = jax.jit(
+        lambda params, teacher, batch: alignment_objective(
+            model, params, teacher, batch, settings(vector), jax.random.key(0)
+        )[1]
+    )
+    own_row = jax.tree.map(lambda array: array[row : row + 1], batch)
+    for number, tops in enumerate(json.loads(str(vector["expect_tops"]))):
+        selection = select_jitted(state.params, state.teacher, batch)
+        for segment, top in enumerate(tops):
+            picked = np.asarray(selection.candidates[row, segment])[np.asarray(selection.valid[row, segment])]
             np.testing.assert_array_equal(picked, top)
-        state, metrics = step(state, batch)
+        state, metrics = step(state, own_row)
         np.testing.assert_allclose(metrics["loss"], vector["expect_losses"][number], atol=TRAIN_LOSS)
         np.testing.assert_allclose(metrics["cross_entropy"], vector["expect_ces"][number], atol=TRAIN_LOSS)
+    assert number == meta["steps"] - 1
     for prefix, decoder in (("expect_student.", state.params["decoder"]), ("expect_teacher.", state.teacher)):
         for name, value in by_name(decoder, vector).items():
             if prefix + name in vector.arrays:
                 np.testing.assert_allclose(value, vector[prefix + name], atol=WEIGHT, err_msg=prefix + name)
 
 
-@pytest.mark.parametrize("kind", ["stage1", "stage2", "generate"])
+@pytest.mark.parametrize("kind", ["stage1", "stage2", "generate", "train"])
 def test_files_of_one_kind_in_one_batch(kind, request):
     """Each file has weights and settings of its own: the batch runs under each and that file's row is compared."""
     groups = {}
@@ -202,7 +213,12 @@ def test_files_of_one_kind_in_one_batch(kind, request):
                 expected = vector["expect_tokens"]
                 np.testing.assert_array_equal(decoded(vector, batch)[row, : len(expected)], expected)
             elif kind == "stage2":
-                check_stage2(vector, row, columns[row], stage2(vector, batch)[0])
+                result, gradients = stage2(vector, batch, row)
+                check_stage2(vector, row, columns[row], result)
+                check_gradients(vector, gradients)
+            elif kind == "train":
+                check_train(vector, batch, row)
             else:
-                vision, result, selection, _ = stage1(vector, batch)
+                vision, result, selection, gradients = stage1(vector, batch, row)
                 check_stage1(vector, row, columns[row], batch, vision, result, selection)
+                check_gradients(vector, gradients)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ilvr_jax.latents.layout import collate, merge_layouts, required_layout, sample_columns
-from ilvr_jax.latents.objectives import alignment_objective, autonomy_objective, text_objective
+from ilvr_jax.latents.objectives import alignment_objective, autonomy_objective, slot_noise, text_objective
 from ilvr_jax.latents.selection import LatentSettings, group_neighbours, pick
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
 from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, random_sample
@@ -114,6 +114,24 @@ def test_without_segments_every_stage_is_plain_cross_entropy(name):
     assert float(result.filled_slots[0]) == 0
     for leaf, value in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
         np.testing.assert_allclose(leaf, value, atol=1e-5)
+
+
+def test_without_images_the_query_is_the_mean_embedding_of_the_prompt():
+    sample = unequal_samples()[3]
+    batch = collate([sample], required_layout(sample, WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
+    selection = alignment_objective(MODEL, PARAMS, TEACHER, batch, SETTINGS, KEY)[1]
+    prompt = sample.tokens[: int(np.flatnonzero(sample.tokens == SPECIAL.assistant)[0]) - 1]
+    expected = np.asarray(TEACHER["embed_tokens"])[prompt].mean(0)
+    np.testing.assert_allclose(selection.user_query[0], expected, atol=1e-6)
+
+
+def test_noise_does_not_depend_on_the_layout():
+    wide = slot_noise(KEY, jnp.array([4, 9]), (2, 3, 5, 8))
+    narrow = slot_noise(KEY, jnp.array([9]), (1, 2, 4, 8))
+    np.testing.assert_array_equal(wide[1:, :2, :4], narrow)
+    assert len(np.unique(np.asarray(wide))) == wide.size
+    many = np.asarray(slot_noise(KEY, jnp.arange(50), (50, 4, 4, 32)))
+    assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
 
 
 def test_no_gradient_reaches_the_teacher():

@@ -57,13 +57,14 @@ class Vector:
     def params(self, seed_name: str = "weight_seed"):
         state = self.state_dict(self.meta[seed_name])
         for row, scale in self.arrays.get("lm_head_row_scale", ()):
-            state["lm_head.weight"][int(row)] *= np.float32(scale)
+            head = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+            state[head][int(row)] *= np.float32(scale)
         return params_from_state_dict(state, self.config)
 
     def images(self, suffix: str = "") -> list[PatchedImage]:
-        if "image_grid_thw" + suffix not in self.arrays:
+        grids = self.arrays.get("image_grid_thw" + suffix, ())
+        if not len(grids):
             return []
-        grids = self["image_grid_thw" + suffix]
         pixels = np.split(self["pixel_values" + suffix], np.cumsum(grids.prod(axis=1))[:-1])
         return [PatchedImage(p, int(h), int(w)) for p, (_, h, w) in zip(pixels, grids, strict=True)]
 

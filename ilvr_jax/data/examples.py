@@ -16,7 +16,7 @@ from ilvr_jax.models.images import PatchedImage
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # image_pad is repeated once per vision token
 LATENT = "<|latent_start|><|latent_pad|><|latent_end|>"  # latent_pad is repeated once per slot
-HELPER_IMAGES = {"latent": LATENT, "omit": "", "encode": IMAGE}
+HELPER_IMAGES = {"latent": LATENT, "slots": LATENT, "omit": "", "encode": IMAGE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,9 @@ class ExampleSettings:
     image_scale: float = 1.0
     question: str | None = None  # put in place of every record's own
     latent_size: int = 8  # K, slots a look
-    helper_images: str = "latent"  # looks become "latent" slots, are left out ("omit"), or vision tokens ("encode")
+    # What looks become: "latent" slots with their images for the teacher, "slots" alone, vision tokens ("encode"),
+    # or nothing ("omit").
+    helper_images: str = "latent"
     system: str = ""  # text of a system turn, none if empty
 
     def __post_init__(self):
@@ -61,7 +63,10 @@ def build_example(
         _prompt(record, settings) + answer + "<|im_end|>",
         [*record.images, *(looks if settings.helper_images == "encode" else [])],
         looks if settings.helper_images == "latent" else [],
-        (tokenizer, special, settings, number),
+        tokenizer,
+        special,
+        settings,
+        number,
     )
 
 
@@ -76,7 +81,7 @@ def build_prompt(
 
     Raises BadRecord as `build_example` does; a record needs no steps.
     """
-    return _build(record, _prompt(record, settings), record.images, [], (tokenizer, special, settings, number))
+    return _build(record, _prompt(record, settings), record.images, [], tokenizer, special, settings, number)
 
 
 def _prompt(record: Record, settings: ExampleSettings) -> str:
@@ -100,9 +105,11 @@ def _build(
     chat: str,
     images: Sequence[ImageSource],
     helper_images: Sequence[ImageSource],
-    build: tuple[PreTrainedTokenizerFast, SpecialTokens, ExampleSettings, int],
+    tokenizer: PreTrainedTokenizerFast,
+    special: SpecialTokens,
+    settings: ExampleSettings,
+    number: int,
 ) -> Sample:
-    tokenizer, special, settings, number = build
     try:
         patched = [patch_image(load_image(image, settings.image_scale)) for image in images]
         patched_helpers = [patch_image(load_image(image, settings.image_scale)) for image in helper_images]

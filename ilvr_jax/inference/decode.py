@@ -23,7 +23,7 @@ class DecodeSettings:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    early_end: bool = False  # lets the model end a segment early, when it prefers `latent_end` to all else
+    early_end: bool = False  # ends a segment where the model prefers `latent_end` to all else, even at its first slot
 
     def __post_init__(self):
         for name, good, accepted in (

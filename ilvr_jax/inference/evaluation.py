@@ -164,10 +164,10 @@ def evaluate(
 
 
 def prompt_settings(config: ConfigDict) -> ExampleSettings:
-    """Returns how prompts are made from the config's `data` and `latents`; raises ValueError for a bad value."""
+    """Returns how prompts are made, as `eval`, `data` and `latents` say; raises ValueError for a bad value."""
     return ExampleSettings(
         image_scale=config.data.image_scale,
-        question=config.data.question or None,
+        question=config.eval.question or None,
         latent_size=config.latents.latent_size,
         system=config.data.system,
     )
@@ -181,6 +181,9 @@ def decode_settings(config: ConfigDict) -> DecodeSettings:
         max_new_tokens=config.eval.max_new_tokens,
         latent_size=config.latents.latent_size,
         temperature=config.eval.temperature,
+        top_k=config.eval.top_k,
+        top_p=config.eval.top_p,
+        early_end=config.eval.early_end,
     )
 
 

@@ -13,7 +13,8 @@ def sample_tokens(
     top_k: int,
     top_p: float,
 ) -> Int[Array, " rows"]:
-    """Returns one token a row. Temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole.
+    """Returns one token a row. Temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole;
+    top-p is of what top-k left, as in transformers.
 
     A row's draw depends on its seed, the step and its logits alone, so not on the other rows of the batch.
     """
@@ -22,10 +23,11 @@ def sample_tokens(
     logits = logits / temperature
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    keep = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
     if top_k:
-        keep &= jnp.arange(logits.shape[-1]) < top_k
+        ranked = jnp.where(jnp.arange(ranked.shape[-1]) < top_k, ranked, -jnp.inf)
+    if top_p < 1:
+        probabilities = jax.nn.softmax(ranked, axis=-1)
+        ranked = jnp.where(jnp.cumsum(probabilities, axis=-1) - probabilities < top_p, ranked, -jnp.inf)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds)
-    rank = jax.vmap(jax.random.categorical)(keys, jnp.where(keep, ranked, -jnp.inf))
+    rank = jax.vmap(jax.random.categorical)(keys, ranked)
     return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int8
 
 from ilvr_jax.latents.tokens import Role, SpecialTokens, answer_labels, token_roles
-from ilvr_jax.models.images import MERGE, ImageBatch, PatchedImage, stack_images, window_count
+from ilvr_jax.models.images import MERGE, STILL_PATCH_DIM, ImageBatch, PatchedImage, stack_images, window_count
 from ilvr_jax.models.positions import mrope_positions
 
 
@@ -99,6 +99,8 @@ def build_sample(
 ) -> Sample:
     """Works out roles, labels, positions and slots of a token sequence.
 
+    A sample whose slots are filled by the model itself needs no helper images; else there is one a segment.
+
     Raises ValueError if the slots are not runs of exactly `latent_size` between `latent_start` and
     `latent_end`, or do not match the helper images.
     """
@@ -110,7 +112,7 @@ def build_sample(
             raise ValueError(f"the latent segment at token {start} is not {latent_size} slots and an end marker")
     if int((tokens == special.latent_pad).sum()) != len(slot_starts) * latent_size:
         raise ValueError("there are latent slots outside latent segments")
-    if len(helper_images) != len(slot_starts):
+    if helper_images and len(helper_images) != len(slot_starts):
         raise ValueError(f"{len(slot_starts)} latent segments for {len(helper_images)} helper images")
     grids = [(image.height // MERGE, image.width // MERGE) for image in images]
     return Sample(
@@ -222,8 +224,8 @@ def collate(samples: Sequence[Sample], layout: Layout, special: SpecialTokens, w
         capacity = layout.image_windows * window_units**2
         features = [number * capacity + np.arange(image.vision_tokens) for number, image in enumerate(sample.images)]
         image_index[row, place[sample.roles == Role.IMAGE]] = np.concatenate([np.zeros(0, int), *features])
-    any_image = next((image for sample in samples for image in (*sample.images, *sample.helper_images)), None)
-    patch_dim, dtype = (any_image.pixels.shape[1], any_image.pixels.dtype) if any_image else (588, np.uint8)
+    pixels = [image.pixels for sample in samples for image in (*sample.images, *sample.helper_images)]
+    patch_dim, dtype = (pixels[0].shape[1], pixels[0].dtype) if pixels else (STILL_PATCH_DIM, np.uint8)
 
     def stack(name: str, per_row: int, windows: int) -> ImageBatch:
         return stack_images([list(getattr(s, name)) for s in samples], per_row, windows, window_units, patch_dim, dtype)

@@ -55,18 +55,16 @@ def alignment_objective(
     `teacher` is its decoder; it shares the student's vision tower unless given its own.
     """
     features = model.encode_images(params["vision"], batch.images)
-    teacher_features = features if teacher_vision is None else model.encode_images(teacher_vision, batch.images)
-    helper_features = model.encode_images(
-        params["vision"] if teacher_vision is None else teacher_vision, batch.helper_images
-    )
+    shared = teacher_vision is None
+    teacher_features = features if shared else model.encode_images(teacher_vision, batch.images)
+    helper_features = model.encode_images(params["vision"] if shared else teacher_vision, batch.helper_images)
     selection = jax.lax.stop_gradient(select(model, teacher, batch, teacher_features, helper_features, settings))
     slots = batch.layout.slot_columns
     inputs = model.embed(params["decoder"], batch.tokens, batch.image_index, features)
     filled = jnp.where(selection.valid[..., None], selection.targets.astype(inputs.dtype), inputs[:, slots])
     inputs = inputs.at[:, slots].set(filled)
     hidden, _ = model.decode(params["decoder"], inputs, batch.positions, causal_mask(batch.valid))
-    noise = jax.vmap(lambda record: jax.random.normal(jax.random.fold_in(key, record), selection.targets.shape[1:]))
-    targets = selection.targets + settings.target_noise * noise(batch.record)
+    targets = selection.targets + settings.target_noise * slot_noise(key, batch.record, selection.targets.shape)
     cosines = cosine(hidden[:, slots - 1], targets) * selection.valid
     count = selection.valid.sum((1, 2))
     similarity = cosines.sum((1, 2)) / jnp.maximum(count, 1)
@@ -74,6 +72,21 @@ def alignment_objective(
     alignment = jnp.where(count > 0, 1.0 - similarity, 0.0)
     loss = settings.ce_weight * plain.cross_entropy + settings.sim_weight * alignment
     return plain.replace(loss=loss, similarity=similarity, filled_slots=count.astype(jnp.float32)), selection
+
+
+def slot_noise(
+    key: PRNGKeyArray, record: Int[Array, " rows"], shape: tuple[int, int, int, int]
+) -> Float[Array, "rows segments slots channels"]:
+    """Returns normal noise that depends on the record, the segment and the slot alone, not on the batch around them."""
+    _, segments, slots, channels = shape
+
+    def noise(record: Array, segment: Array, slot: Array) -> Array:
+        of_slot = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, record), segment), slot)
+        return jax.random.normal(of_slot, (channels,))
+
+    over_slots = jax.vmap(noise, (None, None, 0))
+    over_segments = jax.vmap(over_slots, (None, 0, None))
+    return jax.vmap(over_segments, (0, None, None))(record, jnp.arange(segments), jnp.arange(slots))
 
 
 def autonomy_objective(model: Qwen2_5VL, params: PyTree, batch: Batch) -> Objective:

@@ -20,7 +20,7 @@ def roll_out(
 
     The gradient flows through every slot. What `inputs` hold in the slots is not used.
     """
-    layout, positions, valid = batch.layout, batch.positions, batch.valid
+    layout, positions, valid, rows = batch.layout, batch.positions, batch.valid, len(inputs)
     size, width = layout.latent_size, layout.latent_size + layout.text
     prefix_end, tail_start = layout.prefix, layout.columns - layout.tail
     hidden, key_values = model.decode(
@@ -30,62 +30,52 @@ def roll_out(
         return _with_tail(model, decoder, inputs, batch, [hidden], key_values)
     config = model.config
     heads = (config.num_key_value_heads, config.head_dim)
-    empty = jnp.zeros((config.num_hidden_layers, len(inputs), size, *heads), key_values[0].dtype)
+    empty = jnp.zeros((config.num_hidden_layers, rows, size, *heads), key_values[0].dtype)
     # Only columns before the present segment have been written; the rest of the cache is masked.
     room = ((0, 0), (0, 0), (0, layout.segments * width), (0, 0), (0, 0))
     cache = jax.tree.map(lambda array: jnp.pad(array, room), key_values)
 
-    def column_slice(array: Array, start: Array, length: int, axis: int) -> Array:
-        return jax.lax.dynamic_slice_in_dim(array, start, length, axis)
+    columns_from = jax.lax.dynamic_slice_in_dim
+    write_columns = jax.lax.dynamic_update_slice_in_dim
 
     @jax.checkpoint  # keeps one segment's activations at a time
     def segment(carry, number):
         cache, before = carry
         start = prefix_end + number * width
         done = (jnp.arange(tail_start) < start) & valid[:, :tail_start]
+        slots_valid = columns_from(valid, start, size, 1)
 
         def slot(carry, index):
             slot_cache, before = carry
-            position = column_slice(positions, start + index, 1, 2)
-            now = column_slice(valid, start, size, 1)
             # A slot sees the finished columns, the slots before it, and itself.
-            mask = jnp.concatenate([done, now & (jnp.arange(size) < index), jnp.ones_like(now[:, :1])], axis=1)
+            mask = jnp.concatenate([done, slots_valid & (jnp.arange(size) < index), jnp.ones((rows, 1), bool)], axis=1)
+            position = columns_from(positions, start + index, 1, 2)
             hidden, new = model.decode(decoder, before, position, mask[:, None], [cache, slot_cache])
-            update = jax.lax.dynamic_update_slice_in_dim
-            slot_cache = jax.tree.map(lambda all_slots, one: update(all_slots, one, index, 2), slot_cache, new)
+            slot_cache = jax.tree.map(lambda slots, one: write_columns(slots, one, index, 2), slot_cache, new)
             return (slot_cache, hidden), hidden[:, 0]
 
-        (slot_cache, last), slot_hidden = jax.lax.scan(slot, ((empty, empty), before), jnp.arange(size))
-        parts, new, hidden = [slot_cache], slot_cache, jnp.swapaxes(slot_hidden, 0, 1)
+        (new, last), hidden = jax.lax.scan(slot, ((empty, empty), before), jnp.arange(size))
+        hidden = jnp.swapaxes(hidden, 0, 1)
         if layout.text:
-            text_start = start + size
-            text_valid = column_slice(valid, text_start, layout.text, 1)
-            slots_valid = column_slice(valid, start, size, 1)
-            rows, text = len(inputs), layout.text
+            text_start, text = start + size, layout.text
+            seen = jnp.concatenate([done, slots_valid], axis=1)[:, None]
             mask = jnp.concatenate(
                 [
-                    jnp.broadcast_to(done[:, None], (rows, text, tail_start)),
-                    jnp.broadcast_to(slots_valid[:, None], (rows, text, size)),
-                    causal_mask(text_valid),
+                    jnp.broadcast_to(seen, (rows, text, seen.shape[-1])),
+                    causal_mask(columns_from(valid, text_start, text, 1)),
                 ],
                 axis=2,
             )
-            text_hidden, text_new = model.decode(
-                decoder,
-                column_slice(inputs, text_start, text, 1),
-                column_slice(positions, text_start, text, 2),
-                mask,
-                [cache, *parts],
-            )
-            new = jax.tree.map(lambda slots, words: jnp.concatenate([slots, words], axis=2), slot_cache, text_new)
+            text_inputs = columns_from(inputs, text_start, text, 1)
+            text_positions = columns_from(positions, text_start, text, 2)
+            text_hidden, text_new = model.decode(decoder, text_inputs, text_positions, mask, [cache, new])
+            new = jax.tree.map(lambda slots, words: jnp.concatenate([slots, words], axis=2), new, text_new)
             hidden, last = jnp.concatenate([hidden, text_hidden], axis=1), text_hidden[:, -1:]
-        cache = jax.tree.map(
-            lambda all_columns, some: jax.lax.dynamic_update_slice_in_dim(all_columns, some, start, 2), cache, new
-        )
+        cache = jax.tree.map(lambda whole, some: write_columns(whole, some, start, 2), cache, new)
         return (cache, last), hidden
 
     (cache, _), segment_hidden = jax.lax.scan(segment, (cache, hidden[:, -1:]), jnp.arange(layout.segments))
-    segment_hidden = jnp.swapaxes(segment_hidden, 0, 1).reshape(len(inputs), layout.segments * width, -1)
+    segment_hidden = jnp.swapaxes(segment_hidden, 0, 1).reshape(rows, layout.segments * width, -1)
     return _with_tail(model, decoder, inputs, batch, [hidden, segment_hidden], cache)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
 MERGE = 2  # patches a side that the merger turns into one vision token
+STILL_PATCH_DIM = 3 * 14 * 14  # bytes of a patch of a still image
 
 
 class PatchedImage(NamedTuple):

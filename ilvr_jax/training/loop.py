@@ -187,7 +187,6 @@ def open_iterator(run: Run, stage: str, seed: int) -> grain.DatasetIterator:
         examples = ExampleSettings(
             # What is generated is drawn at the size it is wanted in.
             image_scale=1.0 if data.source == "frozen_lake" else data.image_scale,
-            question=data.question or None,
             latent_size=latents.latent_size,
             helper_images=run.config[stage].helper_images,
             system=data.system,
@@ -198,6 +197,8 @@ def open_iterator(run: Run, stage: str, seed: int) -> grain.DatasetIterator:
             (Layout(latent_size=latents.latent_size, **bucket) for bucket in data.buckets.values()),
             key=lambda layout: padded_tokens(layout, window_units),
         )
+        if examples.helper_images != "latent":
+            buckets = [dataclasses.replace(bucket, helper_windows=0) for bucket in buckets]
         return make_iterator(
             run.source,
             functools.partial(build_example, tokenizer=run.tokenizer, special=run.special, settings=examples),
@@ -223,7 +224,7 @@ def make_tokenizer(config: ConfigDict, source: Source) -> PreTrainedTokenizerFas
         if config.tokenizer:
             return load_tokenizer(resolve_path(config.tokenizer))
     records = (source[index] for index in range(min(len(source), TOKENIZER_RECORDS)))
-    return train_tokenizer(itertools.chain([config.data.system, config.data.question], record_texts(records)))
+    return train_tokenizer(itertools.chain([config.data.system, config.eval.question], record_texts(records)))
 
 
 def make_step(config: ConfigDict, name: str, model: Qwen2_5VL) -> tuple[optax.GradientTransformation, Callable]:

@@ -50,8 +50,9 @@ def muon_dimensions(params: PyTree) -> PyTree:
 def make_optimizer(stage: ConfigDict) -> optax.GradientTransformation:
     """Returns gradient clipping by global norm, then the stage's optimizer.
 
-    "muon" takes orthogonalised steps in hidden matrices, scaled to the size of Adam's so that one learning rate
-    serves both, and Adam's elsewhere. Raises ValueError for an optimizer other than "adamw" and "muon".
+    "muon" takes orthogonalised steps in hidden matrices, each with a root mean square of the learning rate like
+    Adam's first ones, and Adam's steps elsewhere; there weight decay is on the hidden matrices alone. Raises
+    ValueError for an optimizer other than "adamw" and "muon".
     """
     for name, accepted, good in (
         ("clip", "more than 0", 0 < stage.clip),

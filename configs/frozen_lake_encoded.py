@@ -1,0 +1,16 @@
+"""The base run with helper images as vision tokens in the warm-up, to compare with leaving them out."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """Returns the configuration of the comparison."""
+    config = base.get_config()
+    config.warm_up.helper_images = "encode"
+    with config.unlocked():
+        config.data.buckets.small_encoded = {**base.bucket(140), "images": 3}
+        config.data.buckets.large_encoded = {**base.bucket(226, windows=9), "images": 3}
+        config.data.buckets.many_encoded = {**base.bucket(348, windows=9), "images": 6}
+    return config
