@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 def stage(**changes) -> ConfigDict:
     """Returns the settings of one stage; `changes` go on top."""
-    return ConfigDict(
+    settings = ConfigDict(
         {
             "objective": "text",  # "text", "alignment" (stage 1) or "autonomy" (stage 2)
             "helper_images": "latent",  # slots with images for the teacher; "slots" alone, "encode" or "omit"
@@ -20,9 +20,10 @@ def stage(**changes) -> ConfigDict:
             "weight_decay": 0.01,
             "beta2": 0.99,
             "clip": 1.0,
-            **changes,
         }
-    )
+    ).lock()  # a misspelt key on top of it is an error
+    settings.update(changes)
+    return settings
 
 
 VSP_MAPS = "tests/data/vsp_planning/test.jsonl"  # 200 real maps, for evaluation alone

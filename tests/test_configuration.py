@@ -22,16 +22,13 @@ from ilvr_jax.training.configuration import (
 )
 
 CONFIG = """
-from ml_collections import ConfigDict
+from configs import base
 
 def get_config():
-    stage = dict(objective="text", steps=4, batch_size=2, accumulation=1, learning_rate=1e-3, train=("vision",),
-                 helper_images="omit")
-    return ConfigDict(dict(
-        seed=0, stages=("warm_up",), warm_up=stage, log_every=1, checkpoint_every=10, checkpoint_keep=1,
-        data=dict(path="", on_bad_record="error", frozen_lake=dict(levels=(3, 4), density=(0.1, 0.2), exclude=())),
-        eval=dict(data="", batch_size=4), model=dict(tie=True),
-    ))
+    config = base.get_config()
+    config.stages = ("warm_up",)
+    config.warm_up.steps = 4
+    return config
 """
 
 
@@ -54,18 +51,18 @@ def test_overrides_keep_the_type_of_the_value(config_file):
         "--config.data.path",
         "3",
         "--config.data.frozen_lake.levels=5",
-        "--config.data.frozen_lake.density=(0.5, 1)",
+        "--config.model.vision.image_mean=(0.5, 1, 0)",
         "--config.data.frozen_lake.exclude=a.jsonl, b.jsonl",
-        "--config.model.tie=false",
+        "--config.model.tie_word_embeddings=false",
     )
     config = options.config
     assert config.warm_up.steps == 7
     assert config.warm_up.learning_rate == 1.0 and isinstance(config.warm_up.learning_rate, float)
     assert config.data.path == "3"
     assert config.data.frozen_lake.levels == (5,)
-    assert config.data.frozen_lake.density == (0.5, 1)
+    assert config.model.vision.image_mean == (0.5, 1, 0)
     assert config.data.frozen_lake.exclude == ("a.jsonl", "b.jsonl")
-    assert config.model.tie is False
+    assert config.model.tie_word_embeddings is False
     assert str(options.workdir) == "runs/small"
 
 
@@ -73,21 +70,26 @@ def test_overrides_keep_the_type_of_the_value(config_file):
     ("flag", "sentence"),
     [
         ("--config.warm_up.step=7", "config.warm_up.step is not a key of the config; the nearest is warm_up.steps"),
-        ("--config.steps=7", "the nearest is warm_up.steps"),
+        ("--config.steps=7", "the nearest is stage1.steps"),
         ("--config.warm_up=7", "config.warm_up is a section, set one of its keys: accumulation, batch_size"),
         ("--config.warm_up.steps=many", "warm_up.steps was given 'many', an integer is accepted"),
         ("--config.warm_up.steps=1.5", "warm_up.steps was given '1.5', an integer is accepted"),
         ("--config.warm_up.steps=true", "warm_up.steps was given 'true', an integer is accepted"),
         ("--config.warm_up.learning_rate=", "warm_up.learning_rate was given '', a number is accepted"),
-        ("--config.model.tie=1", "model.tie was given '1', true or false is accepted"),
+        ("--config.model.tie_word_embeddings=1", "model.tie_word_embeddings was given '1', true or false is accepted"),
         ("--config.data.frozen_lake.levels=3,x", "levels was given '3,x', a tuple of int is accepted"),
-        ("--config.data.frozen_lake.density=x", "density was given 'x', a tuple of float or int is accepted"),
+        ("--config.model.vision.image_mean=x", "image_mean was given 'x', a tuple of float or int is accepted"),
         ("--config.warm_up.steps", "config.warm_up.steps has no value"),
         ("--config.warm_up.steps=0", "warm_up.steps is 0, at least 1 is accepted"),
-        ("--config.stages=stage3", "stages names 'stage3', the config has the stages warm_up"),
+        ("--config.stages=stage3", "stages names 'stage3', the config has the stages "),
         ("--config.stages=warm_up,warm_up", "names a stage twice"),
         ("--config.warm_up.objective=texts", "one of text, alignment, autonomy is accepted"),
-        ("--config.warm_up.helper_images=x", "one of latent, omit, encode is accepted"),
+        ("--config.warm_up.helper_images=slots", "is 'slots', with objective 'text' one of omit, encode is accepted"),
+        ("--config.warm_up.objective=alignment", "with objective 'alignment' one of latent is accepted"),
+        ("--config.warm_up.accumulation=0", "warm_up.accumulation is 0, at least 1 is accepted"),
+        ("--config.seed=-1", "config key seed is -1, at least 0 is accepted"),
+        ("--config.data.records=0", "config key data.records is 0, at least 1 is accepted"),
+        ("--config.data.buckets.small_short.prefix=-1", "buckets.small_short.prefix is -1, at least 0 is accepted"),
         ("--config.warm_up.train=teacher", "one of vision, decoder is accepted"),
         ("--config.data.on_bad_record=stop", "one of error, skip is accepted"),
     ],
@@ -95,6 +97,32 @@ def test_overrides_keep_the_type_of_the_value(config_file):
 def test_a_wrong_flag_gets_one_sentence(config_file, flag, sentence):
     with pytest.raises(BadConfig) as error:
         read(config_file, flag)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("config.latents.coverag = 0.5", "latents.coverag is not known; the nearest is latents.coverage"),
+        ("config.model.vision.dept = 1", "model.vision.dept is not known; the nearest is model.vision.depth"),
+        ("config.data.buckets.small_short.prefixes = 1", "the nearest is data.buckets.small_short.prefix"),
+        ("del config.model.hidden_size", "model.hidden_size is missing"),
+        ("del config.model['vision']", "model.vision is missing"),
+        ("del config.model['vision']; config.model.vision = 3", "model.vision is 3, a section with depth, hidden_size"),
+        ("del config.data.buckets.large_looks.prefix", "data.buckets.large_looks.prefix is missing"),
+        ("del config.data", "config key data is missing"),
+        ("config.warm_up.stesp = 3", "warm_up.stesp is not known; the nearest is warm_up.steps"),
+        ("del config.warm_up.objective", "warm_up.objective is missing"),
+        ("config.log_evry = 3", "log_evry is not known; the nearest is log_every"),
+        ("config.stage1.train = ('vision', 'decoder'); config.stages = ('stage1',)", "stage1.train holds 'vision'"),
+        ("config.warm_up = base.stage(stesp=3)", 'line 9: KeyError: Key "stesp" does not exist'),
+    ],
+)
+def test_a_key_that_nothing_reads_or_is_missing_is_named(tmp_path, line, sentence):
+    path = tmp_path / "bad.py"
+    path.write_text(CONFIG.replace("    return", f"    config.unlock()\n    {line}\n    return"))
+    with pytest.raises(BadConfig) as error:
+        read(path)
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
@@ -158,9 +186,14 @@ def test_a_workdir_belongs_to_one_config(config_file, tmp_path):
     write_config(config, workdir)
     assert read_config(workdir).to_dict() == config.to_dict()
     check_workdir(other, workdir)  # nothing was saved yet
-    (workdir / "checkpoints" / "warm_up" / "2").mkdir(parents=True)
+    (workdir / "checkpoints" / "warm_up" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+    check_workdir(other, workdir)  # nothing was saved completely
+    (workdir / "checkpoints" / "warm_up" / "2").mkdir()
     check_workdir(config, workdir)
-    check_workdir(read(config_file, "--config.log_every=5", "--config.eval.batch_size=9").config, workdir)
+    check_workdir(
+        read(config_file, "--config.log_every=5", "--config.data.workers=2", "--config.eval.batch_size=9").config,
+        workdir,
+    )
     with pytest.raises(BadConfig, match=r"another config: warm_up.steps \(4 there, 6 here\); give"):
         check_workdir(other, workdir)
 

@@ -111,41 +111,40 @@ def test_the_command_takes_config_values_and_the_configs_seed(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--count=0"], "error: --count is 0 and the seed 0; at least 1 and 0 are accepted"),
-        (["--seed=-1"], "error: --count is 2 and the seed -1; at least 1 and 0 are accepted"),
+        (["--count=0"], "--count is 0, at least 1 is accepted"),
+        (["--seed=-1"], "--seed is -1, at least 0 is accepted"),
         (
             ["--config.data.frozen_lake.level=3"],
-            "error: --config.data.frozen_lake.level is not a key of the config; the nearest is data.frozen_lake.levels",
+            "--config.data.frozen_lake.level is not a key of the config; the nearest is data.frozen_lake.levels",
         ),
         (
             ["--config.data.frozen_lake.levels=2"],
-            "error: data.frozen_lake.levels is (2,); one or more whole numbers from 3 to 10 is accepted",
+            "data.frozen_lake.levels is (2,); one or more whole numbers from 3 to 10 is accepted",
         ),
         (
             ["--config.data.frozen_lake.exclude=nothing.jsonl"],
-            "error: data.frozen_lake.exclude: there is no file nothing.jsonl; a JSON-lines file with maps is accepted",
+            "data.frozen_lake.exclude: there is no file nothing.jsonl; a JSON-lines file with maps is accepted",
         ),
         (
             ["--config=nothing.py"],
-            "error: there is no config file nothing.py; --config takes a Python file such as configs/base.py",
+            "there is no config file nothing.py; --config takes a Python file such as configs/base.py",
         ),
     ],
 )
-def test_bad_input_ends_the_command_with_one_sentence(tmp_path, flags, message):
+def test_bad_input_ends_the_command_with_one_sentence(tmp_path, capsys, flags, message):
     out = tmp_path / "out"
-    with pytest.raises(SystemExit) as ended:
-        main(["export", f"--config={CONFIG}", "--count=2", f"--out={out}", *flags])
-    assert ended.value.code == message  # the interpreter prints a text and exits with 1
+    assert main(["export", f"--config={CONFIG}", "--count=2", f"--out={out}", *flags]) == 2
+    assert capsys.readouterr().err == message + "\n"
     assert not out.exists()
 
 
-@pytest.mark.parametrize("flag", ["--colour=red", "--con=x", "extra", "--config.seed"])
+@pytest.mark.parametrize("flag", ["--colour=red", "--con=x", "extra"])
 def test_an_unknown_argument_is_named(tmp_path, capsys, flag):
     with pytest.raises(SystemExit) as ended:
         main(["export", f"--config={CONFIG}", "--count=2", f"--out={tmp_path / 'out'}", flag])
     assert ended.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert f"error: unrecognized argument {flag};" in last
+    assert last.endswith(f"error: unrecognized arguments: {flag}")
     assert not (tmp_path / "out").exists()
 
 
@@ -159,29 +158,25 @@ def test_existing_data_are_not_overwritten(exported):
         capture_output=True,
         text=True,
     )
-    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.returncode == 2 and ended.stdout == ""
     *_, last = ended.stderr.splitlines()
-    assert last.startswith("error: ") and last.endswith("a folder without a train.jsonl is accepted")
+    assert last.endswith("a folder without a train.jsonl is accepted")
     assert f"{exported / 'train.jsonl'} exists" in last and "Traceback" not in ended.stderr
     assert {path: path.stat().st_mtime_ns for path in exported.rglob("*")} == before
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as ended:
-        main(["export", f"--config={CONFIG}", "--count=1", f"--out={tmp_path / 'file' / 'out'}"])
-    assert ended.value.code == f"error: {tmp_path / 'file' / 'out'} cannot be written: Not a directory"
+    assert main(["export", f"--config={CONFIG}", "--count=1", f"--out={tmp_path / 'file' / 'out'}"]) == 1
+    assert f"{tmp_path / 'file' / 'out'} cannot be written: Not a directory\n" in capsys.readouterr().err
 
 
-def test_nothing_looks_finished_after_a_failure_midway(tmp_path):
+def test_nothing_looks_finished_after_a_failure_midway(tmp_path, capsys):
     # Of maps solved in one move none has a detour, so the first record that needs one fails.
     flags = ["levels=3", "max_moves=1", "detour_share=0.3", "exclude=()"]
-    with pytest.raises(SystemExit) as ended:
-        main(
-            ["export", f"--config={CONFIG}", "--count=99", f"--out={tmp_path}"]
-            + [f"--config.data.frozen_lake.{flag}" for flag in flags]
-        )
-    assert ended.value.code.startswith("error: data.frozen_lake: none of 20000 maps of level 3 met")
+    command = ["export", f"--config={CONFIG}", "--count=99", f"--out={tmp_path}"]
+    assert main(command + [f"--config.data.frozen_lake.{flag}" for flag in flags]) == 2
+    assert "data.frozen_lake: none of 20000 maps of level 3 met" in capsys.readouterr().err
     assert list(tmp_path.rglob("*.png"))
     assert not (tmp_path / "train.jsonl").exists()
     # What is left does not stand in the way of another attempt.

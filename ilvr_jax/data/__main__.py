@@ -14,7 +14,7 @@ from PIL import Image
 from ilvr_jax.data.drawing import CELL_PIXELS
 from ilvr_jax.data.frozen_lake import FrozenLakeSource, frozen_lake_settings
 from ilvr_jax.data.records import Record, Text
-from ilvr_jax.training.configuration import load_config, override, resolve_path
+from ilvr_jax.training.configuration import BadConfig, read_config_flags, resolve_path
 
 
 def export(records: Iterable[Record], folder: Path) -> int:
@@ -56,40 +56,38 @@ def _fields(record: Record, folder: Path, number: int) -> dict:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Reads the command line and exports; bad input ends the process with one sentence."""
-    parser = argparse.ArgumentParser(prog="python -m ilvr_jax.data", allow_abbrev=False)
-    command = parser.add_subparsers(required=True, metavar="export").add_parser(
-        "export",
-        allow_abbrev=False,
-        help="write generated FrozenLake records as train.jsonl and images",
-        epilog="Any value of the config can be given as --config.section.key=value.",
-    )
-    command.add_argument("--config", required=True, help="a Python file with a function get_config()")
-    command.add_argument("--count", required=True, type=int, help="how many records")
-    command.add_argument("--out", required=True, type=Path, help="the folder to write to")
-    command.add_argument("--seed", type=int, help="of the generator (default: the config's seed)")
-    options, others = parser.parse_known_args(arguments)
-    for other in others:
-        if not (other.startswith("--config.") and "=" in other):
-            parser.error(f"unrecognized argument {other}; config values are given as --config.section.key=value")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0 done, 1 not written, 2 bad input, 130 stopped."""
+    parser = argparse.ArgumentParser(prog="python -m ilvr_jax.data", description=__doc__)
+    parser.add_argument("command", choices=["export"], help="write generated FrozenLake records and their images")
+    parser.add_argument("--count", required=True, type=int, help="how many records")
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write to")
+    parser.add_argument("--seed", type=int, help="of the generator (default: the config's seed)")
     try:
-        _export_config(options, [other.removeprefix("--config.").partition("=") for other in others])
+        options = read_config_flags(parser, arguments)
+        if options.count < 1:
+            raise BadConfig(f"--count is {options.count}, at least 1 is accepted")
+        if options.seed is not None and options.seed < 0:
+            raise BadConfig(f"--seed is {options.seed}, at least 0 is accepted")
+    except BadConfig as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
+        _export_config(options)
+    except (ValueError, FileExistsError) as error:
+        print(error, file=sys.stderr)
+        return 2
     except OSError as error:
-        sys.exit(f"error: {options.out} cannot be written: {error.strerror or error}")
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+        print(f"{options.out} cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        sys.exit(f"error: interrupted; {options.out} is incomplete and has no train.jsonl")
+        print(f"stopped; {options.out} is incomplete and has no train.jsonl", file=sys.stderr)
+        return 130
+    return 0
 
 
-def _export_config(options: argparse.Namespace, overrides: Sequence[tuple[str, str, str]]) -> None:
-    config = load_config(Path(options.config))
-    for key, _, text in overrides:
-        override(config, key, text)
-    seed = config.seed if options.seed is None else options.seed
-    if options.count < 1 or seed < 0:
-        raise ValueError(f"--count is {options.count} and the seed {seed}; at least 1 and 0 are accepted")
+def _export_config(options: argparse.Namespace) -> None:
+    config, seed = options.config, options.config.seed if options.seed is None else options.seed
     settings = frozen_lake_settings(config.data.frozen_lake)
     settings = dataclasses.replace(
         settings, cell_pixels=CELL_PIXELS, exclude=tuple(str(resolve_path(path)) for path in settings.exclude)
@@ -105,4 +103,4 @@ def _export_config(options: argparse.Namespace, overrides: Sequence[tuple[str, s
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,7 +18,7 @@ from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import model_config
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
-from ilvr_jax.training.configuration import read_config
+from ilvr_jax.training.configuration import is_checkpoint, read_config
 
 
 class NoCheckpoint(ValueError):
@@ -118,7 +118,7 @@ def stage_folder(workdir: Path, stage: str) -> Path:
 def stages_with_checkpoints(workdir: Path, stages: Sequence[str]) -> list[str]:
     """Returns those of the stages that have a complete checkpoint, in order."""
     folders = {stage: stage_folder(workdir, stage) for stage in stages}
-    return [name for name, folder in folders.items() if any(path.name.isdigit() for path in folder.glob("*"))]
+    return [name for name, folder in folders.items() if any(map(is_checkpoint, folder.glob("*")))]
 
 
 def restore_for_inference(

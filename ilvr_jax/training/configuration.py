@@ -3,6 +3,7 @@
 import argparse
 import ast
 import contextlib
+import dataclasses
 import difflib
 import importlib.util
 import json
@@ -13,13 +14,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ilvr_jax.latents.layout import Layout
+from ilvr_jax.latents.selection import LatentSettings
+from ilvr_jax.models.config import ModelConfig, VisionConfig
+from ilvr_jax.training.step import OBJECTIVES
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # What may differ when a run is continued: none of it changes what is learnt.
-NO_EFFECT_ON_TRAINING = ("log_every", "checkpoint_every", "checkpoint_keep", "eval")
+NO_EFFECT_ON_TRAINING = ("log_every", "checkpoint_every", "checkpoint_keep", "eval", "data.workers")
 
-OBJECTIVES = ("text", "alignment", "autonomy")
-HELPER_IMAGES = ("latent", "omit", "encode")
+# By objective, what may become of helper images: latent losses need slots, and the teacher's targets images too.
+HELPER_IMAGES = {"text": ("omit", "encode"), "alignment": ("latent",), "autonomy": ("latent", "slots")}
 
 
 class BadConfig(ValueError):
@@ -30,23 +36,32 @@ def read_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
     """Adds --config, --workdir and --config.section.key to a parser and reads the command line.
 
     Returns the namespace with `config` (a locked ConfigDict) and `workdir` (a Path; by default runs/ and the
-    name of the config file). Raises BadConfig if the file, a key or a value is no good; leaves the process with
-    status 2, as argparse does, at an unknown flag.
+    name of the config file). Raises as `read_config_flags` does.
+    """
+    parser.add_argument("--workdir", type=Path, help="where everything is written (default: runs/<config name>)")
+    options = read_config_flags(parser, arguments)
+    options.workdir = options.workdir or Path("runs") / options.config_file.stem
+    return options
+
+
+def read_config_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Adds --config and --config.section.key to a parser and reads the command line.
+
+    Returns the namespace with `config` (a locked ConfigDict) and `config_file`. Raises BadConfig if the file, a key
+    or a value is no good; leaves the process with status 2, as argparse does, at an unknown flag.
     """
     parser.allow_abbrev = False
     parser.add_argument("--config", required=True, help="a Python file with a function get_config()")
-    parser.add_argument("--workdir", type=Path, help="where everything is written (default: runs/<config name>)")
     parser.epilog = "Any value of the config can be given as --config.section.key=value."
     options, others = parser.parse_known_args(arguments)
     overrides, unknown = _split_overrides(others)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    path = Path(options.config)
-    options.config = load_config(path)
+    options.config_file = Path(options.config)
+    options.config = load_config(options.config_file)
     for key, text in overrides:
         override(options.config, key, text)
     check_config(options.config)
-    options.workdir = options.workdir or Path("runs") / path.stem
     return options
 
 
@@ -117,7 +132,8 @@ def parse_value(key: str, text: str, current: Any) -> Any:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises BadConfig if the stages do not fit together or the run could not end."""
+    """Raises BadConfig for a key that is unknown or missing, stages that do not fit together and numbers too small."""
+    check_keys(config)
     if not config.stages:
         raise BadConfig("config key stages is empty; it takes the names of the stages to run")
     if len(set(config.stages)) != len(config.stages):
@@ -128,26 +144,62 @@ def check_config(config: ConfigDict) -> None:
             raise BadConfig(f"config key stages names {name!r}, the config has the stages {', '.join(sections)}")
         stage = config[name]
         _one_of(f"{name}.objective", stage.objective, OBJECTIVES)
-        _one_of(f"{name}.helper_images", stage.helper_images, HELPER_IMAGES)
+        accepted = HELPER_IMAGES[stage.objective]
+        _one_of(f"{name}.helper_images", stage.helper_images, accepted, f" with objective {stage.objective!r}")
         for part in stage.train:
             _one_of(f"{name}.train", part, ("vision", "decoder"))
         if not stage.train:
             raise BadConfig(f"config key {name}.train is empty, it takes vision, decoder or both")
+        if stage.objective == "alignment" and "vision" in stage.train:
+            raise BadConfig(f"config key {name}.train holds 'vision', with objective 'alignment' decoder is accepted")
         for key in ("steps", "batch_size", "accumulation"):
-            if key in stage and stage[key] < 1:
-                raise BadConfig(f"config key {name}.{key} is {stage[key]}, at least 1 is accepted")
+            _at_least(1, f"{name}.{key}", stage[key])
     for key in ("log_every", "checkpoint_every", "checkpoint_keep"):
-        if config[key] < 1:
-            raise BadConfig(f"config key {key} is {config[key]}, at least 1 is accepted")
+        _at_least(1, key, config[key])
+    _at_least(0, "seed", config.seed)
+    _at_least(1, "data.records", config.data.records)
+    _at_least(0, "data.workers", config.data.workers)
+    if not config.data.buckets:
+        raise BadConfig("config key data.buckets is empty, at least one bucket is accepted")
+    for name, bucket in config.data.buckets.items():
+        for key, value in bucket.items():
+            _at_least(0, f"data.buckets.{name}.{key}", value)
     _one_of("data.on_bad_record", config.data.on_bad_record, ("error", "skip"))
 
 
+def check_keys(config: ConfigDict) -> None:
+    """Raises BadConfig, naming the nearest, for a key that nothing reads, and for a missing one.
+
+    The keys are those of configs/base.py, with any names for stages and buckets, and those of the dataclasses that
+    sections are read into; data.frozen_lake has its own check.
+    """
+    base = load_config(REPOSITORY / "configs" / "base.py")
+    stages = [key for key, value in config.items() if isinstance(value, ConfigDict) and "objective" in value]
+    stages += [key for key in config.get("stages", ()) if key in config and key not in stages]
+    _check_section(config, "", [key for key in base if key not in base.stages], stages)
+    for name in stages:
+        _check_section(config[name], f"{name}.", list(base[base.stages[0]]))
+    _check_section(config.data, "data.", list(base.data))
+    _check_section(config.eval, "eval.", list(base.eval))
+    sections = [
+        ("latents.", config.latents, LatentSettings, ()),
+        ("model.", config.model, ModelConfig, ("vocab_size",)),
+        *((f"data.buckets.{name}.", bucket, Layout, ("latent_size",)) for name, bucket in config.data.buckets.items()),
+    ]
+    if "vision" in config.model:
+        sections.append(("model.vision.", config.model.vision, VisionConfig, ("out_hidden_size",)))
+    for prefix, section, settings, elsewhere in sections:
+        fields = [field for field in dataclasses.fields(settings) if field.name not in elsewhere]
+        required = [field.name for field in fields if field.default is dataclasses.MISSING]
+        _check_section(section, prefix, required, [field.name for field in fields])
+
+
 @contextlib.contextmanager
-def blame(section: str) -> Iterator[None]:
-    """Within it a ValueError is about the values of a config section: raises BadConfig, which names the section."""
+def blame(section: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Within it errors of a kind are about the values of a config section: raises BadConfig, which names it."""
     try:
         yield
-    except ValueError as error:
+    except kind as error:
         raise BadConfig(f"config section {section}: {error}") from error
 
 
@@ -161,7 +213,12 @@ def resolve_path(path: str | Path) -> Path:
 
 def has_begun(workdir: Path) -> bool:
     """Says whether a workdir holds a run to go on with: one that has saved a checkpoint."""
-    return any(workdir.glob("checkpoints/*/[0-9]*"))
+    return any(is_checkpoint(path) for path in workdir.glob("checkpoints/*/*"))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Says whether a folder is a complete checkpoint: one being written has another name."""
+    return path.name.isdigit()
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -264,9 +321,27 @@ def _parse_tuple(text: str, current: tuple) -> Any:
     return words if current and isinstance(current[0], str) else tuple(_literal(word) for word in words)
 
 
-def _one_of(key: str, value: str, accepted: Sequence[str]) -> None:
+def _check_section(section: Any, prefix: str, required: Sequence[str], optional: Sequence[str] = ()) -> None:
+    if not isinstance(section, ConfigDict):
+        raise BadConfig(f"config key {prefix[:-1]} is {section!r}, a section with {', '.join(required)} is accepted")
+    names = [*required, *optional]
+    for key in section:
+        if key not in names:
+            nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+            raise BadConfig(f"config key {prefix}{key} is not known; the nearest is {prefix}{nearest}")
+    for key in required:
+        if key not in section:
+            raise BadConfig(f"config key {prefix}{key} is missing; configs/base.py shows what it takes")
+
+
+def _one_of(key: str, value: str, accepted: Sequence[str], where: str = "") -> None:
     if value not in accepted:
-        raise BadConfig(f"config key {key} is {value!r}, one of {', '.join(accepted)} is accepted")
+        raise BadConfig(f"config key {key} is {value!r},{where} one of {', '.join(accepted)} is accepted")
+
+
+def _at_least(least: int, key: str, value: int) -> None:
+    if type(value) is not int or value < least:
+        raise BadConfig(f"config key {key} is {value!r}, at least {least} is accepted")
 
 
 def _error_line(error: Exception, path: Path) -> str:
