@@ -240,6 +240,18 @@ def config_file(config, tmp_path):
         (["--config.data.source=files"], "source is 'files'; accepted are frozen_lake and ilvr"),
         (["--config.eval.data=absent.jsonl"], "absent.jsonl: there is no such file"),
         (["--config.eval.max_new_tokens=0"], "eval: max_new_tokens is 0; accepted is 1 or more"),
+        (["--config.latents.coverage=0"], "latents.coverage is 0.0; accepted is a number more than 0"),
+        (["--config.model.dtype=floot32"], "model.dtype is 'floot32'; accepted is one of float32"),
+        (["--config.model.remat_policy=some"], "model.remat_policy is 'some'; accepted are none, full"),
+        (["--config.stage2.clip=0"], "stage2: clip is 0.0; accepted is a number more than 0"),
+        (
+            ["--config.data.frozen_lake.max_moves=0", "--config.data.on_bad_record=skip"],
+            "data.frozen_lake.max_moves is 0; at least 1 is accepted",
+        ),
+        (
+            ["--config.data.frozen_lake.max_moves=1", "--config.data.on_bad_record=skip"],
+            "none of 20000 maps",
+        ),
         (["--config.tokenizer=absent"], "absent holds no tokenizer.json"),
     ],
 )

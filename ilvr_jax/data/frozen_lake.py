@@ -26,6 +26,10 @@ CELL_NAMES = ("row_column", "none")
 ATTEMPTS = 20_000  # maps drawn before a record is given up: at the defaults, one in 25 to 120 has a detour
 
 
+class NoMap(ValueError):
+    """No map meets the settings. No BadRecord: leaving the record out would hide what is wrong with them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class FrozenLakeSettings:
     """What maps are made and what is said about them. Raises ValueError, naming the config key, for a bad value."""
@@ -93,7 +97,7 @@ class FrozenLakeSource:
         return self.count
 
     def __getitem__(self, index: int) -> Record:
-        """Makes one record. Raises IndexError outside of the source, ValueError if no map meets the settings."""
+        """Makes one record. Raises IndexError outside of the source, NoMap if none meets the settings."""
         if not 0 <= index < self.count:
             raise IndexError(f"record {index} of a source of {self.count}")
         map_desc, moves = self._make_map(np.random.default_rng((self.seed, index)))
@@ -111,7 +115,7 @@ class FrozenLakeSource:
                 continue
             if not detour_needed or len(moves) > empty_map_distance(map_desc):
                 return map_desc, moves
-        raise ValueError(
+        raise NoMap(
             f"data.frozen_lake: none of {ATTEMPTS} maps of level {side} met hole_probability "
             f"{settings.hole_probability}, detour_share {settings.detour_share}, max_moves {settings.max_moves} and "
             "exclude; settings that leave more maps are accepted"

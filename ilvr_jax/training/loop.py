@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.examples import ExampleSettings, build_example
-from ilvr_jax.data.frozen_lake import FrozenLakeSource, frozen_lake_settings
+from ilvr_jax.data.frozen_lake import FrozenLakeSource, NoMap, frozen_lake_settings
 from ilvr_jax.data.ilvr import IlvrSource
 from ilvr_jax.data.pipeline import Source, make_iterator, skipped_records
 from ilvr_jax.data.tokenizer import load_tokenizer, record_texts, special_tokens, train_tokenizer
@@ -62,6 +62,7 @@ class Diverged(ArithmeticError):
     """The loss is no longer a number; one sentence says where."""
 
 
+@blame("data", NoMap)
 def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> dict[str, Any]:
     """Runs the stages of the config, in order, and returns the summary of the run.
 
