@@ -68,8 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check_same_run(config: ConfigDict, workdir: Path) -> None:
     """Raises BadConfig if the workdir is no run, or one with another model or other prompts than the config's."""
-    theirs, ours = read_config(workdir), from_json(to_json(config))
-    differing = [section for section in ("model", "tokenizer", "data", "latents") if theirs[section] != ours[section]]
+
+    def shown(of: ConfigDict) -> dict:
+        sections = {"model": of.model, "tokenizer": of.tokenizer, "latents.latent_size": of.latents.latent_size}
+        return {**sections, "data.image_scale": of.data.image_scale, "data.system": of.data.system}
+
+    theirs, ours = shown(read_config(workdir)), shown(from_json(to_json(config)))
+    differing = [key for key, value in ours.items() if theirs[key] != value]
     if differing:
         raise BadConfig(
             f"{workdir} was made with another config: {', '.join(differing)} differ from what is in its config.json; "
