@@ -38,18 +38,18 @@ def success_rows(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[list[str
     """Returns the header and the rows of the table as text; what does not apply is a dash."""
     levels = sorted({level for summary in evaluations.values() for level in summary["success_by_level"]}, key=int)
     header = ["", "all", *(f"level {level}" for level in levels), "holes matter", "detours"]
-    header += ["stay same", "not parsed", "latent looks", "latent slots", "time"]
+    header += ["stay same", "not parsed", "latent looks", "time"]
     rows = []
     for name, summary in evaluations.items():
         if not rows:
             rates = [summary["hole_blind_rate"], *(summary["hole_blind_by_level"].get(level) for level in levels)]
             rates += [summary["hole_blind_where_holes_matter"], summary["hole_blind_on_detours"], 1.0]
-            rows.append([HOLE_BLIND, *_rates(rates), *["–"] * 4])
+            rows.append([HOLE_BLIND, *_rates(rates), "–", "–", "–"])
         rates = [summary["success_rate"], *(summary["success_by_level"].get(level) for level in levels)]
         rates += [summary["success_where_holes_matter"], summary["success_on_detours"]]
         rates += [summary["unchanged_when_holes_painted_over"]]
-        counts = [str(summary[count]) for count in ("unparsed", "latent_segments", "latent_slots")]
-        rows.append([name, *_rates(rates), *counts, f"{summary['seconds']:.0f} s"])
+        counts = [str(summary["unparsed"]), str(summary["latent_segments"]), f"{summary['seconds']:.0f} s"]
+        rows.append([name, *_rates(rates), *counts])
     return header, rows
 
 

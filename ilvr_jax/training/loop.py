@@ -257,7 +257,11 @@ def evaluate_stage(run: Run, name: str, params: PyTree) -> None:
     )
     evaluation.write(path)
     write_json(done, settings)
-    run.progress.say(f"{name}: success {evaluation.success.overall:.3f} in {evaluation.seconds:.0f} s")
+    summary = evaluation.summary()
+    run.progress.say(
+        f"{name}: success {summary['success_rate']:.3f}, decoded {summary['latent_segments']} latent segments with "
+        f"{summary['latent_slots']} slots, in {summary['seconds']:.0f} s"
+    )
 
 
 def finish(run: Run) -> dict[str, Any]:
