@@ -82,7 +82,9 @@ def stage(**changes) -> ConfigDict:
 def test_the_teacher_is_the_closed_form_average_of_the_students():
     model, batch = Qwen2_5VL(CONFIG), lay_out(samples())
     optimizer = make_optimizer(stage())
-    state = create_state(model.init(jax.random.key(0)), optimizer, ("decoder",), with_teacher=True, key=jax.random.key(5))
+    state = create_state(
+        model.init(jax.random.key(0)), optimizer, ("decoder",), with_teacher=True, key=jax.random.key(5)
+    )
     step = make_train_step(model, stage(), ConfigDict(dataclasses.asdict(LATENTS)), optimizer)
     students = [jax.tree.map(np.asarray, state.params["decoder"])]
     vision = jax.tree.map(np.asarray, state.params["vision"])
@@ -106,7 +108,9 @@ def test_the_teacher_is_the_closed_form_average_of_the_students():
 def test_tau_one_freezes_the_teacher():
     model, batch = Qwen2_5VL(CONFIG), lay_out(samples())
     optimizer = make_optimizer(stage())
-    state = create_state(model.init(jax.random.key(0)), optimizer, ("decoder",), with_teacher=True, key=jax.random.key(5))
+    state = create_state(
+        model.init(jax.random.key(0)), optimizer, ("decoder",), with_teacher=True, key=jax.random.key(5)
+    )
     first = jax.tree.map(np.asarray, state.teacher)
     step = make_train_step(model, stage(), ConfigDict({**dataclasses.asdict(LATENTS), "tau": 1.0}), optimizer)
     state, _ = step(state, batch)
