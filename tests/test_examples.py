@@ -100,6 +100,13 @@ def test_looks_in_a_row_and_at_both_ends():
     assert words(sample).endswith(f"assistant\n{slots}{slots}im_end ")
 
 
+def test_slots_alone_have_the_same_tokens_and_no_pictures():
+    looks = Record("Where to?", (), (Text("up"), Look(image(1, 1)), Text("down")), name="x")
+    with_images, alone = (build(looks, latent_size=2, helper_images=kind) for kind in ("latent", "slots"))
+    assert alone.tokens.tolist() == with_images.tokens.tolist() and alone.slot_starts == with_images.slot_starts
+    assert len(with_images.helper_images) == 1 and alone.helper_images == ()
+
+
 def test_the_chat_text_equals_the_published_template():
     folder = SHARED / "data" / "qwen2_5_vl_processor"
     if not folder.is_dir():
@@ -141,7 +148,7 @@ def test_bad_records_are_named(tmp_path):
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(ValueError, match='helper_images is "all"; latent, omit, encode are accepted'):
+    with pytest.raises(ValueError, match='helper_images is "all"; latent, slots, omit, encode are accepted'):
         ExampleSettings(helper_images="all")
     with pytest.raises(ValueError, match="latent_size is 0"):
         ExampleSettings(latent_size=0)
