@@ -77,24 +77,30 @@ def test_tokens_are_those_of_step_by_step_recomputation():
         batch = lay_out([prompt])
         decoder = PARAMS["decoder"]
         features = MODEL.encode_images(PARAMS["vision"], batch.images)
-        inputs = MODEL.embed(decoder, batch.tokens, batch.image_index, features)
-        positions, slots, tokens = jnp.asarray(batch.positions), 0, []
+        room = ((0, 0), (0, how.max_new_tokens), (0, 0))
+        inputs = jnp.pad(MODEL.embed(decoder, batch.tokens, batch.image_index, features), room)
+        new_positions = batch.positions.max() + 1 + jnp.arange(how.max_new_tokens)
+        new_positions = jnp.broadcast_to(new_positions, (1, 3, how.max_new_tokens))
+        positions = jnp.concatenate([batch.positions, new_positions], axis=2)
+        mask = causal_mask(jnp.ones(inputs.shape[:2], bool))
+        recompute = jax.jit(lambda inputs, positions, mask: MODEL.decode(decoder, inputs, positions, mask)[0])
+        last, slots, tokens = batch.tokens.shape[1] - 1, 0, []
         for _ in range(how.max_new_tokens):
-            hidden, _ = MODEL.decode(decoder, inputs, positions, causal_mask(jnp.ones(inputs.shape[:2], bool)))
+            hidden = recompute(inputs, positions, mask)[:, last]
             if slots > 0:
                 slots, token = slots - 1, SPECIAL.latent_pad
             elif tokens and tokens[-1] == SPECIAL.latent_pad:
                 token = SPECIAL.latent_end
             else:
-                logits = MODEL.logits(decoder, hidden[:, -1])
+                logits = MODEL.logits(decoder, hidden)
                 token = int(jnp.argmax(logits.at[:, jnp.array([SPECIAL.latent_pad, SPECIAL.latent_end])].set(-jnp.inf)))
                 slots = 3 if token == SPECIAL.latent_start else 0
             tokens.append(token)
             if token == SPECIAL.im_end:
                 break
-            following = MODEL.embed(decoder, jnp.array([[token]]))
-            inputs = jnp.concatenate([inputs, hidden[:, -1:] if token == SPECIAL.latent_pad else following], axis=1)
-            positions = jnp.concatenate([positions, positions.max() + jnp.ones((1, 3, 1), jnp.int32)], axis=2)
+            following = MODEL.embed(decoder, jnp.array([token]))
+            last += 1
+            inputs = inputs.at[:, last].set(hidden if token == SPECIAL.latent_pad else following)
         np.testing.assert_array_equal(expected[: len(tokens)], tokens)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ilvr_jax.latents.layout import Layout, build_sample, collate, fits, merge_layouts, required_layout, sample_columns
 from ilvr_jax.latents.tokens import Role
-from tests.samples import SPECIAL, WINDOW_UNITS, random_sample
+from tests.samples import SPECIAL, WINDOW_UNITS, random_image, random_sample
 
 samples = st.builds(
     lambda seed, texts, size, images: random_sample(np.random.default_rng(seed), tuple(texts), size, tuple(images)),
@@ -84,10 +84,18 @@ def test_columns_of_a_small_layout():
         ([1, 3, 7, 8, 9, 2], "is not 2 slots and an end marker"),
         ([1, 3, 7, 8, 8, 8, 9, 2], "is not 2 slots and an end marker"),
         ([1, 3, 8, 2], "outside latent segments"),
-        ([1, 3, 7, 8, 8, 9, 2], "1 latent segments for 0 helper images"),
         ([1, 2], "no assistant header"),
     ],
 )
 def test_malformed_slots_are_refused(tokens, message):
     with pytest.raises(ValueError, match=message):
         build_sample(np.array(tokens), [], [], SPECIAL, 2)
+
+
+def test_helper_images_are_one_a_segment_or_none():
+    tokens = np.array([1, 3, 7, 8, 8, 9, 2])
+    image = random_image(np.random.default_rng(0), 1, 1)
+    assert build_sample(tokens, [], [], SPECIAL, 2).helper_images == ()
+    assert build_sample(tokens, [], [image], SPECIAL, 2).helper_images == (image,)
+    with pytest.raises(ValueError, match="1 latent segments for 2 helper images"):
+        build_sample(tokens, [], [image, image], SPECIAL, 2)
