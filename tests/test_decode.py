@@ -71,11 +71,10 @@ def test_latent_segments_are_whole_and_closed():
 
 def test_tokens_are_those_of_step_by_step_recomputation():
     """The definition, slow: the whole sequence again for every token, a slot's input the hidden state before it."""
-    how = DecodeSettings(20, 3)
+    how, decoder = DecodeSettings(20, 3), PARAMS["decoder"]
     for prompt in prompts()[:3]:
         expected = np.asarray(decode([prompt], [0], how).tokens[0])
         batch = lay_out([prompt])
-        decoder = PARAMS["decoder"]
         features = MODEL.encode_images(PARAMS["vision"], batch.images)
         room = ((0, 0), (0, how.max_new_tokens), (0, 0))
         inputs = jnp.pad(MODEL.embed(decoder, batch.tokens, batch.image_index, features), room)
