@@ -14,7 +14,7 @@ from PIL import Image
 from ilvr_jax.data.ilvr import IlvrSource, check_map
 from ilvr_jax.data.records import BadRecord, Look, Text
 
-SHARED = Path(__file__).parents[1].parent / "shared"
+REAL_MAPS = Path(__file__).parent / "data" / "vsp_planning" / "test.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +158,7 @@ def test_another_root(folder):
 
 
 def test_the_real_evaluation_file():
-    path = SHARED / "data" / "vsp_planning" / "test.jsonl"
-    if not path.is_file():
-        pytest.skip("the shared VSP maps are not here")
+    path = REAL_MAPS
     source = IlvrSource(path, plan_required=False)
     assert len(source) == 200
     assert source[0].map_desc == ((0, 2, 0), (0, 0, 0), (0, 1, 0))

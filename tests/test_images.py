@@ -12,7 +12,7 @@ from PIL import Image
 from ilvr_jax.data.images import load_image, patch_image
 from ilvr_jax.data.records import BadRecord
 
-SHARED = Path(__file__).parents[1].parent / "shared"
+REAL_IMAGES = Path(__file__).parent / "data" / "vsp_planning" / "images"
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -119,9 +119,6 @@ def test_damaged_files_load_or_are_bad_records(tmp_path_factory, kind, data):
 
 
 def test_real_maps_become_one_token_a_cell():
-    folder = SHARED / "data" / "vsp_planning" / "images"
-    if not folder.is_dir():
-        pytest.skip("the shared VSP maps are not here")
     for level in (3, 6):
-        pixels = load_image(next(iter(sorted(folder.glob(f"level{level}_*.png")))), 28 / 64)
+        pixels = load_image(next(iter(sorted(REAL_IMAGES.glob(f"level{level}_*.png")))), 28 / 64)
         assert patch_image(pixels).vision_tokens == level**2

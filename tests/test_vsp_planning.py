@@ -24,7 +24,7 @@ from ilvr_jax.tasks.vsp_planning import (
     without_holes,
 )
 
-REAL_MAPS = Path(__file__).parents[1].parent / "shared" / "data" / "vsp_planning" / "test.jsonl"
+REAL_MAPS = Path(__file__).parent / "data" / "vsp_planning" / "test.jsonl"
 
 
 @st.composite
@@ -124,8 +124,6 @@ def test_success_is_averaged_over_each_group_of_maps():
 
 
 def test_hole_blind_figures_of_the_real_maps():
-    if not REAL_MAPS.exists():
-        pytest.skip(f"{REAL_MAPS} is not there")
     real = [json.loads(line)["map_desc"] for line in REAL_MAPS.read_text().splitlines()]
     rates = hole_blind_rates(real)
     assert round(rates.overall, 2) == 0.72
