@@ -90,12 +90,15 @@ def test_an_unfinished_checkpoint_is_not_one(tmp_path):
     with Checkpoints(folder, keep=2) as checkpoints:
         checkpoints.save(1, make_state(), make_iterator())
     (folder / "2.orbax-checkpoint-tmp").mkdir()
+    (folder / "2.orbax-checkpoint-tmp" / "left_behind").touch()
     with Checkpoints(folder) as checkpoints:
         assert checkpoints.latest() == 1
     assert (folder / "2.orbax-checkpoint-tmp").exists()  # somebody may be writing it: a reader leaves it alone
     with Checkpoints(folder, keep=2) as checkpoints:
         assert checkpoints.latest() == 1
-    assert not (folder / "2.orbax-checkpoint-tmp").exists()
+        checkpoints.save(2, make_state(), make_iterator())  # it waits for the removal, which runs beside us
+        assert not (folder / "2.orbax-checkpoint-tmp" / "left_behind").exists()
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["1", "2"]
     assert stages_with_checkpoints(tmp_path, ("warm_up", "stage1", "stage2")) == ["stage1"]
 
 

@@ -185,8 +185,15 @@ def fits(sample: Sample, layout: Layout, window_units: int) -> bool:
 
 
 def sample_columns(sample: Sample, layout: Layout) -> Int[np.ndarray, " time"]:
-    """Returns the column of each of the sample's tokens."""
+    """Returns the column of each of the sample's tokens.
+
+    Raises ValueError if the layout has too few segments, slots or text columns.
+    """
     size, slots = sample.latent_size, layout.slot_columns
+    if len(sample.slot_starts) > layout.segments:
+        raise ValueError(f"there are {len(sample.slot_starts)} latent segments and the layout has {layout.segments}")
+    if sample.slot_starts and size > layout.latent_size:
+        raise ValueError(f"a latent segment has {size} slots and the layout {layout.latent_size}")
     columns = np.empty(len(sample.tokens), np.int32)
     index, first_free = 0, 0
     for segment, start in enumerate(sample.slot_starts):
