@@ -105,7 +105,7 @@ def test_a_player_who_sees_holes(tokenizer):
     assert [answer.name for answer in evaluation.answers] == [f"map {number}" for number in range(9)]
     for answer, map_desc in zip(evaluation.answers, maps, strict=True):
         assert (answer.map_desc, answer.moves, answer.outcome) == (map_desc, shortest_path(map_desc), Outcome.GOAL)
-        assert answer.moves_before_looks == (1, 2)
+        assert answer.moves_before_looks == ("R", "RD")
         assert answer.text == rf" 0 0 right‹2 slots› 0 1 down‹2 slots› \boxed{{{answer.moves}}}"
 
 

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource, shortest_path
 from ilvr_jax.inference.evaluation import Answer, Evaluation
-from ilvr_jax.reports.pictures import EYE, RIGHT, WRONG, choose_answers, draw_solutions
+from ilvr_jax.reports.pictures import CELL_PIXELS, EYE, RIGHT, WRONG, choose_answers, draw_answer, draw_solutions
 from ilvr_jax.reports.tables import success_markdown, success_table
 from ilvr_jax.tasks.vsp_planning import holes_matter, is_detour, play
 
@@ -27,7 +28,7 @@ FREE, BLOCKED = ((1, 0, 2), (0, 0, 0), (0, 0, 0)), ((1, -1, 2), (0, 0, 0), (0, 0
 
 
 def summary_of(moves):
-    return Evaluation((answer_of(FREE, "RR", (1,), "RR"), answer_of(BLOCKED, moves, (), "RR")), 12.4).summary()
+    return Evaluation((answer_of(FREE, "RR", ("R",), "RR"), answer_of(BLOCKED, moves, (), "RR")), 12.4).summary()
 
 
 def test_the_table_puts_stages_under_the_hole_blind_policy():
@@ -105,18 +106,25 @@ def test_the_picture_draws_moves_and_looks(tmp_path):
 
     still = colours(answer_of(FREE, None))  # title in red, legend in all colours
     solved = colours(answer_of(FREE, "DRRU"))
-    looking = colours(answer_of(FREE, "DRRU", looks=(1, 1, 2)))
+    looking = colours(answer_of(FREE, "DRRU", looks=("D", "D", "DR")))
     lost = colours(answer_of(BLOCKED, "DRR"))
     assert (solved - still)[0] > 1500 and (lost - still)[1] > 1000
     assert (lost - still)[0] <= 0
     assert (looking - solved)[2] > 150 and (solved - still)[2] == 0
 
 
+def test_a_look_is_where_the_moves_told_before_it_lead():
+    panel = Figure().subplots()
+    draw_answer(panel, answer_of(FREE, "RR", looks=("R", "D", "DDDDR")))  # the last two are off the boxed path
+    cells = {text.get_text(): tuple(int(x // CELL_PIXELS) for x in text.get_position()) for text in panel.texts}
+    assert {number: cells[number] for number in "123"} == {"1": (1, 0), "2": (0, 1), "3": (1, 2)}
+
+
 def test_strange_answers_can_be_drawn(tmp_path):
     answers = [
-        answer_of(FREE, "U" * 50, looks=(0, 3, 99)),
-        answer_of(BLOCKED, "RRRR", looks=(5, 5, 5, 5, 5, 5)),
-        answer_of(FREE, None, looks=(2,)),
+        answer_of(FREE, "U" * 50, looks=("", "UUU", "D" * 99)),
+        answer_of(BLOCKED, "RRRR", looks=("R",) * 6),
+        answer_of(FREE, None, looks=("RR",)),
     ]
     draw_solutions(answers, tmp_path / "folder" / "picture.png")
     assert colour_count(tmp_path / "folder" / "picture.png", WRONG) > 1000

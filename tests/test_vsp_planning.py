@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from ilvr_jax.data.frozen_lake import MOVE_WORDS, empty_map_distance, shortest_path
 from ilvr_jax.tasks.vsp_planning import (
     Outcome,
-    count_stated_moves,
     hole_blind_rates,
     hole_blind_success,
     holes_matter,
@@ -20,6 +19,7 @@ from ilvr_jax.tasks.vsp_planning import (
     mean_success,
     parse_moves,
     play,
+    stated_moves,
     walk,
     without_holes,
 )
@@ -92,9 +92,9 @@ def test_what_is_not_a_list_of_moves_is_unparsed(text):
     assert parse_moves(text) is None
 
 
-def test_moves_told_in_words_are_counted():
-    assert count_stated_moves(" ice elf\n goal ice\n 0 1 left 0 0 Down 1 0") == 2
-    assert count_stated_moves(r"upright leftover \boxed{UDLR}") == 0
+def test_moves_told_in_words_are_read():
+    assert stated_moves(" ice elf\n goal ice\n 0 1 left 0 0 Down 1 0") == "LD"
+    assert stated_moves(r"upright leftover \boxed{UDLR}") == ""
 
 
 @given(maps())

@@ -28,12 +28,12 @@ from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.tasks.vsp_planning import (
     Outcome,
     Rates,
-    count_stated_moves,
     hole_blind_rates,
     hole_blind_success,
     mean_success,
     parse_moves,
     play,
+    stated_moves,
     without_holes,
 )
 
@@ -51,7 +51,7 @@ class Answer:
     moves_without_holes: str | None  # the answer to the same map with its holes painted over
     outcome: Outcome
     slots: tuple[int, ...]  # of each latent segment
-    moves_before_looks: tuple[int, ...]  # how many moves the text tells before each latent segment
+    moves_before_looks: tuple[str, ...]  # what the text tells before each latent segment, as letters
 
     @property
     def success(self) -> bool:
@@ -288,7 +288,7 @@ def read_answer(
         moves_without_holes=parse_moves("".join(split_at_looks(tokens_without_holes, tokenizer, special)[0])),
         outcome=play(record.map_desc, moves),
         slots=slots,
-        moves_before_looks=tuple(count_stated_moves("".join(texts[: look + 1])) for look in range(len(slots))),
+        moves_before_looks=tuple(stated_moves("".join(texts[: look + 1])) for look in range(len(slots))),
     )
 
 

@@ -88,7 +88,7 @@ def draw_answer(panel: Axes, answer: Answer) -> None:
     looks = defaultdict(int)
     size = answer.level * CELL_PIXELS / 19  # the same on paper at every level
     for number, moves in enumerate(answer.moves_before_looks, start=1):
-        cell = cells[min(moves, len(cells) - 1)]
+        cell = walk(answer.map_desc, moves)[-1]
         down, right = CORNERS[looks[cell] % len(CORNERS)][::-1]
         x, y = _middle((cell[0] + down, cell[1] + right))
         _draw_eye(panel, x, y, size, str(number))

@@ -47,9 +47,9 @@ def parse_moves(text: str) -> str | None:
     return moves
 
 
-def count_stated_moves(text: str) -> int:
-    """Returns how many moves are told in words (up, down, left, right)."""
-    return len(STATED_MOVE.findall(text))
+def stated_moves(text: str) -> str:
+    """Returns the moves told in words (up, down, left, right) as letters of UDLR."""
+    return "".join(LETTERS[word.lower()] for word in STATED_MOVE.findall(text))
 
 
 def walk(map_desc: MapDesc, moves: str) -> list[Cell]:
