@@ -10,8 +10,8 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.data.frozen_lake.levels = (3, 4, 5, 6, 6)
     config.data.frozen_lake.detour_share = 0.4
-    config.warm_up.steps = 3000
-    config.stage1.steps = 400
-    config.stage2.steps = 500
+    config.warm_up.steps = 3500
+    config.stage1.steps = 1000
+    config.stage2.steps = 600
     config.checkpoint_every = 500
     return config

@@ -52,7 +52,8 @@ class FrozenLakeSettings:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, (int, float) if field.type is float else type(field.default)):
+            accepted = (int, float) if field.type is float else type(field.default)
+            if not isinstance(value, accepted) or isinstance(value, bool):
                 raise _bad(field.name, value, f"a {type(field.default).__name__} such as {field.default!r}")
         if not self.levels or not all(isinstance(level, int) and 3 <= level <= 10 for level in self.levels):
             raise _bad("levels", self.levels, "one or more whole numbers from 3 to 10")
