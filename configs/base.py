@@ -124,9 +124,9 @@ def get_config() -> ConfigDict:
                 "target_noise": 0.01,
             },
             # Helper images left out: the sequences are shorter, and the slots are quickly learnt afterwards.
-            "warm_up": stage(objective="text", helper_images="omit", train=("vision", "decoder"), steps=850),
+            "warm_up": stage(objective="text", helper_images="omit", train=("vision", "decoder"), steps=950),
             "stage1": stage(objective="alignment", steps=300, learning_rate=7e-4),
-            "stage2": stage(objective="autonomy", helper_images="slots", steps=150, learning_rate=3e-4),
+            "stage2": stage(objective="autonomy", helper_images="slots", steps=100, learning_rate=3e-4),
             "eval": {
                 "data": VSP_MAPS,
                 "question": "Find the shortest safe path.",  # in place of every record's own; empty: its own
