@@ -50,6 +50,15 @@ def assert_same(first, second):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+def test_slots_without_helper_images_are_accumulated():
+    """Stage 2 carries no helper images: their arrays are empty."""
+    rows = [dataclasses.replace(sample, helper_images=()) for sample in samples()]
+    layout = dataclasses.replace(merge_layouts([required_layout(row, WINDOW_UNITS) for row in rows]), helper_windows=0)
+    batch = collate(rows, layout, SPECIAL, WINDOW_UNITS)
+    assert batch.helper_images.pixels.size == 0
+    assert_same(gradients("autonomy", batch), gradients("autonomy", batch, accumulation=2))
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_rematerialisation_accumulation_and_batching_change_nothing(name):
     whole = gradients(name, lay_out(samples()))

@@ -63,7 +63,7 @@ def loss_and_gradients(
     if accumulation == 1:
         gradients, rows = gradient(trained, batch)
         return rows, gradients
-    parts = jax.tree.map(lambda array: array.reshape(accumulation, -1, *array.shape[1:]), batch)
+    parts = jax.tree.map(lambda array: array.reshape(accumulation, len(array) // accumulation, *array.shape[1:]), batch)
 
     def add(total: PyTree, part: Batch):
         gradients, rows = gradient(trained, part)
