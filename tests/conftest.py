@@ -3,11 +3,22 @@
 import os
 from pathlib import Path
 
+import pytest
+
 # The tests compile hundreds of small programs once each: less optimisation takes half the time. Before jax is imported.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
-from tests.vectors import DEFAULT  # noqa: E402
+from tests.vectors import DEFAULT, SHARED  # noqa: E402
 
 
 def pytest_addoption(parser):
     parser.addoption("--vectors", type=Path, default=DEFAULT, help="folder of the conformance vectors to check")
+
+
+@pytest.fixture
+def published_processor() -> Path:
+    """The folder of Qwen2.5-VL's own tokenizer and chat template; 11 MB that are not kept in the repository."""
+    folder = SHARED / "data" / "qwen2_5_vl_processor"
+    if not folder.is_dir():
+        pytest.skip("optional data: Qwen2.5-VL's tokenizer files are not in ../shared/data/qwen2_5_vl_processor")
+    return folder

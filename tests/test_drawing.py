@@ -11,10 +11,11 @@ from PIL import Image
 from ilvr_jax.data.drawing import draw_map
 from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
 from ilvr_jax.data.records import Look, Text
+from tests.vectors import SHARED
 
 VSP = Path(__file__).parent / "data" / "vsp_planning"
 SPRITES = Path(importlib.util.find_spec("gymnasium").origin).parent / "envs" / "toy_text" / "img"
-REASONING = Path(__file__).parents[1].parent / "shared" / "data" / "vsp_reasoning_examples"
+REASONING = SHARED / "data" / "vsp_reasoning_examples"
 STEPS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
 
@@ -84,7 +85,7 @@ def test_the_elf_stands_on_what_lies_there_and_looks_where_it_went(move, elf, ki
     np.testing.assert_array_equal(drawn[:, 128:], draw_map(((0,),)))
 
 
-@pytest.mark.skipif(not REASONING.is_dir(), reason="the real examples with helper images are not beside the repository")
+@pytest.mark.skipif(not REASONING.is_dir(), reason="optional data: the real examples are not in ../shared")
 def test_the_real_helper_images_are_drawn_pixel_for_pixel():
     """They show the stool left behind, the elf's four directions, the elf at the goal and the cracks of a hole."""
     seen = set()

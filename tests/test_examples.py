@@ -1,7 +1,5 @@
 """From records to samples: the chat text, image and slot tokens, labels, bad records."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -10,7 +8,6 @@ from ilvr_jax.data.records import BadRecord, Look, Record, Text
 from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens, train_tokenizer
 from ilvr_jax.latents.tokens import Role
 
-SHARED = Path(__file__).parents[1].parent / "shared"
 TOKENIZER = train_tokenizer(["Where to? go right, then down. done \\boxed{RD}"])
 SPECIAL = special_tokens(TOKENIZER)
 
@@ -107,18 +104,15 @@ def test_slots_alone_have_the_same_tokens_and_no_pictures():
     assert len(with_images.helper_images) == 1 and alone.helper_images == ()
 
 
-def test_the_chat_text_equals_the_published_template():
-    folder = SHARED / "data" / "qwen2_5_vl_processor"
-    if not folder.is_dir():
-        pytest.skip("the shared Qwen2.5-VL processor is not here")
-    tokenizer = load_tokenizer(folder)
+def test_the_chat_text_equals_the_published_template(published_processor):
+    tokenizer = load_tokenizer(published_processor)
     special = special_tokens(tokenizer)
     settings = ExampleSettings(helper_images="encode", system="You are a helpful assistant.")
     user = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Where to?"}]
     answer = ["go right,", None, " then down.", None, " done"]
     assistant = [{"type": "text", "text": text} if text else {"type": "image"} for text in answer]
     conversation = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    template = (folder / "chat_template.jinja").read_text()
+    template = (published_processor / "chat_template.jinja").read_text()
 
     def rendered(turns: list, header: bool) -> list[int]:
         ids = tokenizer.apply_chat_template(

@@ -1,14 +1,11 @@
 """The small tokenizer: lossless, words and moves as single tokens, saved and loaded, special tokens."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ilvr_jax.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, record_texts, special_tokens, train_tokenizer
 
-SHARED = Path(__file__).parents[1].parent / "shared"
 TEXTS = ["Row 1: elf, ice, hole.\nRow 2: ice, goal, ice.\nMove right to row 1, column 2.\n\\boxed{RDLU}"] * 3
 TOKENIZER = train_tokenizer(TEXTS)
 
@@ -85,11 +82,8 @@ def test_missing_special_tokens_are_named(tmp_path):
         special_tokens(train_tokenizer(TEXTS, vocabulary=265))
 
 
-def test_published_tokenizer_gets_the_latent_tokens():
-    folder = SHARED / "data" / "qwen2_5_vl_processor"
-    if not folder.is_dir():
-        pytest.skip("the shared Qwen2.5-VL processor is not here")
-    tokenizer = load_tokenizer(folder)
+def test_published_tokenizer_gets_the_latent_tokens(published_processor):
+    tokenizer = load_tokenizer(published_processor)
     special = special_tokens(tokenizer)
     assert (special.im_start, special.im_end, special.image_pad) == (151644, 151645, 151655)
     text = "".join(SPECIAL_TOKENS) + "assistant"

@@ -12,9 +12,9 @@ from ilvr_jax.models.checkpoint import params_from_state_dict
 from ilvr_jax.models.config import ModelConfig, model_config_from_hf
 from ilvr_jax.models.images import PatchedImage
 
-SHARED = Path(__file__).parents[2] / "shared" / "conformance"
+SHARED = Path(__file__).parents[2] / "shared"  # optional data, beside the repository
 COPIES = Path(__file__).parent / "data" / "conformance"
-DEFAULT = SHARED if SHARED.is_dir() else COPIES
+DEFAULT = SHARED / "conformance" if (SHARED / "conformance").is_dir() else COPIES
 
 
 def weights_module(folder: Path):

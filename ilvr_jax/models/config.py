@@ -37,27 +37,18 @@ class VisionConfig:
         _check_sizes("model.vision", self, (*sizes, "patch_size", "temporal_patch_size", "in_channels"))
         unit = 2 * self.patch_size
         if self.window_size % unit:
-            raise _bad(
-                "model.vision.window_size", self.window_size, f"a multiple of {unit}, the pixels of a vision token"
-            )
+            accepted = f"a multiple of {unit}, the pixels of a vision token"
+            raise _bad("model.vision.window_size", self.window_size, accepted)
         if self.hidden_size % (4 * self.num_heads):  # a head's channels are halved for rows and columns, then paired
-            raise _bad(
-                "model.vision.num_heads",
-                self.num_heads,
-                f"a number whose fourfold divides hidden_size ({self.hidden_size})",
-            )
-        for block in self.fullatt_block_indexes:
-            if not (type(block) is int and 0 <= block < self.depth):
-                key, accepted = (
-                    "model.vision.fullatt_block_indexes",
-                    f"a tuple of numbers from 0 to {self.depth - 1}, below depth",
-                )
-                raise _bad(key, self.fullatt_block_indexes, accepted)
+            accepted = f"a number whose fourfold divides hidden_size ({self.hidden_size})"
+            raise _bad("model.vision.num_heads", self.num_heads, accepted)
+        if not all(type(block) is int and 0 <= block < self.depth for block in self.fullatt_block_indexes):
+            accepted = f"a tuple of numbers from 0 to {self.depth - 1}, below depth"
+            raise _bad("model.vision.fullatt_block_indexes", self.fullatt_block_indexes, accepted)
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != self.in_channels:
-                raise _bad(
-                    f"model.vision.{name}", getattr(self, name), f"a number for each of {self.in_channels} channels"
-                )
+                accepted = f"a number for each of {self.in_channels} channels"
+                raise _bad(f"model.vision.{name}", getattr(self, name), accepted)
 
     @property
     def window_units(self) -> int:

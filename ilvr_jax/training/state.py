@@ -26,7 +26,7 @@ def create_state(
     key: PRNGKeyArray,
 ) -> TrainState:
     """Returns the state at the start of a stage: a fresh optimizer, and a teacher that equals the student."""
-    trained = {name: params[name] for name in train}
-    # A copy, since the step gives away the buffers of the state that it is called with.
-    teacher = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params["decoder"])
-    return TrainState(jnp.int32(0), params, optimizer.init(trained), teacher if with_teacher else None, key)
+    trained, teacher = {name: params[name] for name in train}, None
+    if with_teacher:  # a copy, since the step gives away the buffers of the state that it is called with
+        teacher = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params["decoder"])
+    return TrainState(jnp.int32(0), params, optimizer.init(trained), teacher, key)
