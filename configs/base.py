@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from ilvr_jax.models.lora import TARGETS
+
 
 def stage(**changes) -> ConfigDict:
     """Returns the settings of one stage; `changes` go on top."""
@@ -11,6 +13,7 @@ def stage(**changes) -> ConfigDict:
             "helper_images": "latent",  # slots with images for the teacher; "slots" alone, "encode" or "omit"
             "train": ("decoder",),  # parts of the model that learn
             "steps": 100,
+            "epochs": 0,  # if more than 0: as many passes over the records, in place of steps
             "batch_size": 32,
             "accumulation": 1,
             "optimizer": "muon",  # or "adamw"
@@ -73,7 +76,12 @@ def get_config() -> ConfigDict:
                 "rms_norm_eps": 1e-6,
                 "tie_word_embeddings": False,
                 "remat_policy": "dots_saveable",  # or "none", "full", and others of jax.checkpoint_policies
-                "dtype": "float32",
+                "dtype": "float32",  # of activations, or "bfloat16"
+                # A published checkpoint to start from, a hub name or a folder: the shape is then its own, and the keys
+                # of it here are left out. Empty: fresh parameters of the shape said here.
+                "init_from": "",
+                "frozen_dtype": "float32",  # of the parts that no stage trains, or "bfloat16"
+                "lora": {"rank": 0, "alpha": 64.0, "dropout": 0.0, "targets": TARGETS},  # rank 0: no adapters
                 "vision": {
                     "depth": 2,
                     "hidden_size": 64,
@@ -89,12 +97,15 @@ def get_config() -> ConfigDict:
             },
             "tokenizer": "",  # a folder; empty: made from the generator's text
             "data": {
-                "source": "frozen_lake",  # or "ilvr", JSON lines at `path` with images under `root`
+                "source": "frozen_lake",  # or a format of docs/formats.md, at `path` with images under `root`
                 "path": "",
                 "root": "",  # empty: the folder of `path`
                 "records": 10_000_000,  # of the generated source
                 "on_bad_record": "error",  # or "skip"
                 "image_scale": 28 / 64,  # of image files: a cell of 64 pixels becomes one vision token
+                # Bounds on the pixels of an image, as in a checkpoint's preprocessor_config.json; 0: none.
+                "min_pixels": 0,
+                "max_pixels": 0,
                 "system": "",  # a system turn before the user's; empty: none
                 "workers": 0,  # processes that make samples; 0: a thread
                 # A sample goes to the first bucket that holds it; each is compiled once a stage.

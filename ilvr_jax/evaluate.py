@@ -71,7 +71,7 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
 
     def shown(of: ConfigDict) -> dict:
         sections = {"model": of.model, "tokenizer": of.tokenizer, "latents.latent_size": of.latents.latent_size}
-        return {**sections, "data.image_scale": of.data.image_scale, "data.system": of.data.system}
+        return sections | {f"data.{key}": of.data[key] for key in ("image_scale", "min_pixels", "max_pixels", "system")}
 
     theirs, ours = shown(read_config(workdir)), shown(from_json(to_json(config)))
     differing = [key for key, value in ours.items() if theirs[key] != value]

@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: {stage['steps']} steps, {stage['seconds']:.0f} s, {stage['compilations']} compilations")
     if summary["skipped_records"] or summary["skipped_lines"]:
         print(f"left out: {summary['skipped_records']} records, {len(summary['skipped_lines'])} lines of the data file")
-    print(f"everything is in {summary['workdir']}: checkpoints, metrics.jsonl, tensorboard, evaluations, solutions.png")
+    evaluated = any("evaluation" in stage for stage in summary["stages"].values())
+    results = ", evaluations, solutions.png" if evaluated else ""
+    print(f"everything is in {summary['workdir']}: checkpoints, metrics.jsonl, tensorboard{results}")
     return 0
 
 

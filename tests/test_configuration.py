@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from ilvr_jax.training.configuration import (
+    REPOSITORY,
     BadConfig,
+    check_config,
     check_workdir,
     from_json,
     load_config,
@@ -196,6 +198,30 @@ def test_a_workdir_belongs_to_one_config(config_file, tmp_path):
     )
     with pytest.raises(BadConfig, match=r"another config: warm_up.steps \(4 there, 6 here\); give"):
         check_workdir(other, workdir)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("qwen2_5_vl*.py")), ids=lambda path: path.stem)
+def test_the_published_configs_are_whole(path, capsys):
+    arguments = [f"--config={path}", "--config.data.path=train.jsonl", "--config.print=true"]
+    with pytest.raises(SystemExit) as ended:
+        read_command(argparse.ArgumentParser(), arguments)
+    shown = from_json(capsys.readouterr().out)
+    assert ended.value.code == 0
+    stage, lora = shown[shown.stages[-1]], "lora" in path.stem
+    assert (stage.optimizer, stage.learning_rate, stage.weight_decay) == ("adamw", 1e-5, 0.01)
+    assert (stage.warmup_steps, stage.clip, stage.batch_size, stage.accumulation) == (10, 1.0, 8, 8)
+    assert (stage.epochs, stage.train) == (15, ("adapters",) if lora else ("decoder",))
+    latents = shown.latents
+    assert (latents.latent_size, latents.coverage, latents.candidates, latents.tau) == (8, 0.9, 256, 0.999)
+    assert (latents.ce_weight, latents.sim_weight, latents.target_noise) == (1.0, 1.0, 0.01)
+    if lora:
+        adapters = shown.model.lora
+        assert (adapters.rank, adapters.alpha, adapters.dropout, len(adapters.targets)) == (32, 64.0, 0.05, 7)
+
+
+def test_a_data_set_needs_a_path():
+    with pytest.raises(BadConfig, match="data.path is empty, a file of the format 'ilvr' is accepted"):
+        check_config(load_config(REPOSITORY / "configs" / "qwen2_5_vl.py"))
 
 
 def test_a_workdir_that_cannot_be_one(config_file, tmp_path):

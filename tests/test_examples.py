@@ -1,9 +1,15 @@
 """From records to samples: the chat text, image and slot tokens, labels, bad records."""
 
+import dataclasses
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
+from transformers import Qwen2VLImageProcessorPil
 
 from ilvr_jax.data.examples import ExampleSettings, build_example, build_prompt
+from ilvr_jax.data.images import image_processor_settings
 from ilvr_jax.data.records import BadRecord, Look, Record, Text
 from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens, train_tokenizer
 from ilvr_jax.latents.tokens import Role
@@ -88,6 +94,11 @@ def test_settings_change_question_and_scale():
     sample = build(question="Which way?", image_scale=0.5)
     assert "Which way?im_end" in words(sample) and "Where to?" not in words(sample)
     assert [(image.height // 2, image.width // 2) for image in sample.images] == [(1, 2), (1, 1)]
+    sample = build(max_pixels=4 * 784, helper_images="latent")
+    assert [image.vision_tokens for image in sample.images] == [2, 1]
+    sample = build(min_pixels=4 * 784)
+    assert [image.vision_tokens for image in sample.images] == [6, 4]
+    assert [image.vision_tokens for image in sample.helper_images] == [4, 6]
 
 
 def test_looks_in_a_row_and_at_both_ends():
@@ -104,28 +115,118 @@ def test_slots_alone_have_the_same_tokens_and_no_pictures():
     assert len(with_images.helper_images) == 1 and alone.helper_images == ()
 
 
-def test_the_chat_text_equals_the_published_template(published_processor):
-    tokenizer = load_tokenizer(published_processor)
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+STEPS = (Text("go right,"), Look(noise(61, 37)), Text(" then down.\n\n"), Look(noise(20, 90)), Text("\\boxed{RD} "))
+CONVERSATIONS = {
+    "no image": Record("What is 12 + 7?", (), STEPS, name="x"),
+    "one image": Record("Where to?", (noise(64, 100),), STEPS, name="x"),
+    "several images": Record("\n Where to?", (noise(64, 100), noise(13, 200), png(noise(333, 90))), STEPS, name="x"),
+    "images inside": Record(
+        "Here is the map: <image>\n\nand the plan:<image><image> , you see?\n",
+        (png(noise(64, 100)), noise(30, 30), noise(150, 1)),
+        STEPS,
+        name="x",
+    ),
+    "images at both ends": Record("<image>or<image>", (noise(64, 100), noise(30, 30)), STEPS, name="x"),
+    "unicode": Record(
+        "Wo\u0308 ist’s? 漢字 <image> שלום 🙂\u200d🦽 \u00a0½\r\n",
+        (noise(64, 100),),
+        (Text("Größe e\u0301\ufb01 "), Look(noise(28, 28)), Text("🙂\t")),
+        name="x",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def published_tokenizer(published_processor):
+    return load_tokenizer(published_processor)
+
+
+def conversation(record: Record, look: str) -> list[dict]:
+    """Returns a record as turns for a chat template; `look` is the text of a look, an image if empty."""
+    texts = record.question.split("<image>")
+    if len(texts) == 1:
+        user = [{"type": "image"}] * len(record.images) + [{"type": "text", "text": texts[0]}]
+    else:
+        user = [part for text in texts for part in ({"type": "image"}, {"type": "text", "text": text})][1:]
+    assistant = [
+        {"type": "text", "text": step.content if isinstance(step, Text) else look}
+        if isinstance(step, Text) or look
+        else {"type": "image"}
+        for step in record.steps
+    ]
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+@pytest.mark.parametrize("max_pixels", [None, 6 * 784])
+@pytest.mark.parametrize("helper_images", ["encode", "slots"])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_tokens_are_those_of_the_published_template_and_image_processor(
+    published_processor, published_tokenizer, name, helper_images, max_pixels
+):
+    record, tokenizer = CONVERSATIONS[name], published_tokenizer
     special = special_tokens(tokenizer)
-    settings = ExampleSettings(helper_images="encode", system="You are a helpful assistant.")
-    user = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Where to?"}]
-    answer = ["go right,", None, " then down.", None, " done"]
-    assistant = [{"type": "text", "text": text} if text else {"type": "image"} for text in answer]
-    conversation = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    template = (published_processor / "chat_template.jinja").read_text()
+    bounds = {key: image_processor_settings(published_processor)[key] for key in ("min_pixels", "max_pixels")}
+    bounds["max_pixels"] = max_pixels or bounds["max_pixels"]
+    settings = ExampleSettings(
+        latent_size=3, helper_images=helper_images, system="You are a helpful assistant.", **bounds
+    )
+    turns = conversation(
+        record, f"<|latent_start|>{'<|latent_pad|>' * 3}<|latent_end|>" if helper_images == "slots" else ""
+    )
+    helpers = [step.helper_image for step in record.steps if isinstance(step, Look)]
+    sources = [*record.images, *(helpers if helper_images == "encode" else [])]
+    pictures = [Image.open(io.BytesIO(x)) if isinstance(x, bytes) else Image.fromarray(x) for x in sources]
+    grids = Qwen2VLImageProcessorPil(**bounds)(images=pictures)["image_grid_thw"] if pictures else []
+    counts = [int(np.prod(grid)) // 4 for grid in grids]
 
     def rendered(turns: list, header: bool) -> list[int]:
-        ids = tokenizer.apply_chat_template(
-            turns, chat_template=template, add_generation_prompt=header, return_dict=False
-        )
-        counts = iter([6, 1, 4, 2])
-        return [token for token in ids for _ in range(next(counts) if token == special.image_pad else 1)]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=header, return_dict=False)
+        each = iter(counts)
+        return [token for token in ids for _ in range(next(each) if token == special.image_pad else 1)]
 
-    prompt = build_prompt(RECORD, tokenizer, special, settings)
-    assert prompt.tokens.tolist() == rendered(conversation[:1], True)
-    example = build_example(RECORD, tokenizer, special, settings)
-    line_break = tokenizer.encode("\n")
-    assert example.tokens.tolist() + line_break == rendered(conversation, False)
+    example = build_example(record, tokenizer, special, settings)
+    assert [image.vision_tokens for image in example.images] == counts
+    assert example.tokens.tolist() + tokenizer.encode("\n") == rendered(turns, False)
+    prompt = build_prompt(record, tokenizer, special, settings)
+    assert prompt.tokens.tolist() == rendered(turns[:1], True)
+    brief = build_prompt(record, tokenizer, special, dataclasses.replace(settings, system="Be brief."))
+    assert brief.tokens.tolist() == rendered([{"role": "system", "content": "Be brief."}, turns[0]], True)
+
+
+def test_images_stand_where_the_question_marks_them():
+    marked = dataclasses.replace(RECORD, question="Where <image>to?<image>")
+    assert words(build(marked)).startswith(
+        f"im_start user\nWhere vision_start {'image_pad ' * 6}vision_end to?vision_start image_pad vision_end im_end "
+    )
+    assert words(build(marked, question="Where to?")) == words(build())
+    assert words(build(question="Where <image>to?<image>")) == words(build(marked))
+
+
+def test_markers_and_images_pair_up():
+    for question, images in (
+        ("Where <image>to?", RECORD.images),
+        ("<image><image>", ()),
+        ("<image>" * 3, RECORD.images),
+    ):
+        message = (
+            rf"^x: has <image> {question.count('<image>')} times in its question and {len(images)} images; one for "
+            "each image, or none, is accepted$"
+        )
+        record = Record(question, images, RECORD.steps, name="x")
+        with pytest.raises(BadRecord, match=message):
+            build(record)
+        with pytest.raises(BadRecord, match=message):
+            build_prompt(record, TOKENIZER, SPECIAL, ExampleSettings())
 
 
 def test_bad_records_are_named(tmp_path):
@@ -146,3 +247,6 @@ def test_wrong_settings_are_named():
         ExampleSettings(helper_images="all")
     with pytest.raises(ValueError, match="latent_size is 0"):
         ExampleSettings(latent_size=0)
+    for bounds in ({"min_pixels": 0}, {"max_pixels": -1}, {"min_pixels": 10, "max_pixels": 9}):
+        with pytest.raises(ValueError, match=f"min_pixels is {bounds.get('min_pixels')} and max_pixels"):
+            ExampleSettings(**bounds)

@@ -1,6 +1,9 @@
-"""Images: scaling, the patch order of the Qwen2-VL image processor, damaged files."""
+"""Images: scaling, sizes and patches of the Qwen2-VL image processor, odd and damaged files."""
 
 import io
+import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,24 +11,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import Qwen2VLImageProcessorPil
+from transformers.image_utils import load_image as load_published
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from ilvr_jax.data.images import load_image, patch_image
+from ilvr_jax.data.images import image_processor_settings, load_image, patch_image
 from ilvr_jax.data.records import BadRecord
 
 REAL_IMAGES = Path(__file__).parent / "data" / "vsp_planning" / "images"
+BUDGET = {"min_pixels": 56 * 56, "max_pixels": 16 * 784}
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("height,width", [(56, 56), (84, 140), (280, 56), (196, 112)])
-def test_patches_equal_the_published_image_processor(height, width):
-    from transformers import Qwen2VLImageProcessorPil
+def encoded(image: np.ndarray | Image.Image, kind: str = "png", **options) -> bytes:
+    buffer = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, kind, **options)
+    return buffer.getvalue()
 
-    processor = Qwen2VLImageProcessorPil()
-    pixels = noise(height, width)
-    expected = processor(images=[Image.fromarray(pixels)], return_tensors="np")
+
+def opened(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content))
+
+
+def assert_published(pixels: np.ndarray, image: Image.Image, **bounds: int) -> None:
+    """Compares with the patches, both frames, that transformers' image processor makes of `image`."""
+    processor = Qwen2VLImageProcessorPil(**bounds)
+    expected = processor(images=[image], return_tensors="np")
     patched = patch_image(pixels)
     assert [1, patched.height, patched.width] == expected["image_grid_thw"][0].tolist()
     mean, std = np.array(processor.image_mean)[:, None], np.array(processor.image_std)[:, None]
@@ -33,6 +47,43 @@ def test_patches_equal_the_published_image_processor(height, width):
     frames = expected["pixel_values"].reshape(-1, 3, 2, 196)
     np.testing.assert_allclose(normalised, frames[:, :, 0], atol=1e-5)
     np.testing.assert_array_equal(frames[:, :, 0], frames[:, :, 1])
+
+
+@pytest.mark.parametrize("height,width", [(56, 56), (84, 140), (280, 56), (196, 112)])
+def test_patches_equal_the_published_image_processor(height, width):
+    pixels = noise(height, width)
+    assert_published(pixels, Image.fromarray(pixels))
+
+
+@pytest.mark.parametrize(
+    "height,width", [(700, 1111), (20, 31), (9, 700), (150, 1), (56, 224), (100, 100)], ids=lambda side: str(side)
+)
+def test_budgets_give_the_patches_of_the_published_image_processor(height, width):
+    pixels = noise(height, width)
+    assert_published(load_image(pixels, **BUDGET), Image.fromarray(pixels), **BUDGET)
+    np.testing.assert_array_equal(load_image(encoded(pixels), **BUDGET), load_image(pixels, **BUDGET))
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(784, 60_000), st.integers(784, 200_000))
+@settings(max_examples=150, deadline=None)
+def test_budgets_give_the_sizes_of_smart_resize(height, width, min_pixels, more_pixels):
+    max_pixels = max(min_pixels, more_pixels)
+    pixels = np.zeros((height, width, 3), np.uint8)
+    if max(height, width) > 200 * min(height, width):
+        with pytest.raises(BadRecord, match="at most 200 times the shorter"):
+            load_image(pixels, 1.0, min_pixels, max_pixels)
+        return
+    expected = smart_resize(height, width, 28, min_pixels, max_pixels)
+    assert load_image(pixels, 1.0, min_pixels, max_pixels).shape == (*expected, 3)
+
+
+@given(st.integers(4, 300), st.integers(4, 300), st.sampled_from([0.5, 1.0, 2.0]), st.integers(784, 200_000))
+@settings(max_examples=60, deadline=None)
+def test_budgets_apply_after_the_scale_and_one_bound_is_enough(height, width, scale, bound):
+    pixels = np.zeros((height, width, 3), np.uint8)
+    scaled = round(height * scale), round(width * scale)
+    assert load_image(pixels, scale, None, bound).shape[:2] == smart_resize(*scaled, 28, 784, bound)
+    assert load_image(pixels, scale, bound, None).shape[:2] == smart_resize(*scaled, 28, bound, 10**9)
 
 
 def test_patches_of_other_sizes_are_refused():
@@ -81,6 +132,92 @@ def test_other_colour_modes_become_rgb(tmp_path):
     np.testing.assert_array_equal(load_image(tmp_path / "alpha.png"), noise(28, 28))
 
 
+def test_transparency_shows_white_as_in_the_published_image_processor():
+    rgba = np.concatenate([noise(56, 84), noise(56, 84, 1)[..., :1]], -1)
+    palette = Image.fromarray(noise(56, 84)).quantize(16)
+    for content in (encoded(rgba), encoded(palette, transparency=3), encoded(palette, "gif", transparency=3)):
+        assert_published(load_image(content), opened(content))
+    rgba[..., 3] = 0
+    assert (load_image(encoded(rgba)) == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "tiff"])
+def test_cmyk_becomes_rgb_as_in_the_published_image_processor(kind):
+    content = encoded(Image.fromarray(np.tile(noise(56, 84), (1, 1, 2))[..., :4], "CMYK"), kind)
+    assert opened(content).mode == "CMYK"
+    assert_published(load_image(content), opened(content))
+
+
+@pytest.mark.parametrize(
+    "kind,mode,written,read",
+    [
+        *[("png", "I;16", "<u2", "I;16"), ("tiff", "I;16", "<u2", "I;16"), ("tiff", "I;16B", ">u2", "I;16B")],
+        *[("ppm", "I", "<i4", "I"), ("tiff", "I", "<i4", "I")],
+    ],
+)
+def test_sixteen_bits_keep_the_upper_eight(kind, mode, written, read):
+    values = np.arange(0, 56 * 56 * 20, 20).reshape(56, 56)
+    content = encoded(Image.frombytes(mode, (56, 56), values.astype(written).tobytes()), kind)
+    assert opened(content).mode == read
+    np.testing.assert_array_equal(load_image(content), np.repeat((values // 256)[..., None], 3, -1))
+
+
+def test_thirty_two_bits_are_refused():
+    for values in (np.full((28, 28), 65536, np.int32), np.full((28, 28), -1, np.int32), np.ones((28, 28), np.float32)):
+        content = encoded(Image.fromarray(values), "tiff")
+        with pytest.raises(BadRecord, match=f"^an image of {len(content)} bytes: has 32 bits a channel; 8 or 16 are"):
+            load_image(content)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_exif_rotation_is_applied_as_in_transformers(tmp_path, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((28, 56, 3), np.uint8)
+    pixels[:14, :14] = 255
+    (tmp_path / "turned").write_bytes(encoded(pixels, kind, exif=exif))
+    expected = np.asarray(load_published(str(tmp_path / "turned")))
+    assert expected.shape[:2] == ((28, 56) if orientation < 5 else (56, 28))
+    np.testing.assert_array_equal(load_image(tmp_path / "turned"), expected)
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
+def test_animated_images_are_refused(kind, tmp_path):
+    frames = [Image.fromarray(noise(56, 28, seed)) for seed in (0, 1, 2)]
+    (tmp_path / "moves").write_bytes(encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
+    with pytest.raises(BadRecord, match="moves: has more than one frame; an image file with a single one is accepted"):
+        load_image(tmp_path / "moves")
+    assert load_image(encoded(frames[0], kind, save_all=True)).shape == (56, 28, 3)
+
+
+def test_camera_files_with_previews_are_stills():
+    first, preview = Image.fromarray(noise(56, 28)), Image.fromarray(noise(28, 28, 1))
+    content = encoded(first, "mpo", save_all=True, append_images=[preview])
+    assert opened(content).format == "MPO" and opened(content).n_frames == 2
+    np.testing.assert_array_equal(load_image(content), load_image(encoded(first, "jpeg")))
+
+
+def test_decompression_bombs_are_refused():
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 1, 0, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    with pytest.raises(BadRecord, match="is a decompression bomb; an image of at most 178956970 pixels is accepted"):
+        load_image(content)
+
+
+def test_narrow_images_load_up_to_a_ratio_of_200(tmp_path):
+    assert load_image(noise(150, 1)).shape == (140, 28, 3)
+    assert load_image(noise(1, 200), **BUDGET).shape == (*smart_resize(1, 200, 28, *BUDGET.values()), 3)
+    message = "1x500 pixels; a longer side of at most 200 times the shorter is accepted"
+    (tmp_path / "narrow.png").write_bytes(encoded(noise(500, 1)))
+    for source, bounds in ((tmp_path / "narrow.png", {}), (encoded(noise(500, 1)), BUDGET), (noise(500, 1), BUDGET)):
+        with pytest.raises(BadRecord, match=message):
+            load_image(source, **bounds)
+
+
 def test_bad_images_are_named(tmp_path):
     Image.fromarray(noise(84, 84)).save(tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
@@ -95,6 +232,8 @@ def test_bad_images_are_named(tmp_path):
     ]:
         with pytest.raises(BadRecord, match=message):
             load_image(tmp_path / name)
+    with pytest.raises(BadRecord, match="an image of 0 bytes: is not an image"):
+        load_image(b"")
     with pytest.raises(BadRecord, match=r"float64 \[28, 28, 3\]; uint8 \[height, width, 3\] is accepted"):
         load_image(np.zeros((28, 28, 3)))
     with pytest.raises(BadRecord, match=r"uint8 \[28, 28\]"):
@@ -105,9 +244,10 @@ def test_bad_images_are_named(tmp_path):
 @given(st.sampled_from(["png", "jpeg", "gif", "webp", "bmp", "tiff"]), st.data())
 @settings(max_examples=150, deadline=None)
 def test_damaged_files_load_or_are_bad_records(tmp_path_factory, kind, data):
-    buffer = io.BytesIO()
-    Image.fromarray(noise(40, 30)).save(buffer, kind)
-    content = bytearray(buffer.getvalue())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "a camera"
+    content = bytearray(encoded(noise(40, 30), kind, **({"exif": exif} if kind in ("png", "jpeg", "webp") else {})))
     for _ in range(data.draw(st.integers(0, 4))):
         content[data.draw(st.integers(0, min(len(content) - 1, 400)))] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.getbasetemp() / "damaged"
@@ -122,3 +262,88 @@ def test_real_maps_become_one_token_a_cell():
     for level in (3, 6):
         pixels = load_image(next(iter(sorted(REAL_IMAGES.glob(f"level{level}_*.png")))), 28 / 64)
         assert patch_image(pixels).vision_tokens == level**2
+
+
+PUBLISHED = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "image_mean": [0.5, 0.25, 0.125],
+    "image_std": [1.0, 2.0, 3.0],
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+}
+SPELLINGS = {
+    "pixels": {"min_pixels": 3136, "max_pixels": 100352},
+    "edges": {"size": {"shortest_edge": 3136, "longest_edge": 100352}},
+    "both": {"min_pixels": 3136, "max_pixels": 100352, "size": {"shortest_edge": 3136, "longest_edge": 100352}},
+    "old": {"min_pixels": 3136, "max_pixels": 100352, "size": {"min_pixels": 3136, "max_pixels": 100352}},
+    "fast": {
+        "size": {"shortest_edge": 3136, "longest_edge": 100352},
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+    },
+}
+
+
+def write_settings(folder: Path, **changes) -> Path:
+    (folder / "preprocessor_config.json").write_text(json.dumps({**PUBLISHED, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_processor_settings_are_read_in_every_spelling(tmp_path, spelling):
+    assert image_processor_settings(write_settings(tmp_path, **SPELLINGS[spelling])) == {
+        "min_pixels": 3136,
+        "max_pixels": 100352,
+        "image_mean": (0.5, 0.25, 0.125),
+        "image_std": (1.0, 2.0, 3.0),
+        "patch_size": 14,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+
+
+def test_processor_settings_saved_by_transformers_are_read(tmp_path):
+    processor = Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=7840)
+    processor.save_pretrained(tmp_path / "alone")
+    (tmp_path / "nested").mkdir()
+    nested = {"image_processor": processor.to_dict(), "processor_class": "Qwen2_5_VLProcessor"}
+    (tmp_path / "nested" / "processor_config.json").write_text(json.dumps(nested, default=dict))
+    for name in ("alone", "nested"):
+        read = image_processor_settings(tmp_path / name)
+        assert (read["min_pixels"], read["max_pixels"]) == (784, 7840)
+        assert read["image_mean"] == tuple(processor.image_mean)
+
+
+def test_processor_settings_of_the_published_checkpoint(published_processor):
+    read = image_processor_settings(published_processor)
+    assert (read["min_pixels"], read["max_pixels"]) == (3136, 12845056)
+    assert read["image_std"] == (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"image_processor_type": "CLIPImageProcessor"}, "is CLIPImageProcessor; the image processor of a Qwen2-VL"),
+        ({"patch_size": 16}, "has patch_size 16; 14 is accepted"),
+        ({"merge_size": 4}, "has merge_size 4; 2 is accepted"),
+        ({"temporal_patch_size": 1}, "has temporal_patch_size 1; 2 is accepted"),
+        ({"do_resize": False}, "has do_resize False; True is accepted"),
+        ({"size": 224}, "bounds its pixels by 224 and None; two positive numbers"),
+        ({"min_pixels": 9, "max_pixels": 3}, "by 9 and 3"),
+        ({"size": [1]}, "cannot be read"),
+        ({"size": {"height": 28, "width": 28}}, "by None and None"),
+    ],
+)
+def test_other_processors_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        image_processor_settings(write_settings(tmp_path, **changes))
+
+
+def test_missing_processor_settings_are_named(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"holds no readable preprocessor_config.json; the image processor of a Qwen2-VL"
+    ):
+        image_processor_settings(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"holds no readable preprocessor_config.json"):
+        image_processor_settings(tmp_path)

@@ -1,6 +1,7 @@
 """Losses and selection: raggedness is harmless, gradients reach what they should, settings do what they say."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ilvr_jax.latents.layout import collate, merge_layouts, required_layout, sample_columns
-from ilvr_jax.latents.objectives import alignment_objective, autonomy_objective, slot_noise, text_objective
+from ilvr_jax.latents.objectives import (
+    alignment_objective,
+    autonomy_objective,
+    cross_entropy,
+    slot_noise,
+    text_objective,
+)
 from ilvr_jax.latents.selection import LatentSettings, group_neighbours, pick
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
 from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, random_sample
@@ -35,9 +42,9 @@ def unequal_samples():
 
 def losses(name, params, batch):
     if name == "text":
-        return text_objective(MODEL, params, batch)
+        return text_objective(MODEL, params, batch, KEY)
     if name == "autonomy":
-        return autonomy_objective(MODEL, params, batch)
+        return autonomy_objective(MODEL, params, batch, KEY)
     return alignment_objective(MODEL, params, TEACHER, batch, SETTINGS, KEY)[0]
 
 
@@ -93,7 +100,7 @@ def test_the_roll_out_equals_recomputing_every_prefix():
         return jnp.where(batch.valid[..., None], hidden, 0.0)
 
     def rolled_out(decoder):
-        hidden = autonomy_objective(MODEL, {**PARAMS, "decoder": decoder}, batch).hidden
+        hidden = autonomy_objective(MODEL, {**PARAMS, "decoder": decoder}, batch, KEY).hidden
         return jnp.where(batch.valid[..., None], hidden, 0.0)
 
     weights = jax.random.normal(KEY, (*batch.tokens.shape, CONFIG.hidden_size))
@@ -203,3 +210,46 @@ def test_picks_cover_the_mass_with_as_few_as_possible(cosines, coverage, tempera
     assert mass[chosen[:-1]].sum() < coverage + 1e-5
     if len(chosen) < min(slots, len(cosines)):
         assert mass[chosen].sum() >= coverage - 1e-5
+
+
+def whole_cross_entropy(decoder, hidden, targets):
+    """What `cross_entropy` computes in chunks, with all logits at once."""
+    log_probabilities = jax.nn.log_softmax(MODEL.logits(decoder, hidden), axis=-1)
+    picked = jnp.take_along_axis(log_probabilities, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    labelled = targets >= 0
+    return -(picked * labelled).sum(1) / jnp.maximum(labelled.sum(1), 1)
+
+
+@pytest.mark.parametrize("columns_a_chunk", [1, 4, 7, 50])
+def test_cross_entropy_in_chunks_is_that_of_all_logits(columns_a_chunk):
+    rows, columns = 3, 22
+    rng = np.random.default_rng(columns_a_chunk)
+    hidden = jnp.asarray(rng.normal(size=(rows, columns, CONFIG.hidden_size)), jnp.float32)
+    targets = np.where(rng.random((rows, columns)) < 0.4, rng.integers(0, CONFIG.vocab_size, (rows, columns)), -100)
+    targets[1] = -100  # a row without labels
+    weights = jnp.array([1.0, 2.0, 3.0])
+
+    def loss(function):
+        return jax.jit(jax.value_and_grad(lambda *inputs: (function(*inputs, targets) * weights).sum(), (0, 1)))
+
+    def in_chunks(decoder, hidden, targets):
+        return cross_entropy(MODEL, decoder, hidden, targets, columns_a_chunk * rows * CONFIG.vocab_size)
+
+    ours, theirs = (loss(f)(PARAMS["decoder"], hidden) for f in (in_chunks, whole_cross_entropy))
+    for one, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_logits_of_all_columns_never_exist():
+    """No array of the compiled gradient is larger than a chunk's logits and the weights."""
+    rows, columns, chunk = 2, 4096, 64
+    hidden, targets = jnp.zeros((rows, columns, CONFIG.hidden_size)), jnp.zeros((rows, columns), jnp.int32)
+
+    def loss(decoder, hidden):
+        return cross_entropy(MODEL, decoder, hidden, targets, chunk * rows * CONFIG.vocab_size).sum()
+
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(PARAMS["decoder"], hidden).compile()
+    shapes = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
+    with_vocabulary = [size for size in (tuple(map(int, shape.split(","))) for shape in shapes) if 48 in size]
+    assert max(map(np.prod, with_vocabulary)) <= chunk * rows * CONFIG.vocab_size
+    assert CONFIG.vocab_size == 48

@@ -34,7 +34,8 @@ def lay_out(rows):
 
 def gradients(name, batch, accumulation=1, remat_policy="none"):
     model = Qwen2_5VL(dataclasses.replace(CONFIG, remat_policy=remat_policy))
-    params, teacher = model.init(jax.random.key(0)), model.init(jax.random.key(1))["decoder"]
+    params = model.init(jax.random.key(0))
+    teacher = {"decoder": model.init(jax.random.key(1))["decoder"]}
     train = ("vision", "decoder")
 
     def compute(params, teacher, batch):

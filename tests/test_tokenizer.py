@@ -3,8 +3,18 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from ilvr_jax.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, record_texts, special_tokens, train_tokenizer
+from ilvr_jax.data.tokenizer import (
+    SPECIAL_TOKENS,
+    add_latent_tokens,
+    load_tokenizer,
+    read_tokenizer,
+    record_texts,
+    special_tokens,
+    train_tokenizer,
+)
 
 TEXTS = ["Row 1: elf, ice, hole.\nRow 2: ice, goal, ice.\nMove right to row 1, column 2.\n\\boxed{RDLU}"] * 3
 TOKENIZER = train_tokenizer(TEXTS)
@@ -70,8 +80,6 @@ def test_special_tokens_are_looked_up():
 
 
 def test_missing_special_tokens_are_named(tmp_path):
-    from transformers import PreTrainedTokenizerFast
-
     plain = TOKENIZER.backend_tokenizer.to_str().replace("<|latent_pad|>", "<|other|>")
     (tmp_path / "tokenizer.json").write_text(plain)
     with pytest.raises(ValueError, match=r"the tokenizer lacks <\|latent_pad\|>"):
@@ -82,11 +90,28 @@ def test_missing_special_tokens_are_named(tmp_path):
         special_tokens(train_tokenizer(TEXTS, vocabulary=265))
 
 
-def test_published_tokenizer_gets_the_latent_tokens(published_processor):
-    tokenizer = load_tokenizer(published_processor)
+def test_published_tokenizer_gets_the_latent_tokens(tmp_path, published_processor):
+    tokenizer = read_tokenizer(published_processor)
+    with pytest.raises(ValueError, match=r"lacks <\|latent_start\|>, <\|latent_pad\|>, <\|latent_end\|>"):
+        special_tokens(tokenizer)
+    assert add_latent_tokens(tokenizer) == (151665, 151666, 151667) and len(tokenizer) == 151668
+    assert add_latent_tokens(tokenizer) == ()
     special = special_tokens(tokenizer)
     assert (special.im_start, special.im_end, special.image_pad) == (151644, 151645, 151655)
     text = "".join(SPECIAL_TOKENS) + "assistant"
     assert len(tokenizer.backend_tokenizer.encode(text).ids) == len(SPECIAL_TOKENS) + 1
-    assert len({special.latent_start, special.latent_pad, special.latent_end}) == 3
-    assert max(special.latent_start, special.latent_pad, special.latent_end) < 151936  # rows of the 3B checkpoint
+    assert (special.latent_start, special.latent_pad, special.latent_end) == (151665, 151666, 151667)
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert special_tokens(again) == special and again.chat_template == tokenizer.chat_template
+    assert add_latent_tokens(again) == ()
+
+
+def test_latent_tokens_keep_the_ids_that_they_have_and_follow_all_others():
+    published = train_tokenizer(TEXTS).backend_tokenizer.to_str()
+    assert add_latent_tokens(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(published))) == ()
+    without_pad = published.replace("<|latent_pad|>", "<|other|>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(without_pad))
+    size, start = len(tokenizer), tokenizer.convert_tokens_to_ids("<|latent_start|>")
+    assert add_latent_tokens(tokenizer) == (size,) and len(tokenizer) == size + 1
+    assert tokenizer.encode("<|latent_start|><|latent_pad|>") == [start, size]

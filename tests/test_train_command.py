@@ -238,7 +238,7 @@ def config_file(config, tmp_path):
         (["--config.stage1.accumulation=7"], "stage1: accumulation (7) does not divide batch_size"),
         (["--config.latents.grouping=x"], "latents.grouping is 'x'"),
         (["--config.data.source=ilvr", "--config.data.path=absent.jsonl"], "absent.jsonl: there is no such file"),
-        (["--config.data.source=files"], "source is 'files'; accepted are frozen_lake and ilvr"),
+        (["--config.data.source=files"], "source is 'files'; accepted are frozen_lake, ilvr, mirage"),
         (["--config.eval.data=absent.jsonl"], "absent.jsonl: there is no such file"),
         (["--config.eval.max_new_tokens=0"], "eval: max_new_tokens is 0; accepted is 1 or more"),
         (["--config.latents.coverage=0"], "latents.coverage is 0.0; accepted is a number more than 0"),

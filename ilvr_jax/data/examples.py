@@ -8,7 +8,7 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.images import load_image, patch_image
-from ilvr_jax.data.records import BadRecord, ImageSource, Record, Text
+from ilvr_jax.data.records import IMAGE_MARKER, BadRecord, ImageSource, Record, Text
 from ilvr_jax.data.tokenizer import SPECIAL_TOKENS
 from ilvr_jax.latents.layout import Sample, build_sample
 from ilvr_jax.latents.tokens import SpecialTokens
@@ -30,6 +30,9 @@ class ExampleSettings:
     # or nothing ("omit").
     helper_images: str = "latent"
     system: str = ""  # text of a system turn, none if empty
+    # Bounds on the pixels of an image, as in a published preprocessor_config.json; None is no bound.
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
     def __post_init__(self):
         if self.helper_images not in HELPER_IMAGES:
@@ -37,6 +40,12 @@ class ExampleSettings:
         if self.latent_size < 1 or self.image_scale <= 0:
             raise ValueError(
                 f"latent_size is {self.latent_size} and image_scale {self.image_scale}; positive numbers are accepted"
+            )
+        bounds = [bound for bound in (self.min_pixels, self.max_pixels) if bound is not None]
+        if any(bound < 1 for bound in bounds) or bounds != sorted(bounds):
+            raise ValueError(
+                f"min_pixels is {self.min_pixels} and max_pixels {self.max_pixels}; positive numbers in ascending "
+                "order are accepted"
             )
 
 
@@ -49,9 +58,11 @@ def build_example(
 ) -> Sample:
     """Builds the training sample of a record: prompt and answer.
 
-    The steps follow each other with nothing between them; the answer ends with `<|im_end|>`.
+    The chat text is that of Qwen2.5-VL's published template. Images stand where the question has `<image>`, or all
+    before it if it has none. The steps follow each other with nothing between them; the answer ends with `<|im_end|>`.
 
-    Raises BadRecord if the record has no steps, its text holds a special token, or an image cannot be read.
+    Raises BadRecord if the record has no steps, its text holds a special token, its question has another number of
+    `<image>` than there are images, or an image cannot be read.
     """
     if not record.steps:
         raise BadRecord(f"{record.name}: has zero steps; at least one step is needed for training")
@@ -87,8 +98,20 @@ def build_prompt(
 def _prompt(record: Record, settings: ExampleSettings) -> str:
     system = f"<|im_start|>system\n{settings.system}<|im_end|>\n" if settings.system else ""
     question = _plain(record.question if settings.question is None else settings.question, record)
-    user = f"<|im_start|>user\n{IMAGE * len(record.images)}{question}<|im_end|>\n"
+    user = f"<|im_start|>user\n{_with_images(question, record)}<|im_end|>\n"
     return f"{system}{user}<|im_start|>assistant\n"
+
+
+def _with_images(question: str, record: Record) -> str:
+    markers = question.count(IMAGE_MARKER)
+    if not markers:
+        return IMAGE * len(record.images) + question
+    if markers != len(record.images):
+        raise BadRecord(
+            f"{record.name}: has {IMAGE_MARKER} {markers} times in its question and {len(record.images)} images; one "
+            "for each image, or none, is accepted"
+        )
+    return question.replace(IMAGE_MARKER, IMAGE)
 
 
 def _plain(text: str, record: Record) -> str:
@@ -111,14 +134,18 @@ def _build(
     number: int,
 ) -> Sample:
     try:
-        patched = [patch_image(load_image(image, settings.image_scale)) for image in images]
-        patched_helpers = [patch_image(load_image(image, settings.image_scale)) for image in helper_images]
+        patched = [_patched(image, settings) for image in images]
+        patched_helpers = [_patched(image, settings) for image in helper_images]
     except BadRecord as error:
         raise BadRecord(f"{record.name}: {error}") from error
     # The Rust tokenizer underneath: the wrapper costs several times as much for a text of this length.
     tokens = np.array(tokenizer.backend_tokenizer.encode(chat, add_special_tokens=False).ids, np.int32)
     tokens = _expand(tokens, patched, special, settings.latent_size)
     return build_sample(tokens, patched, patched_helpers, special, settings.latent_size, record=number)
+
+
+def _patched(image: ImageSource, settings: ExampleSettings) -> PatchedImage:
+    return patch_image(load_image(image, settings.image_scale, settings.min_pixels, settings.max_pixels))
 
 
 def _expand(

@@ -1,64 +1,184 @@
 """Pixels: reading image files, scaling, and cutting into patches for the vision tower."""
 
+import io
+import math
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ilvr_jax.data.records import BadRecord, ImageSource
 from ilvr_jax.models.images import MERGE, PatchedImage
 
 PATCH = 14  # pixels a side of a patch
 UNIT = PATCH * MERGE  # pixels a side of a merge unit, one vision token
+ASPECT_RATIO = 200  # of the most elongated image that smart_resize takes
 
-# What Pillow's decoders let through on damaged files.
+# What Pillow's decoders let through on damaged files, damaged EXIF data among them.
 DECODING_ERRORS = (
     OSError,
     ValueError,
     SyntaxError,
     EOFError,
-    IndexError,
+    LookupError,
+    TypeError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 
+# Names that published checkpoints give to the one image processor that this module mirrors, and what it does.
+IMAGE_PROCESSORS = (
+    "Qwen2VLImageProcessor",
+    "Qwen2VLImageProcessorFast",
+    "Qwen2VLImageProcessorPil",
+    "Qwen2_5_VLImageProcessor",
+)
+PROCESSING = {
+    "patch_size": PATCH,
+    "merge_size": MERGE,
+    "temporal_patch_size": 2,
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "resample": int(Image.Resampling.BICUBIC),
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+}
 
-def load_image(source: ImageSource, scale: float = 1.0) -> UInt8[np.ndarray, "height width 3"]:
+
+def load_image(
+    source: ImageSource,
+    scale: float = 1.0,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> UInt8[np.ndarray, "height width 3"]:
     """Returns an image as RGB, its sides scaled and rounded to multiples of 28 pixels (one vision token), at least 28.
 
-    Shrinking by `scale` averages boxes of pixels; rounding alone interpolates (bicubic). Raises BadRecord if a
-    file is missing, truncated or no image, or an array is not uint8 [height, width, 3].
+    `source` is an image file, the bytes of one, or pixels: uint8 [height, width, 3]. Shrinking by `scale` averages
+    boxes of pixels; the rest interpolates (bicubic). With `min_pixels` or `max_pixels` sizes and pixels are those of
+    transformers' Qwen2-VL image processor with these bounds; a bound that is None is 784 pixels (one vision token)
+    or infinite. Transparency shows white, as there; EXIF rotation is applied, and of 16 bits the upper 8 are kept.
+
+    Raises BadRecord if a file is missing, truncated, animated or no image, would decode to more pixels than Pillow
+    allows or has 32 bits a channel; if one side is over 200 times the other (after `scale`); or if an array is not
+    uint8 [height, width, 3].
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
             raise BadRecord(f"an image is {source.dtype} {list(source.shape)}; uint8 [height, width, 3] is accepted")
-        if scale == 1.0 and source.shape[0] % UNIT == 0 and source.shape[1] % UNIT == 0:
+        name, size = "an image", (source.shape[1], source.shape[0])
+        if scale == 1.0 and _fitting_size(*size, min_pixels, max_pixels, name) == size:
             return source
         image = Image.fromarray(source)
     else:
-        image = _read(Path(source))
+        name = f"an image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+        image = _read(source, name)
     if scale < 1.0:
         image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BOX)
-    size = tuple(max(UNIT, round(side * max(scale, 1.0) / UNIT) * UNIT) for side in image.size)
+    width, height = (side * max(scale, 1.0) for side in image.size)
+    size = _fitting_size(width, height, min_pixels, max_pixels, name)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     return np.asarray(image)
 
 
-def _read(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise BadRecord(f"{path}: there is no such file; an image file is accepted")
+def _fitting_size(
+    width: float, height: float, min_pixels: int | None, max_pixels: int | None, name: str
+) -> tuple[int, int]:
+    """Returns the width and height, multiples of 28 pixels, that an image gets; raises BadRecord if it is too long."""
+    if max(width, height) > ASPECT_RATIO * min(width, height):
+        raise BadRecord(
+            f"{name}: is {width:.0f}x{height:.0f} pixels; a longer side of at most {ASPECT_RATIO} times the shorter "
+            "is accepted"
+        )
+    if min_pixels is None and max_pixels is None:
+        return max(UNIT, round(width / UNIT) * UNIT), max(UNIT, round(height / UNIT) * UNIT)
+    # Where PyTorch is installed this import takes seconds, and small runs do without.
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    height, width = smart_resize(height, width, UNIT, min_pixels or UNIT**2, max_pixels or math.inf)
+    return width, height
+
+
+def _read(source: Path | bytes, name: str) -> Image.Image:
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise BadRecord(f"{name}: there is no such file; an image file is accepted")
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            # The further frames of an MPO file, a camera's JPEG, are previews or the view of the other eye.
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise BadRecord(f"{name}: has more than one frame; an image file with a single one is accepted")
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image, name)
+    except BadRecord:
+        raise
     except Image.UnidentifiedImageError as error:
-        raise BadRecord(f"{path}: is not an image; a PNG, JPEG or other image file is accepted") from error
+        raise BadRecord(f"{name}: is not an image; a PNG, JPEG or other image file is accepted") from error
+    except Image.DecompressionBombError as error:
+        pixels = 2 * Image.MAX_IMAGE_PIXELS
+        raise BadRecord(f"{name}: is a decompression bomb; an image of at most {pixels} pixels is accepted") from error
     except DECODING_ERRORS as error:
-        raise BadRecord(f"{path}: cannot be decoded as an image ({error}); a whole image file is accepted") from error
+        raise BadRecord(f"{name}: cannot be decoded as an image ({error}); a whole image file is accepted") from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        pixels = np.asarray(image)
+        # Pillow reads some files of 16 bits into 32.
+        if image.mode == "F" or pixels.min() < 0 or pixels.max() > 0xFFFF:
+            raise BadRecord(f"{name}: has 32 bits a channel; 8 or 16 are accepted")
+        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or image.info.get("transparency") is not None:  # as transformers' convert_to_rgb
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def image_processor_settings(folder: str | Path) -> dict[str, Any]:
+    """Returns what a checkpoint's preprocessor_config.json says about its images.
+
+    The keys are `min_pixels` and `max_pixels` (for `load_image`), `image_mean` and `image_std` (of pixels in 0..1, for
+    each channel), `patch_size`, `merge_size` and `temporal_patch_size`. Bounds are read under either published name,
+    `min_pixels` and `max_pixels` or `size` with `shortest_edge` and `longest_edge`, and a processor_config.json with
+    an image processor inside goes first, as in transformers.
+
+    Raises ValueError if there is no such file, or it describes other processing than this module's.
+    """
+    from transformers import Qwen2VLImageProcessorPil  # slow, as above
+
+    accepted = "the image processor of a Qwen2-VL or Qwen2.5-VL checkpoint is accepted"
+    try:
+        fields, _ = Qwen2VLImageProcessorPil.get_image_processor_dict(str(folder), local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"{folder} holds no readable preprocessor_config.json; {accepted}") from error
+    if fields.get("image_processor_type") not in IMAGE_PROCESSORS:
+        raise ValueError(f"the image processor of {folder} is {fields.get('image_processor_type')}; {accepted}")
+    try:
+        processor = Qwen2VLImageProcessorPil.from_dict(fields)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"the image processor of {folder} cannot be read ({error}); {accepted}") from error
+    min_pixels, max_pixels = processor.size["shortest_edge"], processor.size["longest_edge"]
+    if type(min_pixels) is not int or type(max_pixels) is not int or not 0 < min_pixels <= max_pixels:
+        raise ValueError(
+            f"the image processor of {folder} bounds its pixels by {min_pixels} and {max_pixels}; two positive numbers "
+            "in ascending order are accepted"
+        )
+    for key, value in PROCESSING.items():
+        if getattr(processor, key) != value:
+            raise ValueError(
+                f"the image processor of {folder} has {key} {getattr(processor, key)}; {value} is accepted"
+            )
+    return {
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "image_mean": tuple(processor.image_mean),
+        "image_std": tuple(processor.image_std),
+        **{key: PROCESSING[key] for key in ("patch_size", "merge_size", "temporal_patch_size")},
+    }
 
 
 def patch_image(pixels: UInt8[np.ndarray, "height width 3"]) -> PatchedImage:

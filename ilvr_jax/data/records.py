@@ -1,4 +1,4 @@
-"""What one line of ILVR's training data says, whether it was read from a file or generated."""
+"""What one sample of training data says, whatever format it was read from, or generated."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-ImageSource = Path | np.ndarray
-"""An image file, or the pixels themselves: uint8 [height, width, 3]."""
+ImageSource = Path | bytes | np.ndarray
+"""An image file, the content of one (PNG, JPEG, ...), or the pixels themselves: uint8 [height, width, 3]."""
+
+IMAGE_MARKER = "<image>"
+"""Stands in a question where an image belongs."""
 
 MapDesc = tuple[tuple[int, ...], ...]
 """Rows of a FrozenLake map: 1 start, 2 goal, -1 hole, 0 ice."""
@@ -32,9 +35,10 @@ class Look:
 class Record:
     """One question with its images and its interleaved answer.
 
-    ``steps`` (``sequence_plan``) is empty only for evaluation records; ``answer`` is ``original_final_answer``;
-    ``map_desc`` holds 1 for the start, 2 for the goal, -1 for a hole and 0 for ice; ``name`` is for messages, such as
-    "train.jsonl line 3" or "frozen_lake record 17".
+    ``question`` may hold ``<image>`` once for each of ``images``, where it belongs, in their order; when it holds
+    none, all images come before it. ``steps`` (``sequence_plan``) is empty only for evaluation records; ``answer`` is
+    ``original_final_answer``; ``map_desc`` holds 1 for the start, 2 for the goal, -1 for a hole and 0 for ice;
+    ``name`` is for messages, such as "train.jsonl line 3" or "frozen_lake record 17".
     """
 
     question: str

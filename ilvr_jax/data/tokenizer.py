@@ -72,12 +72,23 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
     Raises ValueError if the folder holds no tokenizer.
     """
+    tokenizer = read_tokenizer(folder)
+    add_latent_tokens(tokenizer)
+    return tokenizer
+
+
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """Loads a saved tokenizer as it is; raises ValueError if the folder holds none."""
     if not (Path(folder) / "tokenizer.json").is_file():
         raise ValueError(f"{folder} holds no tokenizer.json; a folder saved by a tokenizer is accepted")
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def add_latent_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Adds the latent tokens that a tokenizer lacks, after all its others, and returns the ids that they got."""
     missing = [token for token in LATENT_TOKENS if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
-    return tokenizer
+    return tuple(tokenizer.convert_tokens_to_ids(missing))
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:

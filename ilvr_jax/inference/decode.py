@@ -11,6 +11,7 @@ from jaxtyping import Array, Int, PyTree, UInt32
 from ilvr_jax.inference.sampling import sample_tokens
 from ilvr_jax.latents.layout import Batch
 from ilvr_jax.latents.tokens import SpecialTokens
+from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
 
 
@@ -85,7 +86,7 @@ def generate(
     latent mode: K times its input is its own last hidden state and its token `latent_pad`; then it emits
     `latent_end` and is back in text mode. Rows switch and finish by themselves; the loop ends with the last.
     """
-    decoder = params["decoder"]
+    decoder = decoder_params(params)
     features = model.encode_images(params["vision"], batch.images)
     inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
     hidden, prompt_cache = model.decode(decoder, inputs, batch.positions, causal_mask(batch.valid))

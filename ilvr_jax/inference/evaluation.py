@@ -167,6 +167,8 @@ def prompt_settings(config: ConfigDict) -> ExampleSettings:
     """Returns how prompts are made, as `eval`, `data` and `latents` say; raises ValueError for a bad value."""
     return ExampleSettings(
         image_scale=config.data.image_scale,
+        min_pixels=config.data.min_pixels or None,
+        max_pixels=config.data.max_pixels or None,
         question=config.eval.question or None,
         latent_size=config.latents.latent_size,
         system=config.data.system,

@@ -8,7 +8,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ilvr_jax.latents.layout import Batch
 from ilvr_jax.latents.rollout import roll_out
 from ilvr_jax.latents.selection import LatentSettings, Selection, cosine, select
+from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
+
+CHUNK_LOGITS = 2**26  # logits that exist at a time: 256 MB in float32
 
 
 @flax.struct.dataclass
@@ -20,25 +23,53 @@ class Objective:
     similarity: Float[Array, " rows"]  # mean cosine of hidden states and targets, 0 where there are no targets
     filled_slots: Float[Array, " rows"]  # slots that had a target
     hidden: Float[Array, "rows columns channels"]
-    logits: Float[Array, "rows columns vocab"]
 
 
 def cross_entropy(
-    logits: Float[Array, "rows columns vocab"], targets: Int[Array, "rows columns"]
+    model: Qwen2_5VL,
+    decoder: PyTree,
+    hidden: Float[Array, "rows columns channels"],
+    targets: Int[Array, "rows columns"],
+    chunk_logits: int = CHUNK_LOGITS,
 ) -> Float[Array, " rows"]:
-    """Returns each row's mean cross-entropy over the columns that carry loss (targets other than -100)."""
-    labelled = targets >= 0
-    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    picked = jnp.take_along_axis(log_probabilities, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    return -jnp.sum(picked * labelled, axis=1) / jnp.maximum(labelled.sum(1), 1)
+    """Returns each row's mean cross-entropy over the columns that carry loss (targets other than -100).
+
+    Logits are made for labelled columns, at most `chunk_logits` of them at a time (or one column's), and once more
+    for the gradient: an array of columns times vocabulary never exists.
+    """
+    rows, columns = targets.shape
+    width = min(columns, max(1, chunk_logits // (rows * model.config.vocab_size)))
+    # Labelled columns go first, so that whole chunks have none and are not worked on.
+    order = jnp.argsort(targets < 0, axis=1, stable=True)
+    order = jnp.pad(order, ((0, 0), (0, -columns % width)))
+    chunks = jnp.swapaxes(order.reshape(rows, -1, width), 0, 1)
+    in_chunk = jnp.arange(chunks.size // rows).reshape(-1, 1, width) < (targets >= 0).sum(1)[:, None]
+
+    def losses(hidden: Array, targets: Array, labelled: Array) -> Array:
+        logits = model.logits(decoder, hidden)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * labelled, axis=1)
+
+    @jax.checkpoint  # around the condition too: it would keep what is computed inside
+    def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+        place, labelled = chunk
+        here = jnp.take_along_axis(hidden, place[..., None], axis=1)
+        words = jnp.maximum(jnp.take_along_axis(targets, place, axis=1), 0)
+        nothing = jnp.zeros_like(total)
+        return total + jax.lax.cond(labelled.any(), losses, lambda *_: nothing, here, words, labelled), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(rows, jnp.float32), (chunks, in_chunk))
+    return total / jnp.maximum((targets >= 0).sum(1), 1)
 
 
-def text_objective(model: Qwen2_5VL, params: PyTree, batch: Batch) -> Objective:
+def text_objective(model: Qwen2_5VL, params: PyTree, batch: Batch, key: PRNGKeyArray) -> Objective:
     """Supervised learning of the answer's tokens alone: the warm-up."""
+    decoder = decoder_params(params)
     features = model.encode_images(params["vision"], batch.images)
-    inputs = model.embed(params["decoder"], batch.tokens, batch.image_index, features)
-    hidden, _ = model.decode(params["decoder"], inputs, batch.positions, causal_mask(batch.valid))
-    return _objective(model, params, batch, hidden)
+    inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
+    mask, dropout_key = causal_mask(batch.valid), _dropout_key(key, batch)
+    hidden, _ = model.decode(decoder, inputs, batch.positions, mask, dropout_key=dropout_key)
+    return _objective(model, decoder, batch, hidden)
 
 
 def alignment_objective(
@@ -52,23 +83,24 @@ def alignment_objective(
 ) -> tuple[Objective, Selection]:
     """Stage 1: the teacher's targets stand in the slots, and hidden states learn to predict them.
 
-    `teacher` is its decoder; it shares the student's vision tower unless given its own.
+    `teacher` is its decoder, adapters and all; it shares the student's vision tower unless given its own.
     """
     features = model.encode_images(params["vision"], batch.images)
     shared = teacher_vision is None
     teacher_features = features if shared else model.encode_images(teacher_vision, batch.images)
     helper_features = model.encode_images(params["vision"] if shared else teacher_vision, batch.helper_images)
     selection = jax.lax.stop_gradient(select(model, teacher, batch, teacher_features, helper_features, settings))
-    slots = batch.layout.slot_columns
-    inputs = model.embed(params["decoder"], batch.tokens, batch.image_index, features)
+    slots, decoder = batch.layout.slot_columns, decoder_params(params)
+    inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
     filled = jnp.where(selection.valid[..., None], selection.targets.astype(inputs.dtype), inputs[:, slots])
     inputs = inputs.at[:, slots].set(filled)
-    hidden, _ = model.decode(params["decoder"], inputs, batch.positions, causal_mask(batch.valid))
+    mask, dropout_key = causal_mask(batch.valid), _dropout_key(key, batch)
+    hidden, _ = model.decode(decoder, inputs, batch.positions, mask, dropout_key=dropout_key)
     targets = selection.targets + settings.target_noise * slot_noise(key, batch.record, selection.targets.shape)
     cosines = cosine(hidden[:, slots - 1], targets) * selection.valid
     count = selection.valid.sum((1, 2))
     similarity = cosines.sum((1, 2)) / jnp.maximum(count, 1)
-    plain = _objective(model, params, batch, hidden)
+    plain = _objective(model, decoder, batch, hidden)
     alignment = jnp.where(count > 0, 1.0 - similarity, 0.0)
     loss = settings.ce_weight * plain.cross_entropy + settings.sim_weight * alignment
     return plain.replace(loss=loss, similarity=similarity, filled_slots=count.astype(jnp.float32)), selection
@@ -89,16 +121,21 @@ def slot_noise(
     return jax.vmap(over_segments, (0, None, None))(record, jnp.arange(segments), jnp.arange(slots))
 
 
-def autonomy_objective(model: Qwen2_5VL, params: PyTree, batch: Batch) -> Objective:
+def autonomy_objective(model: Qwen2_5VL, params: PyTree, batch: Batch, key: PRNGKeyArray) -> Objective:
     """Stage 2: slots are filled by the student itself, cross-entropy alone, gradient through every slot."""
+    decoder = decoder_params(params)
     features = model.encode_images(params["vision"], batch.images)
-    inputs = model.embed(params["decoder"], batch.tokens, batch.image_index, features)
-    hidden = roll_out(model, params["decoder"], inputs, batch)
-    return _objective(model, params, batch, hidden)
+    inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
+    hidden = roll_out(model, decoder, inputs, batch, _dropout_key(key, batch))
+    return _objective(model, decoder, batch, hidden)
 
 
-def _objective(model: Qwen2_5VL, params: PyTree, batch: Batch, hidden: Array) -> Objective:
-    logits = model.logits(params["decoder"], hidden)
-    loss = cross_entropy(logits, batch.targets)
+def _dropout_key(key: PRNGKeyArray, batch: Batch) -> PRNGKeyArray:
+    """Returns another key for each of the parts that a batch is worked on in."""
+    return jax.random.fold_in(key, batch.record[0])
+
+
+def _objective(model: Qwen2_5VL, decoder: PyTree, batch: Batch, hidden: Array) -> Objective:
+    loss = cross_entropy(model, decoder, hidden, batch.targets)
     zero = jnp.zeros_like(loss)
-    return Objective(loss, loss, zero, zero, hidden, logits)
+    return Objective(loss, loss, zero, zero, hidden)

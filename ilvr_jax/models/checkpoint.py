@@ -1,19 +1,22 @@
-"""Names and layouts of published Qwen2.5-VL checkpoints, mapped to our parameters.
+"""Names and layouts of published Qwen2.5-VL checkpoints, mapped to our parameters and back.
 
-Both naming schemes are read: `model.layers...` with `visual...`, and `model.language_model.layers...` with
-`model.visual...`.
+Both naming schemes are read and written: "flat", `model.layers...` with `visual...`, and "nested",
+`model.language_model.layers...` with `model.visual...`.
 """
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ilvr_jax.models.config import ModelConfig
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.tensor_files import BadCheckpoint, TensorFolder, TensorToWrite
 
 # Module names that differ between a checkpoint and our parameters.
 RENAMED = {
@@ -28,16 +31,27 @@ RENAMED = {
     "v_proj": "self_attn.v_proj",
     "o_proj": "self_attn.o_proj",
 }
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-def canonical_name(name: str) -> str:
-    """Returns a tensor's name in the older of the two published schemes."""
+def flat_name(name: str) -> str:
+    """Returns a tensor's name in the flat scheme, the older of the two."""
     name = re.sub(r"^model\.language_model\.", "model.", name)
     return re.sub(r"^model\.visual\.", "visual.", name)
 
 
+def nested_name(name: str) -> str:
+    """Returns a flat name in the nested scheme, transformers' own since version 4.52; `lm_head` is the same in both."""
+    return re.sub(r"^visual\.", "model.visual.", re.sub(r"^model\.", "model.language_model.", name))
+
+
+def is_nested(names: Mapping[str, object]) -> bool:
+    """Says which naming scheme a checkpoint has."""
+    return any(name.startswith(("model.language_model.", "model.visual.")) for name in names)
+
+
 def tensor_name(path: tuple[str, ...], layer: int | None = None) -> str:
-    """Returns the checkpoint's name of the parameter at `path`; `layer` picks from a stacked parameter."""
+    """Returns the flat name of the parameter at `path`; `layer` picks from a stacked parameter."""
     tower, *modules = path
     if modules == ["lm_head"]:
         return "lm_head.weight"
@@ -49,39 +63,96 @@ def tensor_name(path: tuple[str, ...], layer: int | None = None) -> str:
     return ".".join(["visual" if tower == "vision" else "model", *modules, leaf])
 
 
-def params_from_state_dict(state: Mapping[str, np.ndarray], config: ModelConfig) -> PyTree:
-    """Returns our float32 parameters from a state dict in the layout of PyTorch (Linear is [out, in]).
+def named_tensors(params: PyTree) -> Iterator[tuple[str, tuple[str, ...], int | None]]:
+    """Yields each tensor of a published checkpoint with the path, and the layer, of the parameter that it fills."""
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        path = tuple(key.key for key in keys)
+        for layer in range(leaf.shape[0]) if path[:2] == ("decoder", "layers") else [None]:
+            yield tensor_name(path, layer), path, layer
 
-    Raises ValueError naming the tensors that are missing, left over or misshapen.
+
+def params_from_state_dict(
+    state: Mapping[str, np.ndarray], config: ModelConfig, dtype: str | Mapping[str, str] = "float32"
+) -> PyTree:
+    """Returns our parameters from a state dict in the layout of PyTorch (Linear is [out, in]).
+
+    `dtype` is that of all parameters, or of each part ("vision", "decoder"). Tensors are read one after another,
+    each put in its place before the next, so that no more than one is held beside the parameters.
+
+    Raises BadCheckpoint naming the tensors that are missing, left over or misshapen.
     """
-    tensors = {canonical_name(name): name for name in state}
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
     shapes = jax.eval_shape(Qwen2_5VL(config).init, jax.random.key(0))
-    problems, used = [], set()
+    check_tensors(state, shapes, config)
+    tensors = {flat_name(name): name for name in state}
 
-    def tensor(path: tuple[str, ...], shape: tuple[int, ...], layer: int | None = None) -> np.ndarray:
-        name = tensor_name(path, layer)
-        used.add(name)
-        if name not in tensors:
-            problems.append(f"{name} is missing")
-            return np.zeros(shape, np.float32)
-        value = np.asarray(state[tensors[name]], np.float32)
+    def parameter(keys, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        path = tuple(key.key for key in keys)
+        kind = dtype if isinstance(dtype, str) else dtype[path[0]]
+
+        def tensor(layer: int | None = None) -> np.ndarray:
+            value = state[tensors[tensor_name(path, layer)]]
+            return value.reshape(value.shape[0], -1) if path[-1] == "kernel" else value
+
+        if path[:2] != ("decoder", "layers"):
+            value = jnp.asarray(tensor(), kind)
+            return value.T if path[-1] == "kernel" else value
+        stacked = jnp.zeros(leaf.shape, kind)
+        for layer in range(leaf.shape[0]):
+            stacked = _put(stacked, tensor(layer), layer, path[-1] == "kernel")
+        return stacked
+
+    return jax.tree_util.tree_map_with_path(parameter, shapes)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _put(stacked: Float[Array, "layers ..."], tensor: Float[Array, "..."], layer: int, transpose: bool) -> Array:
+    """Puts a layer's tensor in its place without a copy of the others."""
+    return stacked.at[layer].set((tensor.T if transpose else tensor).astype(stacked.dtype))
+
+
+def check_tensors(state: Mapping[str, np.ndarray], shapes: PyTree, config: ModelConfig) -> None:
+    """Raises BadCheckpoint naming the tensors that are missing, left over or misshapen, before any is read."""
+    found = {flat_name(name): name for name in state}
+    if config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    problems, expected = [], set()
+    for name, path, layer in named_tensors(shapes):
+        expected.add(name)
+        leaf = functools.reduce(lambda tree, key: tree[key], path, shapes)
+        shape = leaf.shape if layer is None else leaf.shape[1:]
         if path[-1] == "kernel":
-            value = value.reshape(value.shape[0], -1).T
-        if value.shape != shape:
-            problems.append(f"{name} has shape {value.shape} where {shape} was expected")
-            return np.zeros(shape, np.float32)
-        return value
-
-    def parameter(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        names = tuple(key.key for key in path)
-        if names[:2] != ("decoder", "layers"):
-            return jnp.asarray(tensor(names, leaf.shape))
-        return jnp.stack([tensor(names, leaf.shape[1:], layer) for layer in range(leaf.shape[0])])
-
-    params = jax.tree_util.tree_map_with_path(parameter, shapes)
-    problems += [f"{name} is not part of the model" for name in sorted(set(tensors) - used)]
+            shape = patch_shape(config) if "patch_embed" in path else shape[::-1]
+        if name not in found:
+            problems.append(f"{name} is missing")
+            continue
+        size = state.shape(found[name]) if isinstance(state, TensorFolder) else np.shape(state[found[name]])
+        if size != shape:
+            problems.append(f"{name} has shape {list(size)} where {list(shape)} was expected")
+    problems += [f"{name} is not part of the model" for name in sorted(found.keys() - expected)]
     if problems:
-        raise ValueError("the checkpoint does not fit the model: " + "; ".join(problems))
-    return params
+        raise BadCheckpoint("the checkpoint does not fit the model: " + "; ".join(problems))
+
+
+def patch_shape(config: ModelConfig) -> tuple[int, int, int, int, int]:
+    """Returns the shape of the patch embedding's kernel in a published checkpoint, a three-dimensional convolution."""
+    vision = config.vision
+    return vision.hidden_size, vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size
+
+
+def state_dict_from_params(
+    params: PyTree, config: ModelConfig, dtype: str = "float32", nested: bool = False
+) -> list[TensorToWrite]:
+    """Returns the tensors of a published checkpoint, in the layout of PyTorch, each made when it is asked for."""
+
+    def tensor(name: str, path: tuple[str, ...], layer: int | None) -> TensorToWrite:
+        leaf = functools.reduce(lambda tree, key: tree[key], path, params)
+
+        def make() -> np.ndarray:
+            value = np.asarray(leaf if layer is None else leaf[layer]).astype(DTYPES[dtype])
+            value = value.T if path[-1] == "kernel" else value
+            return np.ascontiguousarray(value.reshape(patch_shape(config)) if "patch_embed" in path else value)
+
+        size = leaf.size // (1 if layer is None else leaf.shape[0])
+        return TensorToWrite(nested_name(name) if nested else name, size * np.dtype(DTYPES[dtype]).itemsize, make)
+
+    return [tensor(*place) for place in named_tensors(params)]

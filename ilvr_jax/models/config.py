@@ -1,15 +1,20 @@
 """The shape of a Qwen2.5-VL model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
+
+from ilvr_jax.models.lora import LoraConfig
 
 # Mean and deviation of the pixels that Qwen2.5-VL's image processor assumes (CLIP's), in units of 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Keys of a config's `model` section about where parameters come from and how they are kept, not about their shape.
+STORAGE = ("init_from", "frozen_dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +85,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     dtype: str = "float32"  # of activations, one of DTYPES; parameters are float32
     remat_policy: str = "none"  # one of those that models.decoder.remat_policy takes
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -112,23 +118,35 @@ def _bad(key: str, value: object, accepted: str) -> ValueError:
     return ValueError(f"{key} is {value!r}; accepted is {accepted}")
 
 
-def model_config(settings: ConfigDict, vocab_size: int) -> ModelConfig:
-    """Returns the model's shape from the `model` section of a config and the tokenizer's size."""
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.to_dict().items()}
-    vision = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.pop("vision").items()}
-    return ModelConfig(
-        vocab_size=vocab_size, vision=VisionConfig(out_hidden_size=settings.hidden_size, **vision), **fields
-    )
+def model_config(settings: ConfigDict, vocab_size: int, published: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Returns the model's shape from the `model` section of a config and the tokenizer's size.
+
+    With `init_from` the shape is that of `published`, its config.json.
+    """
+    fields = {name: _tuples(value) for name, value in settings.to_dict().items() if name not in STORAGE}
+    lora = LoraConfig(**fields.pop("lora", {}))
+    if published is not None:
+        config = model_config_from_hf(published, lora=lora, **fields)
+        return dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size))
+    vision = VisionConfig(out_hidden_size=settings.hidden_size, **fields.pop("vision"))
+    return ModelConfig(vocab_size=vocab_size, vision=vision, lora=lora, **fields)
 
 
-def model_config_from_hf(config: dict, **overrides) -> ModelConfig:
+def _tuples(value: Any) -> Any:
+    """Returns the value with tuples in place of lists."""
+    if isinstance(value, dict):
+        return {name: _tuples(item) for name, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def model_config_from_hf(config: Mapping[str, Any], **overrides) -> ModelConfig:
     """Returns the model's shape from the contents of a published `config.json`.
 
     Read through transformers' config class, which fills in what published files leave out.
     """
     from transformers import Qwen2_5_VLConfig
 
-    full = Qwen2_5_VLConfig.from_dict(config)
+    full = Qwen2_5_VLConfig.from_dict(dict(config))
     text, vision = full.text_config, full.vision_config
     return ModelConfig(
         vocab_size=text.vocab_size,

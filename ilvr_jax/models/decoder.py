@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ilvr_jax.models.attention import attention
 from ilvr_jax.models.config import ModelConfig
 from ilvr_jax.models.layers import GatedMLP, RMSNorm
+from ilvr_jax.models.lora import SUFFIX, linear
 from ilvr_jax.models.rotary import decoder_angles, rotate
 
 # Keys and values of some columns, each [layers, batch, columns, key_value_heads, head_dim].
@@ -46,7 +47,7 @@ class DecoderLayer(nn.Module):
         config = self.config
 
         def project(name: str, heads: int) -> Array:
-            features = nn.Dense(heads * config.head_dim, dtype=config.dtype, name=name)(normed)
+            features = linear(normed, heads * config.head_dim, name, True, config.dtype, config.lora)
             return features.reshape(*hidden.shape[:2], heads, config.head_dim)
 
         normed = RMSNorm(config.rms_norm_eps, name="input_layernorm")(hidden)
@@ -55,8 +56,8 @@ class DecoderLayer(nn.Module):
         value = project("v_proj", config.num_key_value_heads)
         keys, values = [*(part[0] for part in past), key], [*(part[1] for part in past), value]
         mixed = attention(query, keys, values, mask).reshape(hidden.shape)
-        hidden += nn.Dense(config.hidden_size, use_bias=False, dtype=config.dtype, name="o_proj")(mixed)
-        mlp = GatedMLP(config.intermediate_size, use_bias=False, dtype=config.dtype, name="mlp")
+        hidden += linear(mixed, config.hidden_size, "o_proj", False, config.dtype, config.lora)
+        mlp = GatedMLP(config.intermediate_size, use_bias=False, dtype=config.dtype, lora=config.lora, name="mlp")
         hidden += mlp(RMSNorm(config.rms_norm_eps, name="post_attention_layernorm")(hidden))
         return hidden, (key, value)
 
@@ -74,7 +75,7 @@ class Decoder(nn.Module):
         self.layers = nn.scan(
             layer,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=config.num_hidden_layers,
         )(config)
@@ -115,10 +116,12 @@ class Decoder(nn.Module):
         self, hidden: Float[Array, "batch time channels"]
     ) -> tuple[Float[Array, "batch time heads head_dim"], Float[Array, "batch time key_value_heads head_dim"]]:
         """Returns `hidden` under the last layer's q_proj and k_proj, without norm or rotary positions."""
-        weights = self.layers.variables["params"]
+        weights = jax.tree.map(lambda leaf: leaf[-1].astype(hidden.dtype), self.layers.variables["params"])
 
         def project(name: str) -> Array:
-            flat = hidden @ weights[name]["kernel"][-1].astype(hidden.dtype) + weights[name]["bias"][-1]
+            flat = hidden @ weights[name]["kernel"] + weights[name]["bias"]
+            if adapter := weights.get(name + SUFFIX):
+                flat += hidden @ adapter["a"] @ adapter["b"] * self.config.lora.scale
             return flat.reshape(*hidden.shape[:2], -1, self.config.head_dim)
 
         return project("q_proj"), project("k_proj")

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ilvr_jax.models.lora import LoraConfig, linear
+
 
 class RMSNorm(nn.Module):
     """Root mean square normalisation over channels, in float32 (as Qwen2RMSNorm)."""
@@ -24,11 +26,12 @@ class GatedMLP(nn.Module):
     intermediate_size: int
     use_bias: bool
     dtype: str
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
-        def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, use_bias=self.use_bias, dtype=self.dtype, name=name)
+        def dense(inputs: Array, features: int, name: str) -> Array:
+            return linear(inputs, features, name, self.use_bias, self.dtype, self.lora)
 
-        gate = nn.silu(dense(self.intermediate_size, "gate_proj")(inputs))
-        return dense(inputs.shape[-1], "down_proj")(gate * dense(self.intermediate_size, "up_proj")(inputs))
+        gate = nn.silu(dense(inputs, self.intermediate_size, "gate_proj"))
+        return dense(gate * dense(inputs, self.intermediate_size, "up_proj"), inputs.shape[-1], "down_proj")

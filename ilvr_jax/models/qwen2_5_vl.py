@@ -1,6 +1,7 @@
 """Qwen2.5-VL: the vision tower and the decoder as pure functions of their parameters.
 
-Parameters are {"vision": ..., "decoder": ...}; every method takes the part it needs.
+Parameters are {"vision": ..., "decoder": ...}, with LoRA "adapters" too; every method takes the part it needs, and
+`decoder_params` joins the decoder with its adapters.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from ilvr_jax.models.config import ModelConfig
 from ilvr_jax.models.decoder import Decoder, KeyValues
 from ilvr_jax.models.images import MERGE, ImageBatch
+from ilvr_jax.models.lora import split_adapters
 from ilvr_jax.models.vision import VisionTower
 
 
@@ -34,10 +36,10 @@ class Qwen2_5VL:
     def init(self, key: PRNGKeyArray) -> PyTree:
         """Returns fresh float32 parameters."""
         vision_key, decoder_key = jax.random.split(key)
-        vision = self.config.vision
-        patches = vision.window_units**2 * MERGE**2
+        shape = self.config.vision
+        patches = shape.window_units**2 * MERGE**2
         images = ImageBatch(
-            pixels=jnp.zeros((1, 1, patches, vision.patch_dim // vision.temporal_patch_size), jnp.uint8),
+            pixels=jnp.zeros((1, 1, patches, shape.patch_dim // shape.temporal_patch_size), jnp.uint8),
             coordinates=jnp.zeros((1, 1, patches, 2), jnp.int32),
             patch_valid=jnp.ones((1, 1, patches), bool),
             raster_order=jnp.zeros((1, patches // MERGE**2), jnp.int32),
@@ -45,10 +47,9 @@ class Qwen2_5VL:
         )
         inputs = jnp.zeros((1, 1, self.config.hidden_size))
         positions, mask = jnp.zeros((1, 3, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
-        return {
-            "vision": self.vision.init(vision_key, images)["params"],
-            "decoder": self.decoder.init(decoder_key, inputs, positions, mask)["params"],
-        }
+        vision = self.vision.init(vision_key, images)["params"]
+        decoder, adapters = split_adapters(self.decoder.init(decoder_key, inputs, positions, mask)["params"])
+        return {"vision": vision, "decoder": decoder} | ({"adapters": adapters} if adapters else {})
 
     def encode_images(self, vision: PyTree, images: ImageBatch) -> Float[Array, "*images units channels"]:
         """Returns each image's vision tokens in raster order, padded."""
@@ -78,9 +79,14 @@ class Qwen2_5VL:
         positions: Int[Array, "rows 3 columns"],
         mask: Bool[Array, "rows columns keys"],
         past: Sequence[KeyValues] = (),
+        dropout_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "rows columns channels"], KeyValues]:
-        """Returns final hidden states and these columns' keys and values; see `Decoder.__call__`."""
-        return self.decoder.apply({"params": decoder}, inputs, positions, mask, past)
+        """Returns final hidden states and these columns' keys and values; see `Decoder.__call__`.
+
+        Adapters drop inputs out where there is a `dropout_key`.
+        """
+        keys = {} if dropout_key is None or not self.config.lora.rank else {"dropout": dropout_key}
+        return self.decoder.apply({"params": decoder}, inputs, positions, mask, past, rngs=keys)
 
     def logits(self, decoder: PyTree, hidden: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
         """Returns float32 logits."""

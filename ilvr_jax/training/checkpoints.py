@@ -1,6 +1,7 @@
 """Checkpoints of a stage: parameters, the rest of the train state and the place in the data, saved together."""
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,10 @@ from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import model_config
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
-from ilvr_jax.training.configuration import is_checkpoint, read_config
+from ilvr_jax.training.configuration import blame, is_checkpoint, read_config
+from ilvr_jax.training.pretrained import read_published
+
+PRETRAINED = "pretrained"  # in a workdir: what describes the checkpoint that the run began from
 
 
 class NoCheckpoint(ValueError):
@@ -93,6 +97,11 @@ class Checkpoints:
         items = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(like)))
         return self._manager.restore(step, args=items)["params"]
 
+    def restore_teacher(self, step: int) -> Any:
+        """Returns the teacher as it was saved, None where there was none."""
+        saved = self._manager.restore(step, args=ocp.args.Composite(training=ocp.args.StandardRestore()))
+        return saved["training"]["teacher"]
+
     def close(self) -> None:
         """Waits like `wait` and frees the background threads."""
         with _say_disk_full(self.folder):
@@ -130,18 +139,59 @@ def restore_for_inference(
     none, or none of `stage`.
     """
     config = config or read_config(workdir)
+    stage = choose_stage(workdir, config, stage)
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    model = build_model(config, workdir, tokenizer)
+    like = params_like(model, config)
+    with Checkpoints(stage_folder(workdir, stage)) as checkpoints:
+        params = checkpoints.restore_params(checkpoints.latest(), like)
+    return model, params, tokenizer, special_tokens(tokenizer)
+
+
+def choose_stage(workdir: Path, config: ConfigDict, stage: str | None) -> str:
+    """Returns `stage`, by default the last that has a checkpoint; raises NoCheckpoint if it has none."""
     found = stages_with_checkpoints(workdir, config.stages)
     if not found:
         raise NoCheckpoint(f"{workdir} has no complete checkpoint yet; train until the first is saved")
     stage = stage or found[-1]
     if stage not in found:
         raise NoCheckpoint(f"{workdir} has no checkpoint of stage {stage!r}, it has {', '.join(found)}")
-    tokenizer = load_tokenizer(workdir / "tokenizer")
-    model = Qwen2_5VL(model_config(config.model, len(tokenizer)))
-    like = jax.eval_shape(model.init, jax.random.key(0))
+    return stage
+
+
+def restore_teacher(workdir: Path, config: ConfigDict, stage: str | None = None) -> PyTree:
+    """Returns the parts that the teacher of a stage has of its own; raises NoCheckpoint if the stage has no teacher."""
+    stage = choose_stage(workdir, config, stage)
     with Checkpoints(stage_folder(workdir, stage)) as checkpoints:
-        params = checkpoints.restore_params(checkpoints.latest(), like)
-    return model, params, tokenizer, special_tokens(tokenizer)
+        teacher = checkpoints.restore_teacher(checkpoints.latest())
+    if teacher is None:
+        raise NoCheckpoint(f"stage {stage!r} of {workdir} has no teacher; a stage of objective alignment has one")
+    return teacher
+
+
+def build_model(config: ConfigDict, workdir: Path, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5VL:
+    """Returns the model of a run: of the shape in its config, or of the checkpoint that it began from."""
+    published = read_published(workdir / PRETRAINED) if config.model.init_from else None
+    with blame("model"):
+        return Qwen2_5VL(model_config(config.model, len(tokenizer), published))
+
+
+def params_like(model: Qwen2_5VL, config: ConfigDict) -> PyTree:
+    """Returns shapes and dtypes of a run's parameters: parts that no stage trains may be kept narrower."""
+    dtypes = part_dtypes(config)
+
+    def like(part: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, dtypes[part])
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return {part: jax.tree.map(functools.partial(like, part), tree) for part, tree in shapes.items()}
+
+
+def part_dtypes(config: ConfigDict) -> dict[str, str]:
+    """Returns the dtype in which each part of the parameters is kept: float32 if a stage trains it."""
+    trained = {part for stage in config.stages for part in config[stage].train}
+    parts = ("vision", "decoder", "adapters")
+    return {part: "float32" if part in trained else config.model.frozen_dtype for part in parts}
 
 
 def _abstract(tree: Any) -> Any:

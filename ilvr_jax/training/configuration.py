@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from ml_collections import ConfigDict
 
 from ilvr_jax.latents.layout import Layout
 from ilvr_jax.latents.selection import LatentSettings
-from ilvr_jax.models.config import ModelConfig, VisionConfig
+from ilvr_jax.models.config import DTYPES, STORAGE, ModelConfig, VisionConfig
+from ilvr_jax.models.lora import LoraConfig
 from ilvr_jax.training.step import OBJECTIVES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -48,20 +50,29 @@ def read_config_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] 
     """Adds --config and --config.section.key to a parser and reads the command line.
 
     Returns the namespace with `config` (a locked ConfigDict) and `config_file`. Raises BadConfig if the file, a key
-    or a value is no good; leaves the process with status 2, as argparse does, at an unknown flag.
+    or a value is no good; leaves the process with status 2, as argparse does, at an unknown flag, and with 0 after
+    --config.print=true, which prints the config.
     """
     parser.allow_abbrev = False
     parser.add_argument("--config", required=True, help="a Python file with a function get_config()")
-    parser.epilog = "Any value of the config can be given as --config.section.key=value."
+    parser.epilog = (
+        "Any value of the config can be given as --config.section.key=value; --config.print=true shows the whole "
+        "config that results, and ends."
+    )
     options, others = parser.parse_known_args(arguments)
     overrides, unknown = _split_overrides(others)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.config_file = Path(options.config)
     options.config = load_config(options.config_file)
+    shown = parse_value("print", dict(overrides).get("print", "false"), False)
     for key, text in overrides:
-        override(options.config, key, text)
+        if key != "print":
+            override(options.config, key, text)
     check_config(options.config)
+    if shown:
+        print(to_json(options.config), end="")
+        sys.exit(0)
     return options
 
 
@@ -147,13 +158,18 @@ def check_config(config: ConfigDict) -> None:
         accepted = HELPER_IMAGES[stage.objective]
         _one_of(f"{name}.helper_images", stage.helper_images, accepted, f" with objective {stage.objective!r}")
         for part in stage.train:
-            _one_of(f"{name}.train", part, ("vision", "decoder"))
+            _one_of(f"{name}.train", part, ("vision", decoder_part(config)))
         if not stage.train:
-            raise BadConfig(f"config key {name}.train is empty, it takes vision, decoder or both")
+            raise BadConfig(f"config key {name}.train is empty, it takes vision, {decoder_part(config)} or both")
         if stage.objective == "alignment" and "vision" in stage.train:
-            raise BadConfig(f"config key {name}.train holds 'vision', with objective 'alignment' decoder is accepted")
+            raise BadConfig(
+                f"config key {name}.train holds 'vision', with objective 'alignment' {decoder_part(config)} is accepted"
+            )
         for key in ("steps", "batch_size", "accumulation"):
             _at_least(1, f"{name}.{key}", stage[key])
+        _at_least(0, f"{name}.epochs", stage.epochs)
+    for key in ("min_pixels", "max_pixels"):
+        _at_least(0, f"data.{key}", config.data[key])
     for key in ("log_every", "checkpoint_every", "checkpoint_keep"):
         _at_least(1, key, config[key])
     _at_least(0, "seed", config.seed)
@@ -165,6 +181,9 @@ def check_config(config: ConfigDict) -> None:
         for key, value in bucket.items():
             _at_least(0, f"data.buckets.{name}.{key}", value)
     _one_of("data.on_bad_record", config.data.on_bad_record, ("error", "skip"))
+    _one_of("model.frozen_dtype", config.model.frozen_dtype, DTYPES)
+    if config.data.source != "frozen_lake" and not config.data.path:
+        raise BadConfig(f"config key data.path is empty, a file of the format {config.data.source!r} is accepted")
 
 
 def check_keys(config: ConfigDict) -> None:
@@ -183,15 +202,28 @@ def check_keys(config: ConfigDict) -> None:
     _check_section(config.eval, "eval.", list(base.eval))
     sections = [
         ("latents.", config.latents, LatentSettings, ()),
-        ("model.", config.model, ModelConfig, ("vocab_size",)),
         *((f"data.buckets.{name}.", bucket, Layout, ("latent_size",)) for name, bucket in config.data.buckets.items()),
     ]
+    fields = [field for field in dataclasses.fields(ModelConfig) if field.name != "vocab_size"]
+    _check_section(config.model, "model.", STORAGE, [field.name for field in fields])
+    if config.model.init_from:  # the rest of the shape is the checkpoint's own
+        _check_section(config.model, "model.", STORAGE, ("dtype", "remat_policy", "lora"))
+    else:
+        required = [field.name for field in fields if field.default is dataclasses.MISSING]
+        _check_section(config.model, "model.", required, [*STORAGE, *(field.name for field in fields)])
     if "vision" in config.model:
         sections.append(("model.vision.", config.model.vision, VisionConfig, ("out_hidden_size",)))
+    if "lora" in config.model:
+        sections.append(("model.lora.", config.model.lora, LoraConfig, ()))
     for prefix, section, settings, elsewhere in sections:
         fields = [field for field in dataclasses.fields(settings) if field.name not in elsewhere]
         required = [field.name for field in fields if field.default is dataclasses.MISSING]
         _check_section(section, prefix, required, [field.name for field in fields])
+
+
+def decoder_part(config: ConfigDict) -> str:
+    """Returns the part of the parameters that learns to decode: the decoder, or with LoRA its adapters."""
+    return "adapters" if config.model.get("lora", {}).get("rank", 0) else "decoder"
 
 
 @contextlib.contextmanager
@@ -224,10 +256,12 @@ def is_checkpoint(path: Path) -> bool:
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
     """Raises BadConfig, naming the keys that differ, if the workdir holds a run of another config that has begun.
 
-    Keys without effect on training may differ.
+    Keys without effect on training may differ, and stages may be added after those that were there.
     """
     if has_begun(workdir):
         theirs, ours = dict(_flatten(read_config(workdir))), dict(_flatten(from_json(to_json(config))))
+        if ours["stages"][: len(theirs["stages"])] == theirs["stages"]:
+            theirs["stages"] = ours["stages"]
         missing = "absent"
         differing = [
             f"{key} ({theirs.get(key, missing)!r} there, {ours.get(key, missing)!r} here)"

@@ -20,6 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.examples import ExampleSettings, build_example
+from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.data.frozen_lake import FrozenLakeSource, NoMap, frozen_lake_settings
 from ilvr_jax.data.ilvr import IlvrSource
 from ilvr_jax.data.pipeline import Source, make_iterator, skipped_records
@@ -27,15 +28,24 @@ from ilvr_jax.data.tokenizer import load_tokenizer, record_texts, special_tokens
 from ilvr_jax.inference.evaluation import decode_settings, evaluate, prompt_settings, read_answers
 from ilvr_jax.latents.layout import Layout
 from ilvr_jax.latents.tokens import SpecialTokens
-from ilvr_jax.models.config import model_config
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.tensor_files import BadCheckpoint
 from ilvr_jax.reports.pictures import draw_solutions
 from ilvr_jax.reports.tables import success_table
-from ilvr_jax.training.checkpoints import Checkpoints, stage_folder
+from ilvr_jax.training.checkpoints import (
+    PRETRAINED,
+    Checkpoints,
+    build_model,
+    params_like,
+    part_dtypes,
+    stage_folder,
+    stages_with_checkpoints,
+)
 from ilvr_jax.training.configuration import blame, check_workdir, has_begun, resolve_path, to_json, write_config
 from ilvr_jax.training.interruption import Interrupted, stop_request
 from ilvr_jax.training.metrics import Metrics
 from ilvr_jax.training.optimizer import make_optimizer
+from ilvr_jax.training.pretrained import Pretrained, keep_description, load_params, open_pretrained
 from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.state import TrainState, create_state
 from ilvr_jax.training.step import make_train_step
@@ -72,14 +82,22 @@ def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> 
 
     Raises BadConfig, BadRecord, DiskFull and Diverged, and Interrupted after a signal, when all is saved.
     """
-    check_workdir(config, workdir)
     source, evaluation_source = open_source(config), open_evaluation_source(config)
-    tokenizer = load_tokenizer(workdir / "tokenizer") if has_begun(workdir) else make_tokenizer(config, source)
-    with blame("model"):
-        model = Qwen2_5VL(model_config(config.model, len(tokenizer)))
-        params = jax.jit(model.init)(jax.random.key(config.seed))
-    steps = {name: make_step(config, name, model) for name in config.stages}
+    config = with_steps(config, len(source))
+    check_workdir(config, workdir)
+    with blame("model", BadCheckpoint):
+        pretrained = open_start(config, workdir)
+    if has_begun(workdir):
+        tokenizer = load_tokenizer(workdir / "tokenizer")
+    else:
+        tokenizer = pretrained.tokenizer if pretrained else make_tokenizer(config, source)
     write_config(config, workdir)
+    if pretrained:
+        keep_description(pretrained, workdir / PRETRAINED)
+    model = build_model(config, workdir, tokenizer)
+    steps = {name: make_step(config, name, model) for name in config.stages}
+    with blame("model"):
+        params = start_params(config, workdir, model, pretrained)
     tokenizer.save_pretrained(workdir / "tokenizer")
     with Progress(workdir / "train.log", console) as progress:
         special = special_tokens(tokenizer)
@@ -88,6 +106,38 @@ def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> 
             params = train_stage(run, name, params)
             evaluate_stage(run, name, params)
         return finish(run)
+
+
+def with_steps(config: ConfigDict, records: int) -> ConfigDict:
+    """Returns the config with the steps of each stage that counts in epochs."""
+    config = ConfigDict(config)
+    with config.unlocked():
+        for name in config.stages:
+            if config[name].epochs:
+                config[name].steps = -(-config[name].epochs * records // config[name].batch_size)
+    return config.lock()
+
+
+def open_start(config: ConfigDict, workdir: Path) -> Pretrained | None:
+    """Returns the checkpoint that the run begins from, None if there is none or the run is past its beginning."""
+    if not config.model.init_from or stages_with_checkpoints(workdir, config.stages[:1]):
+        return None
+    path = resolve_path(config.model.init_from)
+    return open_pretrained(path if path.is_dir() else config.model.init_from)
+
+
+def start_params(config: ConfigDict, workdir: Path, model: Qwen2_5VL, pretrained: Pretrained | None) -> PyTree:
+    """Returns the parameters before the first stage: fresh ones, or a published checkpoint's.
+
+    Where the first stage has a checkpoint already only their shapes are of use, and are returned.
+    """
+    if stages_with_checkpoints(workdir, config.stages[:1]):
+        return params_like(model, config)
+    key = jax.random.key(config.seed)
+    if pretrained:
+        return load_params(pretrained, model.config, part_dtypes(config), key)
+    like = params_like(model, config)
+    return jax.jit(lambda key: jax.tree.map(lambda leaf, kind: leaf.astype(kind.dtype), model.init(key), like))(key)
 
 
 def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
@@ -170,12 +220,12 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
 def open_source(config: ConfigDict) -> Source:
     """Returns the records that the config's data section names."""
     data = config.data
-    if data.source == "ilvr":
+    if data.source in FORMATS:
         root = resolve_path(data.root) if data.root else None
-        return IlvrSource(resolve_path(data.path), root, on_bad_record=data.on_bad_record)
+        return FORMATS[data.source](resolve_path(data.path), root, data.on_bad_record)
     with blame("data"):
         if data.source != "frozen_lake":
-            raise ValueError(f"source is {data.source!r}; accepted are frozen_lake and ilvr")
+            raise ValueError(f"source is {data.source!r}; accepted are frozen_lake, {', '.join(FORMATS)}")
         settings = frozen_lake_settings(data.frozen_lake)
         exclude = tuple(str(resolve_path(path)) for path in settings.exclude)
         return FrozenLakeSource(dataclasses.replace(settings, exclude=exclude), config.seed, data.records)
@@ -188,6 +238,8 @@ def open_iterator(run: Run, stage: str, seed: int) -> grain.DatasetIterator:
         examples = ExampleSettings(
             # What is generated is drawn at the size it is wanted in.
             image_scale=1.0 if data.source == "frozen_lake" else data.image_scale,
+            min_pixels=data.min_pixels or None,
+            max_pixels=data.max_pixels or None,
             latent_size=latents.latent_size,
             helper_images=run.config[stage].helper_images,
             system=data.system,

@@ -12,9 +12,10 @@ class TrainState:
     """Everything a checkpoint must hold. The optimizer covers the trained parts of `params` alone."""
 
     step: Int[Array, ""]
-    params: PyTree  # {"vision": ..., "decoder": ...}, float32
+    params: PyTree  # {"vision": ..., "decoder": ...}, and "adapters" with LoRA; float32 where trained
     opt_state: PyTree
-    teacher: PyTree | None  # the decoder's moving average, float32; None where the stage has no teacher
+    # Moving averages, float32, of the trained parts; those it lacks are the student's. None in a stage without teacher.
+    teacher: PyTree | None
     rng: PRNGKeyArray
 
 
@@ -28,5 +29,5 @@ def create_state(
     """Returns the state at the start of a stage: a fresh optimizer, and a teacher that equals the student."""
     trained, teacher = {name: params[name] for name in train}, None
     if with_teacher:  # a copy, since the step gives away the buffers of the state that it is called with
-        teacher = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params["decoder"])
+        teacher = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
     return TrainState(jnp.int32(0), params, optimizer.init(trained), teacher, key)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from ilvr_jax.latents.layout import Batch
 from ilvr_jax.latents.objectives import Objective, alignment_objective, autonomy_objective, text_objective
 from ilvr_jax.latents.selection import LatentSettings
+from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.training.state import TrainState
 
@@ -28,11 +29,11 @@ def objective(
 ) -> Objective:
     """Returns the losses of the stage whose objective is `name`."""
     if name == "text":
-        return text_objective(model, params, batch)
+        return text_objective(model, params, batch, key)
     if name == "alignment":
-        return alignment_objective(model, params, teacher, batch, latents, key)[0]
+        return alignment_objective(model, params, decoder_params({**params, **teacher}), batch, latents, key)[0]
     if name == "autonomy":
-        return autonomy_objective(model, params, batch)
+        return autonomy_objective(model, params, batch, key)
     raise ValueError(f"objective is {name!r}; accepted are {', '.join(OBJECTIVES)}")
 
 
@@ -97,7 +98,7 @@ def make_train_step(
         params = {**state.params, **optax.apply_updates(trained, updates)}
         teacher = state.teacher
         if teacher is not None:
-            teacher = optax.incremental_update(params["decoder"], teacher, 1.0 - settings.tau)
+            teacher = optax.incremental_update({part: params[part] for part in train}, teacher, 1.0 - settings.tau)
         metrics = {name: rows[name].mean() for name in ("loss", "cross_entropy")}
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         if stage.objective == "alignment":

@@ -1,0 +1,125 @@
+"""Low-rank adapters beside the decoder's linear layers (LoRA, arXiv 2106.09685), as PEFT builds them.
+
+Their parameters live apart from the decoder's, so that these stay frozen, and move with the teacher alone:
+params["adapters"] has the decoder's structure with `<layer>_lora` in place of each adapted layer.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SUFFIX = "_lora"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Shape and place of the adapters. Raises ValueError, naming the key, for a bad value."""
+
+    rank: int = 0  # 0: no adapters
+    alpha: float = 64.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self):
+        for name, good, accepted in (
+            ("rank", type(self.rank) is int and self.rank >= 0, "0 (no adapters) or a whole number above"),
+            ("alpha", self.alpha > 0, "a number above 0"),
+            ("dropout", 0 <= self.dropout < 1, "a number from 0 to below 1"),
+            ("targets", self.targets and set(self.targets) <= set(TARGETS), f"some of {', '.join(TARGETS)}"),
+        ):
+            if not good:
+                raise ValueError(f"model.lora.{name} is {getattr(self, name)!r}; accepted is {accepted}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class Adapter(nn.Module):
+    """What an adapter adds to its layer's output: scale * dropout(x) A B, nothing at the start since B is zero.
+
+    Dropout is on when a key named "dropout" is given. It depends on the shape of the batch; without it a row's numbers
+    do not.
+    """
+
+    features: int
+    lora: LoraConfig
+    dtype: str
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
+        bound = inputs.shape[-1] ** -0.5  # PEFT's kaiming_uniform with a = sqrt(5)
+        down = self.param("a", _uniform(bound), (inputs.shape[-1], self.lora.rank))
+        up = self.param("b", nn.initializers.zeros, (self.lora.rank, self.features))
+        inputs = inputs.astype(self.dtype)
+        if self.lora.dropout and self.has_rng("dropout"):
+            inputs = nn.Dropout(self.lora.dropout, deterministic=False)(inputs)
+        return (inputs @ down.astype(self.dtype)) @ up.astype(self.dtype) * self.lora.scale
+
+
+def linear(
+    inputs: Float[Array, "*batch channels"],
+    features: int,
+    name: str,
+    use_bias: bool,
+    dtype: str,
+    lora: LoraConfig | None = None,
+) -> Float[Array, "*batch features"]:
+    """Applies the linear layer `name` of the module that calls, and its adapter if `lora` says it has one."""
+    outputs = nn.Dense(features, use_bias=use_bias, dtype=dtype, name=name)(inputs)
+    if lora and lora.rank and name in lora.targets:
+        outputs += Adapter(features, lora, dtype, name=name + SUFFIX)(inputs)
+    return outputs
+
+
+def split_adapters(decoder: PyTree) -> tuple[PyTree, PyTree]:
+    """Returns a decoder's parameters without adapters, and the adapters alone."""
+    base, adapters = {}, {}
+    for name, value in decoder.items():
+        if name.endswith(SUFFIX):
+            adapters[name] = value
+        elif isinstance(value, dict):
+            base[name], inside = split_adapters(value)
+            adapters |= {name: inside} if inside else {}
+        else:
+            base[name] = value
+    return base, adapters
+
+
+def decoder_params(params: PyTree) -> PyTree:
+    """Returns the decoder's parameters, adapters in their places if there are any."""
+    return _joined(params["decoder"], params.get("adapters", {}))
+
+
+def merge_adapters(params: PyTree, lora: LoraConfig) -> PyTree:
+    """Returns params without adapters whose effect is added to the kernels in float32; dtypes stay."""
+
+    def merge(base: PyTree, adapters: PyTree) -> PyTree:
+        merged = dict(base)
+        for name, value in adapters.items():
+            layer = name.removesuffix(SUFFIX)
+            if layer == name:
+                merged[name] = merge(base[name], value)
+                continue
+            kernel = base[layer]["kernel"]
+            added = lora.scale * jnp.einsum("...ir,...ro->...io", value["a"], value["b"])
+            merged[layer] = {**base[layer], "kernel": (kernel.astype(jnp.float32) + added).astype(kernel.dtype)}
+        return merged
+
+    others = {part: value for part, value in params.items() if part not in ("decoder", "adapters")}
+    return {**others, "decoder": merge(params["decoder"], params.get("adapters", {}))}
+
+
+def _joined(base: PyTree, adapters: PyTree) -> PyTree:
+    joined = dict(base)
+    for name, value in adapters.items():
+        joined[name] = value if name.endswith(SUFFIX) else _joined(base[name], value)
+    return joined
+
+
+def _uniform(bound: float):
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -1,0 +1,208 @@
+"""Published Qwen2.5-VL checkpoints as the start of a run: from the hub, a folder, or a folder converted before."""
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from transformers import PreTrainedTokenizerFast
+
+from ilvr_jax.data.images import image_processor_settings
+from ilvr_jax.data.tokenizer import add_latent_tokens, read_tokenizer
+from ilvr_jax.models.checkpoint import is_nested, params_from_state_dict
+from ilvr_jax.models.config import CLIP_MEAN, CLIP_STD, ModelConfig, model_config_from_hf
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.tensor_files import BadCheckpoint, TensorFolder
+
+# What is kept beside the weights; the tokenizer is saved by itself.
+IMAGE_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+DESCRIPTION = ("config.json", "generation_config.json", "source.json", *IMAGE_PROCESSOR)
+CONVERTED = "params"  # in a converted folder: the parameters, written by orbax
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A checkpoint whose description and tokenizer are read, and whose weights are still on disk."""
+
+    folder: Path
+    published: Mapping[str, Any]  # its config.json
+    tokenizer: PreTrainedTokenizerFast  # with latent tokens
+    added: tuple[int, ...]  # ids of the latent tokens that it came without
+
+    @property
+    def nested(self) -> bool:
+        """Whether its tensors have nested names; see `models.checkpoint`."""
+        source = self.folder / "source.json"
+        return json.loads(source.read_text())["nested"] if source.is_file() else is_nested(TensorFolder(self.folder))
+
+    @property
+    def dtype(self) -> str:
+        """Returns the dtype that its config names."""
+        text = self.published.get("text_config", {})
+        named = [part.get(key) for part in (self.published, text) for key in ("dtype", "torch_dtype")]
+        return next(filter(None, named), "float32")
+
+
+def open_pretrained(name: str | Path) -> Pretrained:
+    """Reads description and tokenizer of a checkpoint: a folder, or a name on the Hugging Face hub.
+
+    Raises BadCheckpoint if it cannot be found or fetched, is not a Qwen2.5-VL, or its tokenizer has more tokens than
+    the embedding has rows.
+    """
+    folder = find_folder(name)
+    published = read_published(folder)
+    try:
+        tokenizer = read_tokenizer(folder)
+    except ValueError as error:
+        raise BadCheckpoint(str(error)) from error
+    rows = model_config_from_hf(published).vocab_size
+    if len(tokenizer) > rows:
+        raise BadCheckpoint(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows; no more tokens than "
+            "rows are accepted"
+        )
+    check_image_processor(folder)
+    return Pretrained(folder, published, tokenizer, add_latent_tokens(tokenizer))
+
+
+def check_image_processor(folder: Path) -> None:
+    """Raises BadCheckpoint if a checkpoint's images are to be treated in another way than ours are."""
+    if not any((folder / name).is_file() for name in IMAGE_PROCESSOR):
+        return
+    try:
+        processor = image_processor_settings(folder)
+    except ValueError as error:
+        raise BadCheckpoint(str(error)) from error
+    for name, value in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
+        if not np.allclose(processor[name], value):
+            raise BadCheckpoint(f"{folder}: {name} of its images is {processor[name]}; {value} is accepted")
+
+
+def find_folder(name: str | Path) -> Path:
+    """Returns the folder of a checkpoint, fetched from the hub if `name` is not a folder; raises BadCheckpoint."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or str(name).count("/") != 1 or str(name).startswith((".", "~", "/")):
+        raise BadCheckpoint(f"{name} is not a folder; a folder of a checkpoint or a name on the hub is accepted")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadCheckpoint(
+            f"{name} is no folder here and could not be fetched from the hub ({first_line}); without a network, give "
+            "the folder that holds its config.json and *.safetensors"
+        ) from error
+
+
+def read_published(folder: Path) -> dict[str, Any]:
+    """Returns a checkpoint's config.json; raises BadCheckpoint if there is none or it is of another architecture."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BadCheckpoint(f"{folder} has no config.json; a folder of a published checkpoint is accepted")
+    try:
+        published = json.loads(path.read_text())
+    except ValueError as error:
+        raise BadCheckpoint(f"{path} is not JSON ({error}); that of a Qwen2.5-VL is accepted") from error
+    kind = published.get("model_type") if isinstance(published, dict) else None
+    if kind != "qwen2_5_vl":
+        raise BadCheckpoint(f"{path} describes a model of type {kind!r}; qwen2_5_vl is accepted")
+    return published
+
+
+def keep_description(pretrained: Pretrained, folder: Path) -> None:
+    """Copies into `folder` what describes the model and its images, for reading the weights of a run later."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in DESCRIPTION:
+        if (pretrained.folder / name).is_file():
+            shutil.copyfile(pretrained.folder / name, folder / name)
+    (folder / "source.json").write_text(json.dumps({"nested": pretrained.nested}) + "\n")
+
+
+def load_params(
+    pretrained: Pretrained, config: ModelConfig, dtype: str | Mapping[str, str], key: PRNGKeyArray
+) -> PyTree:
+    """Returns the parameters, tensor by tensor, with rows for the latent tokens and fresh adapters if there are any.
+
+    `dtype` is that of all parts, or of each ("vision", "decoder"); adapters are float32. Raises BadCheckpoint as
+    `params_from_state_dict` does.
+    """
+    rows = model_config_from_hf(pretrained.published).vocab_size
+    stored = dataclasses.replace(config, vocab_size=rows, lora=type(config.lora)())
+    if (pretrained.folder / CONVERTED).is_dir():
+        params = _restore_converted(pretrained.folder, stored, dtype)
+    else:
+        with TensorFolder(pretrained.folder) as tensors:
+            params = params_from_state_dict(tensors, stored, dtype)
+    if pretrained.added:
+        for name in {"embed_tokens", "lm_head"} & params["decoder"].keys():
+            table = params["decoder"].pop(name)
+            params["decoder"][name] = with_latent_rows(table, pretrained.added, config.vocab_size)
+    if config.lora.rank:
+        params["adapters"] = jax.jit(lambda key: Qwen2_5VL(config).init(key)["adapters"])(key)
+    return params
+
+
+def with_latent_rows(
+    table: Float[Array, "rows channels"], added: Sequence[int], vocabulary: int
+) -> Float[Array, "vocabulary channels"]:
+    """Returns an embedding with `vocabulary` rows, those of the `added` tokens being the mean of all used before.
+
+    It gives away the buffer of `table`.
+    """
+    mean = table[: min(added)].mean(0, dtype=jnp.float32).astype(table.dtype)
+    if vocabulary > len(table):
+        table = jnp.pad(table, ((0, vocabulary - len(table)), (0, 0)))
+    return _set_rows(table, jnp.array(added), mean)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_rows(table: Array, rows: Array, value: Array) -> Array:
+    return table.at[rows].set(value)
+
+
+def save_converted(pretrained: Pretrained, folder: Path) -> None:
+    """Writes a checkpoint as a folder that `open_pretrained` reads faster: description, tokenizer, orbax parameters.
+
+    Weights keep the dtype that the config names. Raises BadCheckpoint, FileExistsError if `folder` is not empty.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty; a new or empty folder is accepted")
+    config = model_config_from_hf(pretrained.published)
+    vocabulary = max(config.vocab_size, len(pretrained.tokenizer))
+    config = dataclasses.replace(config, vocab_size=vocabulary)
+    params = load_params(pretrained, config, pretrained.dtype, jax.random.key(0))
+    keep_description(pretrained, folder)
+    pretrained.tokenizer.save_pretrained(folder)
+    write_published({**pretrained.published}, vocabulary, folder)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save((folder / CONVERTED).absolute(), params)
+
+
+def write_published(published: dict[str, Any], vocabulary: int, folder: Path) -> None:
+    """Writes config.json with the number of embedding rows, wherever the published one says it."""
+    for section in (published, published.get("text_config", {})):
+        if "vocab_size" in section:
+            section["vocab_size"] = vocabulary
+    (folder / "config.json").write_text(json.dumps(published, indent=2) + "\n")
+
+
+def _restore_converted(folder: Path, config: ModelConfig, dtype: str | Mapping[str, str]) -> PyTree:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def like(keys, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        kind = dtype if isinstance(dtype, str) else dtype[keys[0].key]
+        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
+
+    shapes = jax.eval_shape(Qwen2_5VL(config).init, jax.random.key(0))
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore((folder / CONVERTED).absolute(), jax.tree_util.tree_map_with_path(like, shapes))

@@ -1,0 +1,179 @@
+"""Checkpoints in and out: bit for bit as transformers saves them, and what is not one is refused in a sentence."""
+
+import json
+import re
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from ilvr_jax import convert
+from ilvr_jax.data.tokenizer import LATENT_TOKENS
+from ilvr_jax.models.checkpoint import nested_name
+from ilvr_jax.models.config import model_config_from_hf
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
+from ilvr_jax.models.tensor_files import BadCheckpoint, TensorToWrite, weight_files, write_tensors
+from ilvr_jax.training.pretrained import load_params, open_pretrained
+from tests.published import VOCABULARY, read_all, save_published
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("shard", "tied", "dtype"), [("5GB", False, "bfloat16"), ("40KB", True, "float32")])
+def test_a_round_trip_is_bit_identical(tmp_path, nested, shard, tied, dtype):
+    save_published(tmp_path / "published", nested, shard, tied, dtype)
+    theirs = read_all(tmp_path / "published")
+    assert any(name.startswith("model.language_model.") for name in theirs) == nested
+    assert (len(weight_files(tmp_path / "published")) > 1) == (shard == "40KB")
+    assert convert.main(["from-hf", str(tmp_path / "published"), str(tmp_path / "ours")]) == 0
+    assert convert.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    back = read_all(tmp_path / "back")
+    assert back.keys() == theirs.keys()
+    latent = open_pretrained(tmp_path / "published").added
+    for name, tensor in theirs.items():
+        assert back[name].dtype == tensor.dtype
+        used = np.ones(len(tensor), bool)
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            used[list(latent)] = False  # spare rows, which now are the latent tokens'
+        np.testing.assert_array_equal(back[name][used].view(np.uint8), tensor[used].view(np.uint8), err_msg=name)
+
+
+def test_latent_tokens_get_the_mean_of_the_rows_in_use(tmp_path):
+    save_published(tmp_path / "published")
+    pretrained = open_pretrained(tmp_path / "published")
+    first = min(pretrained.added)
+    assert pretrained.added == tuple(range(first, first + 3)) and first + 3 == len(pretrained.tokenizer) <= VOCABULARY
+    config = model_config_from_hf(pretrained.published)
+    params = load_params(pretrained, config, "float32", jax.random.key(0))
+    theirs = read_all(tmp_path / "published")
+    for ours, name in (("embed_tokens", "model.embed_tokens.weight"), ("lm_head", "lm_head.weight")):
+        expected = theirs[name][:first].astype(np.float32).mean(0)
+        for row in pretrained.added:
+            np.testing.assert_allclose(params["decoder"][ours][row], expected, atol=1e-6)
+        np.testing.assert_array_equal(params["decoder"][ours][:first], theirs[name][:first].astype(np.float32))
+
+
+def test_rows_are_added_where_none_is_spare(tmp_path):
+    model = save_published(tmp_path / "published", dtype="float32")
+    rows = len(open_pretrained(tmp_path / "published").tokenizer) - 3
+    model.resize_token_embeddings(rows)
+    model.save_pretrained(tmp_path / "published")
+    assert convert.main(["from-hf", str(tmp_path / "published"), str(tmp_path / "ours")]) == 0
+    assert convert.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    tensors = read_all(tmp_path / "back")
+    assert tensors["lm_head.weight"].shape == (rows + 3, 32)
+    back = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "back")
+    assert back.config.get_text_config().vocab_size == rows + 3
+
+
+def test_transformers_opens_what_is_written_with_the_same_logits(tmp_path):
+    save_published(tmp_path / "published", dtype="float32")
+    assert convert.main(["from-hf", str(tmp_path / "published"), str(tmp_path / "ours")]) == 0
+    assert convert.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    ids = tokenizer("up down<|latent_start|><|latent_pad|><|latent_end|>left")["input_ids"]
+    assert len(tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS))) == 3
+    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "back", dtype=torch.float32)
+    assert theirs.config.latent_token_id == tokenizer.convert_tokens_to_ids("<|latent_pad|>")
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.tensor([ids])).logits.numpy()
+    pretrained = open_pretrained(tmp_path / "ours")
+    config = model_config_from_hf(pretrained.published)
+    model, params = Qwen2_5VL(config), load_params(pretrained, config, "float32", jax.random.key(0))
+    inputs = model.embed(params["decoder"], np.array([ids]))
+    positions = np.broadcast_to(np.arange(len(ids)), (1, 3, len(ids)))
+    hidden, _ = model.decode(params["decoder"], inputs, positions, causal_mask(np.ones((1, len(ids)), bool)))
+    np.testing.assert_allclose(model.logits(params["decoder"], hidden), expected, atol=2e-4)
+
+
+def damaged(folder, how):
+    weights, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    tensors = load_file(weights)
+    if how == "missing":
+        del tensors["model.norm.weight"]
+    elif how == "extra":
+        tensors["model.layers.7.norm.weight"] = np.zeros(3, ml_dtypes.bfloat16)
+    elif how == "misshapen":
+        tensors["visual.merger.mlp.0.bias"] = np.zeros(5, ml_dtypes.bfloat16)
+    save_file(tensors, weights)
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "pickle":
+        weights.rename(folder / "pytorch_model.bin")
+    elif how == "empty":
+        weights.unlink()
+    elif how == "architecture":
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    elif how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "index":
+        index = {"weight_map": {name: "model-00001-of-00002.safetensors" for name in tensors}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif how == "tokenizer":
+        for section in (config, config.get("text_config", {})):
+            section |= {"vocab_size": 100} if "vocab_size" in section else {}
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    save_published(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("missing", "does not fit the model: model.norm.weight is missing"),
+        ("extra", "model.layers.7.norm.weight is not part of the model"),
+        ("misshapen", r"visual.merger.mlp.0.bias has shape \[5\] where \[64\] was expected"),
+        ("truncated", "model.safetensors is truncated or not a safetensors file"),
+        ("pickle", r"holds pickled weights \(pytorch_model.bin\).*only safetensors files are accepted"),
+        ("empty", r"holds no \*.safetensors files"),
+        ("architecture", "describes a model of type 'llama'; qwen2_5_vl is accepted"),
+        ("no config", "has no config.json"),
+        ("index", "names model-00001-of-00002.safetensors, which is not in"),
+        ("tokenizer", r"the tokenizer has \d+ tokens and the embedding 100 rows"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(published, tmp_path, capsys, how, sentence):
+    shutil.copytree(published, tmp_path / "damaged")
+    damaged(tmp_path / "damaged", how)
+    assert convert.main(["from-hf", str(tmp_path / "damaged"), str(tmp_path / "ours")]) == 2
+    message = capsys.readouterr().err
+    assert re.search(sentence, message), message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_name_that_cannot_be_fetched_says_how_to_give_a_folder(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("We couldn't connect")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(BadCheckpoint, match="without a network, give the folder"):
+        open_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")
+
+
+def test_large_checkpoints_are_cut_into_files_with_an_index(tmp_path):
+    tensors = {f"t{number}": np.full((number + 1, 4), number, np.float32) for number in range(6)}
+    to_write = [TensorToWrite(name, tensor.nbytes, lambda tensor=tensor: tensor) for name, tensor in tensors.items()]
+    write_tensors(to_write, tmp_path, shard_bytes=100)
+    assert len(weight_files(tmp_path)) > 2
+    back = read_all(tmp_path)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back[name], tensor)
+    with safe_open(weight_files(tmp_path)[0], framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_names_of_both_schemes():
+    assert nested_name("model.layers.0.mlp.up_proj.weight") == "model.language_model.layers.0.mlp.up_proj.weight"
+    assert nested_name("visual.blocks.1.attn.qkv.bias") == "model.visual.blocks.1.attn.qkv.bias"
+    assert nested_name("lm_head.weight") == "lm_head.weight"

@@ -1,0 +1,300 @@
+"""Zebra-CoT's parquet format: what is read, how little of it, and a sentence for everything that is wrong."""
+
+import multiprocessing
+import pickle
+import threading
+from pathlib import Path
+
+import grain
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from absl import flags
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from ilvr_jax.data.records import BadRecord, Look, Text
+from ilvr_jax.data.zebra_cot import ZebraCotSource
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+COLUMNS = ("problem_image_1", "problem_image_2", "reasoning_image_1", "reasoning_image_2", "reasoning_image_3")
+TEXTS = ["Question", "Text Reasoning Trace", "Final Answer"]
+
+
+def mark(column: str) -> str:
+    return f"<image_start>[{column}]<image_end>"
+
+
+def row(question: str, trace: str, answer: str | None = "42", **images: bytes | None) -> dict:
+    return {
+        "Question": question,
+        "Text Reasoning Trace": trace,
+        "Final Answer": answer,
+        **{name: None if content is None else {"bytes": content, "path": None} for name, content in images.items()},
+    }
+
+
+def write(path: Path, rows: list[dict], group: int = 100, columns: tuple[str, ...] = COLUMNS) -> Path:
+    schema = pa.schema([(name, pa.string()) for name in TEXTS] + [(name, IMAGE) for name in columns])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=group)
+    return path
+
+
+GOOD = row(
+    f"Is {mark('problem_image_1')} a cat?",
+    f"THOUGHT 0: see\n{mark('reasoning_image_1')}\nTHOUGHT 1: so",
+    "yes",
+    problem_image_1=b"a cat",
+    reasoning_image_1=b"its ear",
+)
+
+
+def numbered(number: int) -> dict:
+    """Returns a row whose text and images tell its number; every second one has a second look."""
+    trace, images = f"see {mark('reasoning_image_1')}", {"reasoning_image_1": b"look %d" % number}
+    if number % 2:
+        trace, images = trace + mark("reasoning_image_2"), images | {"reasoning_image_2": b"again %d" % number}
+    return row(f"{number}: {mark('problem_image_1')}", trace, problem_image_1=b"image %d" % number, **images)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Returns the list of what is read from parquet files: row group and columns of each read."""
+    made, read = [], pq.ParquetFile.read_row_group
+
+    def record(self, i, columns=None, use_threads=True, **options):
+        made.append((i, tuple(columns)))
+        return read(self, i, columns=columns, use_threads=use_threads, **options)
+
+    for whole in ("read", "read_row_groups", "iter_batches"):
+        monkeypatch.delattr(pq.ParquetFile, whole)  # no other way in
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", record)
+    return made
+
+
+def test_a_record_is_read(tmp_path):
+    record = ZebraCotSource(write(tmp_path / "train.parquet", [GOOD]))[0]
+    assert record.question == "Is <image> a cat?" and record.images == (b"a cat",)
+    assert record.steps == (
+        Text("THOUGHT 0: see\n"),
+        Look(b"its ear"),
+        Text("\nTHOUGHT 1: so\n\nFinal Answer: yes"),
+    )
+    assert (record.answer, record.name) == ("yes", "train.parquet row 0")
+
+
+def test_images_follow_their_markers(tmp_path):
+    images = {name: name.encode() for name in COLUMNS}
+    trace = "".join(map(mark, ("reasoning_image_3", "problem_image_2", "reasoning_image_1", "reasoning_image_2")))
+    question = f"{mark('problem_image_2')}, {mark('problem_image_1')}, {mark('problem_image_2')}"
+    record = ZebraCotSource(write(tmp_path / "train.parquet", [row(question, trace, None, **images)]))[0]
+    assert record.question == "<image>, <image>, <image>"
+    assert record.images == (b"problem_image_2", b"problem_image_1", b"problem_image_2")
+    looks = (b"reasoning_image_3", b"problem_image_2", b"reasoning_image_1", b"reasoning_image_2")
+    assert record.steps == tuple(map(Look, looks)) and record.answer is None
+
+
+def test_questions_without_images_and_columns_of_nulls(tmp_path):
+    rows = [row("2 + 2?", "It is 4.", " 4 "), row("3 + 3?", "It is 6.", "")]
+    record, other = ZebraCotSource(write(tmp_path / "train.parquet", rows))
+    assert (record.question, record.images, record.answer) == ("2 + 2?", (), "4")
+    assert record.steps == (Text("It is 4.\n\nFinal Answer: 4"),)
+    assert other.steps == (Text("It is 6."),) and other.answer is None
+    untyped = pa.table({name: [rows[0][name]] for name in TEXTS} | {"problem_image_1": pa.nulls(1)})
+    pq.write_table(untyped, tmp_path / "untyped.parquet")
+    assert ZebraCotSource(tmp_path / "untyped.parquet")[0].images == ()
+
+
+def test_a_folder_of_files_with_their_own_columns(tmp_path):
+    write(tmp_path / "chess" / "train-1.parquet", [numbered(3), numbered(4)], columns=(*COLUMNS, "reasoning_image_40"))
+    write(tmp_path / "chess" / "train-0.parquet", [numbered(0), numbered(1), numbered(2)], group=2)
+    write(tmp_path / "sums.parquet", [row("2 + 2?", "4")], columns=())
+    (tmp_path / "README.md").write_text("no data")
+    source = ZebraCotSource(tmp_path)
+    names = [record.name for record in source]
+    assert names == [
+        *(f"chess/train-0.parquet row {number}" for number in range(3)),
+        *(f"chess/train-1.parquet row {number}" for number in range(2)),
+        "sums.parquet row 0",
+    ]
+    assert [record.question for record in source][:5] == [f"{number}: <image>" for number in range(5)]
+
+
+def test_opening_reads_no_image_and_a_record_its_own_row_group_once(tmp_path, reads):
+    path = write(tmp_path / "train.parquet", [numbered(number) for number in range(40)], group=8)
+    source = ZebraCotSource(path)
+    assert [group for group, _ in reads] == [0, 1, 2, 3, 4]
+    assert {column for _, columns in reads for column in columns} == {*TEXTS, *(f"{name}.path" for name in COLUMNS)}
+
+    reads.clear()
+    assert source[18].images == (b"image 18",) and source[18].steps[1] == Look(b"look 18")
+    marked = ("problem_image_1", "reasoning_image_1")  # those that the row's markers name
+    assert sorted(reads) == sorted((2, (column,)) for column in (*TEXTS, *marked))
+
+    reads.clear()
+    assert source[19].steps[2] == Look(b"again 19") and source[20].images == (b"image 20",)
+    assert reads == [(2, ("reasoning_image_2",))]
+
+    reads.clear()
+    assert [record.question for record in source] == [f"{number}: <image>" for number in range(40)]
+    assert len(reads) == len(set(reads)) == 5 * (len(TEXTS) + 3)
+
+
+def test_processes_and_threads_read_for_themselves(tmp_path):
+    path = write(tmp_path / "train.parquet", [numbered(number) for number in range(24)], group=4)
+    source = ZebraCotSource(path)
+    records = list(source)  # a row group is kept when the source is copied
+    copy = pickle.dumps(source)
+    assert len(copy) < 5000 and list(pickle.loads(copy)) == records
+
+    flags.FLAGS.mark_as_parsed()  # grain asks absl's flags for debug settings before it starts a worker
+    mapped = grain.MapDataset.range(24).map(source.__getitem__).to_iter_dataset()
+    assert list(mapped.mp_prefetch(grain.MultiprocessingOptions(num_workers=2))) == records
+
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    child = fork.Process(target=lambda: queue.put(list(source)))
+    child.start()
+    assert queue.get(timeout=60) == records
+    child.join()
+
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(list(source))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [records] * 4
+
+
+# Texts with pieces of markers in them: only whole markers count.
+texts = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    st.sampled_from(["<image_start", "[reasoning_image_1]", "image_end>", "[", "]", "<", ">", "THOUGHT 0:\n"]),
+)
+plans = st.lists(st.one_of(texts, st.integers(0, 11)), max_size=12)
+
+
+def steps_of(plan: list[str | int], images: dict[str, bytes]) -> list[Text | Look]:
+    """Returns the steps that a plan of texts and images' numbers means, texts joined and empty ones left out."""
+    steps: list[Text | Look] = []
+    for part in plan:
+        step = Text(part) if isinstance(part, str) else Look(images[f"reasoning_image_{part + 1}"])
+        if isinstance(step, Text) and steps and isinstance(steps[-1], Text):
+            step = Text(steps.pop().content + step.content)
+        if step != Text(""):
+            steps.append(step)
+    return steps
+
+
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("zebra")
+
+
+@given(plans, st.lists(texts, min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_any_interleaving_of_texts_and_images_comes_back(module_folder, plan, asked):
+    images = {f"reasoning_image_{n + 1}": b"look %d" % n for n in plan if isinstance(n, int)}
+    images |= {f"problem_image_{n + 1}": b"image %d" % n for n in range(len(asked) - 1)}
+    steps = steps_of([*plan, "\n\nFinal Answer: 7"], images)
+    contents = [step.content for step in steps if isinstance(step, Text)]
+    assume(not any(half in text for text in [*contents, *asked] for half in ("<image_start>", "<image_end>")))
+    assume(not any("<image>" in text for text in asked))
+    trace = "".join(part if isinstance(part, str) else mark(f"reasoning_image_{part + 1}") for part in plan)
+    question = "".join((mark(f"problem_image_{number}") if number else "") + text for number, text in enumerate(asked))
+    assume(trace and question)
+    path = write(module_folder / "any.parquet", [row(question, trace, "7", **images)], columns=tuple(images))
+    record = ZebraCotSource(path)[0]
+    assert list(record.steps) == steps
+    assert record.question == "<image>".join(asked)
+    assert record.images == tuple(b"image %d" % number for number in range(len(asked) - 1))
+
+
+BAD = [
+    (
+        GOOD | {"reasoning_image_1": None},
+        "marks reasoning_image_1 and has no such image; an image for every marker is accepted",
+    ),
+    (
+        GOOD | {"Text Reasoning Trace": f"see {mark('reasoning_image_9')}"},
+        "marks reasoning_image_9 and has no such image",
+    ),
+    (GOOD | {"problem_image_1": None}, "marks problem_image_1 and has no such image"),
+    (
+        GOOD | {"Text Reasoning Trace": "seen"},
+        "holds reasoning_image_1, which no marker names; <image_start>[reasoning_image_1]<image_end> where it belongs",
+    ),
+    (GOOD | {"problem_image_2": {"bytes": b"dog", "path": "dog.png"}}, "holds problem_image_2, which no marker names"),
+    (GOOD | {"Question": "Is [problem_image_1] a cat?"}, "holds problem_image_1, which no marker names"),
+    (
+        GOOD | {"Question": GOOD["Question"] + mark("reasoning_image_1")},
+        '"Question" marks reasoning_image_1; images named problem_image_1, ... are accepted there',
+    ),
+    (GOOD | {"Question": "Is <image> a cat?"}, '"Question" has <image>; markers such as <image_start>[problem_image'),
+    (
+        GOOD | {"Text Reasoning Trace": GOOD["Text Reasoning Trace"] + "<image_start>reasoning_image_1<image_end>"},
+        '"Text Reasoning Trace" has <image_start> outside a marker; <image_start>[reasoning_image_1]<image_end> is one',
+    ),
+    (GOOD | {"Question": None}, '"Question" is null or empty; text is accepted'),
+    (GOOD | {"Text Reasoning Trace": ""}, '"Text Reasoning Trace" is null or empty; text is accepted'),
+]
+
+
+@pytest.mark.parametrize(("bad", "sentence"), BAD)
+def test_bad_rows_are_named_and_explained(tmp_path, bad, sentence):
+    write(tmp_path / "bad.parquet", [GOOD, GOOD, GOOD, bad, GOOD], group=2)
+    with pytest.raises(BadRecord) as caught:
+        ZebraCotSource(tmp_path / "bad.parquet")
+    assert str(caught.value).startswith(f"bad.parquet row 3: {sentence}") and "\n" not in str(caught.value)
+
+
+def test_bad_rows_can_be_left_out_and_are_counted(tmp_path):
+    write(tmp_path / "train.parquet", [GOOD, *(bad for bad, _ in BAD), GOOD], group=5)
+    source = ZebraCotSource(tmp_path, on_bad_record="skip")
+    assert [record.name for record in source] == ["train.parquet row 0", f"train.parquet row {len(BAD) + 1}"]
+    assert [record.images for record in source] == [(b"a cat",)] * 2
+    assert len(source.skipped) == len(BAD)
+    with pytest.raises(BadRecord, match="train.parquet: holds no usable record"):
+        ZebraCotSource(write(tmp_path / "train.parquet", [BAD[0][0]]), on_bad_record="skip")
+
+
+def test_an_image_that_is_only_a_path(tmp_path):
+    outside = GOOD | {"reasoning_image_1": {"bytes": None, "path": "ear.png"}}
+    source = ZebraCotSource(write(tmp_path / "train.parquet", [outside]))
+    with pytest.raises(
+        BadRecord, match="train.parquet row 0: reasoning_image_1 has no bytes, its path is ear.png; the"
+    ):
+        source[0]
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    latin = pa.Array.from_buffers(pa.string(), 1, pa.array([b"O\xf9?"]).buffers())
+    pq.write_table(pa.table([latin, ["so"], ["42"]], TEXTS), tmp_path / "latin.parquet")
+    with pytest.raises(BadRecord, match='latin.parquet row 0: "Question" is not UTF-8 .*; Unicode text is accepted'):
+        ZebraCotSource(tmp_path / "latin.parquet")
+
+
+def test_files_that_are_none_of_the_format(tmp_path):
+    with pytest.raises(BadRecord, match="there is no such file; a parquet file or a folder of them is accepted"):
+        ZebraCotSource(tmp_path / "absent.parquet")
+    with pytest.raises(BadRecord, match="holds no parquet file"):
+        ZebraCotSource(tmp_path)
+    path = tmp_path / "train.parquet"
+    path.write_bytes(b"no parquet file")
+    with pytest.raises(BadRecord, match=r"train.parquet: cannot be read \(.*\); a whole parquet file is accepted"):
+        ZebraCotSource(path)
+    whole = write(path, [GOOD]).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadRecord, match="train.parquet: cannot be read"):
+        ZebraCotSource(path, on_bad_record="skip")
+    pq.write_table(pa.table({"Question": ["?"], "Final Answer": ["!"]}), path)
+    with pytest.raises(BadRecord, match='train.parquet: lacks the column "Text Reasoning Trace"; Question, Text'):
+        ZebraCotSource(path)
+    pq.write_table(pa.table({name: [3] for name in TEXTS}), path)
+    with pytest.raises(BadRecord, match='train.parquet: the column "Question" is of type int64; text is accepted'):
+        ZebraCotSource(path)
+    pq.write_table(pa.table({name: ["x"] for name in TEXTS} | {"problem_image_1": ["a.png"]}), path)
+    with pytest.raises(BadRecord, match="the column problem_image_1 is of type string; a struct of bytes and path"):
+        ZebraCotSource(path)
