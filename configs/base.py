@@ -106,6 +106,9 @@ def get_config() -> ConfigDict:
                 # Bounds on the pixels of an image, as in a checkpoint's preprocessor_config.json; 0: none.
                 "min_pixels": 0,
                 "max_pixels": 0,
+                # A folder for the features of images, which are then computed once for the stages that leave the vision
+                # tower as it is; empty: in every step.
+                "feature_cache": "",
                 "system": "",  # a system turn before the user's; empty: none
                 "workers": 0,  # processes that make samples; 0: a thread
                 # A sample goes to the first bucket that holds it; each is compiled once a stage.

@@ -47,6 +47,7 @@ def get_config(
         config.data.image_scale = 1.0
         config.data.min_pixels = 56 * 56
         config.data.max_pixels = MAX_PIXELS
+        config.data.feature_cache = "runs/features"
         config.data.system = "You are a helpful assistant."
         config.data.workers = 4
         config.data.buckets = ConfigDict(

@@ -15,7 +15,7 @@ def pytest_addoption(parser):
     parser.addoption("--vectors", type=Path, default=DEFAULT, help="folder of the conformance vectors to check")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def published_processor() -> Path:
     """The folder of Qwen2.5-VL's own tokenizer and chat template; 11 MB that are not kept in the repository."""
     folder = SHARED / "data" / "qwen2_5_vl_processor"

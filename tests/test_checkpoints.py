@@ -50,7 +50,8 @@ def test_state_and_place_in_the_data_come_back(tmp_path, with_teacher):
     fresh = make_iterator()
     with Checkpoints(tmp_path / "stage", keep=1) as checkpoints:
         assert checkpoints.latest() == 3
-        restored = checkpoints.restore(3, jax.eval_shape(lambda: make_state(with_teacher)), fresh)
+        restored = checkpoints.restore(3, jax.eval_shape(lambda: make_state(with_teacher)))
+        checkpoints.restore_place(3, fresh)
         params = checkpoints.restore_params(3, state.params)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     for one, other in zip(numbers(restored), numbers(state), strict=True):
@@ -73,7 +74,7 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
             state = step(state)
         checkpoints.wait()
         for number in range(1, 4):
-            restored = checkpoints.restore(number, like, make_iterator())
+            restored = checkpoints.restore(number, like)
             np.testing.assert_array_equal(restored.params["kernel"], number)
 
 
@@ -129,4 +130,4 @@ def test_a_full_disk_gets_one_sentence_and_leaves_the_earlier_checkpoint(tmp_pat
             checkpoints.wait()
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.latest() == 1
-        checkpoints.restore(1, state, make_iterator())
+        checkpoints.restore(1, state)

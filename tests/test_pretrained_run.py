@@ -39,6 +39,7 @@ def tiny_run(checkpoint, lora, examples=EXAMPLES):
     config.model.lora.dropout = 0.0
     config.model.dtype = "float32"  # of activations: bfloat16 is slow on a CPU
     config.data.update(source="mirage", path=str(examples), workers=0, max_pixels=196 * 196)
+    config.data.feature_cache = str(checkpoint.parent / "features")
     bucket = {**config.data.buckets.one_look, "prefix": 704, "tail": 256}
     config.data.buckets = {"one_look": bucket}
     for name in STAGES:
@@ -79,21 +80,35 @@ def test_losses_fall_in_both_stages(finished):
     check_falling(workdir)
 
 
-def test_a_stopped_run_goes_on_with_the_same_curve(finished, tmp_path, monkeypatch):
-    config, whole = finished
+def stop_after(stage, step, config, workdir):
+    """Trains until a step, and stops there as Ctrl-C does."""
     advance = Progress.advance
 
     def advance_or_stop(progress):
         advance(progress)
-        if (progress._stage, progress._step) == ("stage1", 6):
+        if (progress._stage, progress._step) == (stage, step):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Progress, "advance", advance_or_stop)
-    with pytest.raises(Interrupted):
-        train(config, tmp_path / "stopped")
-    monkeypatch.setattr(Progress, "advance", advance)
-    train(config, tmp_path / "stopped")
-    assert curve(tmp_path / "stopped") == curve(whole)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Progress, "advance", advance_or_stop)
+        train(config, workdir)
+
+
+def test_a_stopped_run_goes_on_with_the_same_curve(finished, tmp_path):
+    config, whole = finished
+    stop_after("stage1", 6, config, tmp_path)
+    train(config, tmp_path)
+    assert curve(tmp_path) == curve(whole)
+
+
+def test_a_run_that_encodes_images_in_every_step_has_the_same_losses(finished, tmp_path):
+    config, whole = finished
+    assert list(Path(config.data.feature_cache).glob("*/*.safetensors"))
+    config = config.copy_and_resolve_references().unlock()
+    config.data.feature_cache = ""
+    stop_after("stage1", 3, config.lock(), tmp_path)
+    for line, expected in zip(curve(tmp_path), curve(whole), strict=False):
+        assert line == pytest.approx(expected, abs=1e-4)
 
 
 def test_what_is_frozen_stays_in_bfloat16_and_what_learns_is_float32(finished):

@@ -7,12 +7,13 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerFast
 
+from ilvr_jax.data.features import FeatureStore
 from ilvr_jax.data.images import load_image, patch_image
 from ilvr_jax.data.records import IMAGE_MARKER, BadRecord, ImageSource, Record, Text
 from ilvr_jax.data.tokenizer import SPECIAL_TOKENS
 from ilvr_jax.latents.layout import Sample, build_sample
 from ilvr_jax.latents.tokens import SpecialTokens
-from ilvr_jax.models.images import PatchedImage
+from ilvr_jax.models.images import EncodedImage, PatchedImage
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # image_pad is repeated once per vision token
 LATENT = "<|latent_start|><|latent_pad|><|latent_end|>"  # latent_pad is repeated once per slot
@@ -33,6 +34,7 @@ class ExampleSettings:
     # Bounds on the pixels of an image, as in a published preprocessor_config.json; None is no bound.
     min_pixels: int | None = None
     max_pixels: int | None = None
+    features: FeatureStore | None = None  # what the vision tower made of images already, in place of their pixels
 
     def __post_init__(self):
         if self.helper_images not in HELPER_IMAGES:
@@ -126,30 +128,40 @@ def _plain(text: str, record: Record) -> str:
 def _build(
     record: Record,
     chat: str,
-    images: Sequence[ImageSource],
-    helper_images: Sequence[ImageSource],
+    sources: Sequence[ImageSource],
+    helper_sources: Sequence[ImageSource],
     tokenizer: PreTrainedTokenizerFast,
     special: SpecialTokens,
     settings: ExampleSettings,
     number: int,
 ) -> Sample:
     try:
-        patched = [_patched(image, settings) for image in images]
-        patched_helpers = [_patched(image, settings) for image in helper_images]
+        images = [read_image(source, settings) for source in sources]
+        helper_images = [read_image(source, settings) for source in helper_sources]
     except BadRecord as error:
         raise BadRecord(f"{record.name}: {error}") from error
     # The Rust tokenizer underneath: the wrapper costs several times as much for a text of this length.
     tokens = np.array(tokenizer.backend_tokenizer.encode(chat, add_special_tokens=False).ids, np.int32)
-    tokens = _expand(tokens, patched, special, settings.latent_size)
-    return build_sample(tokens, patched, patched_helpers, special, settings.latent_size, record=number)
+    tokens = _expand(tokens, images, special, settings.latent_size)
+    return build_sample(tokens, images, helper_images, special, settings.latent_size, record=number)
 
 
-def _patched(image: ImageSource, settings: ExampleSettings) -> PatchedImage:
-    return patch_image(load_image(image, settings.image_scale, settings.min_pixels, settings.max_pixels))
+def read_image(source: ImageSource, settings: ExampleSettings) -> PatchedImage | EncodedImage:
+    """Returns an image as the model takes it: its features if `settings` has a store that holds them, else patches.
+
+    Raises BadRecord as `load_image` does.
+    """
+    encoded = settings.features.get(source) if settings.features else None
+    if encoded is not None:
+        return encoded
+    return patch_image(load_image(source, settings.image_scale, settings.min_pixels, settings.max_pixels))
 
 
 def _expand(
-    tokens: Int[np.ndarray, " short"], images: Sequence[PatchedImage], special: SpecialTokens, latent_size: int
+    tokens: Int[np.ndarray, " short"],
+    images: Sequence[PatchedImage | EncodedImage],
+    special: SpecialTokens,
+    latent_size: int,
 ) -> Int[np.ndarray, " time"]:
     """Repeats each image_pad once per vision token and each latent_pad once per slot."""
     counts = np.ones(len(tokens), np.int64)

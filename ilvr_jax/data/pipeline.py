@@ -9,8 +9,9 @@ import grain
 from absl import flags
 
 from ilvr_jax.data.records import BadRecord, Record
-from ilvr_jax.latents.layout import Batch, Layout, Sample, collate, fits, required_layout
+from ilvr_jax.latents.layout import NO_IMAGE, Batch, Layout, Sample, collate, fits, required_layout
 from ilvr_jax.latents.tokens import SpecialTokens
+from ilvr_jax.models.images import EncodedImage, PatchedImage
 
 PREFETCHED_BATCHES = 2
 PREFETCHED_SAMPLES = 16  # a worker
@@ -44,13 +45,15 @@ def make_iterator(
     window_units: int,
     workers: int = 0,
     on_bad_record: str = "error",
+    no_image: PatchedImage | EncodedImage = NO_IMAGE,
 ) -> grain.DatasetIterator[Batch]:
     """Returns an endless iterator over batches, every epoch in another order.
 
     `to_sample(record, number=...)` makes a sample of record `number`; it goes to the first of `buckets` that holds
     it, and a batch is made when a bucket has `batch_size` samples. Part-full buckets are carried into the next
     epoch. With `workers` processes or none (a thread), the batches are the same. The state (`get_state`,
-    `set_state`) is small and plain JSON, and may be restored with another number of workers.
+    `set_state`) is small and plain JSON, and may be restored with another number of workers. All images are of the kind
+    that `no_image` is, patched or encoded.
 
     A bad record raises BadRecord at the next batch, or with `on_bad_record="skip"` is left out: the
     first are logged, and `skipped_records` lists all. Raises ValueError on settings that make no sense.
@@ -62,13 +65,18 @@ def make_iterator(
     if not len(source):
         raise BadRecord("the source holds no records; at least one is needed")
     load = functools.partial(
-        load_sample, source=source, to_sample=to_sample, buckets=tuple(buckets), window_units=window_units
+        load_sample,
+        source=source,
+        to_sample=to_sample,
+        buckets=tuple(buckets),
+        window_units=window_units,
+        no_image=no_image,
     )
     records = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().map(load)
     grain.config.update("py_traceback_filtering", "off")  # it would add lines of its own to an error's sentence
     batches = BatchIterator(
         records,
-        functools.partial(collate, special=special, window_units=window_units),
+        functools.partial(collate, special=special, window_units=window_units, no_image=no_image),
         buckets,
         batch_size,
         workers,
@@ -78,13 +86,28 @@ def make_iterator(
     return grain.experimental.ThreadPrefetchDatasetIterator(batches, PREFETCHED_BATCHES)
 
 
+def start_workers(records: grain.MapDataset, workers: int) -> grain.DatasetIterator:
+    """Returns an iterator over records in their order, loaded by so many processes, or without one in this."""
+    dataset = records.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain asks absl's flags for debug settings before it starts a worker
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, PREFETCHED_SAMPLES))
+    return iter(dataset)
+
+
 def skipped_records(iterator: grain.DatasetIterator) -> list[int]:
     """Returns the numbers of the records left out so far, each once however often it came up."""
     return list(iterator.get_state()["skipped"])
 
 
 def load_sample(
-    number: int, source: Source, to_sample: Callable[..., Sample], buckets: Sequence[Layout], window_units: int
+    number: int,
+    source: Source,
+    to_sample: Callable[..., Sample],
+    buckets: Sequence[Layout],
+    window_units: int,
+    no_image: PatchedImage | EncodedImage = NO_IMAGE,
 ) -> Loaded:
     """Loads one record and finds its bucket; a bad record is returned as such, to be judged in the main process."""
     try:
@@ -92,6 +115,11 @@ def load_sample(
         sample = to_sample(record, number=number)
         for bucket, layout in enumerate(buckets):
             if fits(sample, layout, window_units):
+                if any(type(image) is not type(no_image) for image in (*sample.images, *sample.helper_images)):
+                    raise BadRecord(
+                        f"{record.name}: an image has no features, since it was another or unreadable when they were "
+                        "computed; the same command computes them"
+                    )
                 return Loaded(number, sample, bucket)
         raise BadRecord(f"{record.name}: {_too_large(required_layout(sample, window_units), buckets[-1])}")
     except BadRecord as error:
@@ -191,14 +219,7 @@ class BatchIterator(grain.DatasetIterator):
             raise BadRecord(f"every record was left out, the last because: {loaded.problem}")
 
     def _start_stream(self) -> grain.DatasetIterator:
-        remaining = self._records.slice(slice(self._position, None)).to_iter_dataset(
-            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        )
-        if self._workers:
-            if not flags.FLAGS.is_parsed():  # grain asks absl's flags for debug settings before it starts a worker
-                flags.FLAGS.mark_as_parsed()
-            remaining = remaining.mp_prefetch(grain.MultiprocessingOptions(self._workers, PREFETCHED_SAMPLES))
-        return iter(remaining)
+        return start_workers(self._records.slice(slice(self._position, None)), self._workers)
 
     def _close_stream(self) -> None:
         if self._stream is not None:

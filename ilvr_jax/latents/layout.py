@@ -17,7 +17,17 @@ import numpy as np
 from jaxtyping import Bool, Int, Int8
 
 from ilvr_jax.latents.tokens import Role, SpecialTokens, answer_labels, token_roles
-from ilvr_jax.models.images import MERGE, STILL_PATCH_DIM, ImageBatch, PatchedImage, stack_images, window_count
+from ilvr_jax.models.images import (
+    MERGE,
+    STILL_PATCH_DIM,
+    EncodedImage,
+    FeatureBatch,
+    ImageBatch,
+    PatchedImage,
+    stack_features,
+    stack_images,
+    window_count,
+)
 from ilvr_jax.models.positions import mrope_positions
 
 
@@ -63,8 +73,8 @@ class Sample:
     labels: Int[np.ndarray, " time"]  # the token itself where it carries loss, else -100
     roles: Int8[np.ndarray, " time"]
     positions: Int[np.ndarray, "3 time"]
-    images: tuple[PatchedImage, ...]
-    helper_images: tuple[PatchedImage, ...]
+    images: tuple[PatchedImage, ...] | tuple[EncodedImage, ...]
+    helper_images: tuple[PatchedImage, ...] | tuple[EncodedImage, ...]
     slot_starts: tuple[int, ...]  # index of each segment's first slot
     latent_size: int
     record: int = 0  # which record of the source it is
@@ -79,8 +89,8 @@ class Batch:
     roles: Int8[jax.Array, "rows columns"]
     positions: Int[jax.Array, "rows 3 columns"]
     image_index: Int[jax.Array, "rows columns"]  # which of the row's vision features stands here, -1 for none
-    images: ImageBatch  # leading axes [rows, images]
-    helper_images: ImageBatch  # leading axes [rows, segments]
+    images: ImageBatch | FeatureBatch  # leading axes [rows, images]
+    helper_images: ImageBatch | FeatureBatch  # leading axes [rows, segments]
     record: Int[jax.Array, " rows"]
     layout: Layout = flax.struct.field(pytree_node=False)
 
@@ -91,8 +101,8 @@ class Batch:
 
 def build_sample(
     tokens: Int[np.ndarray, " time"],
-    images: Sequence[PatchedImage],
-    helper_images: Sequence[PatchedImage],
+    images: Sequence[PatchedImage] | Sequence[EncodedImage],
+    helper_images: Sequence[PatchedImage] | Sequence[EncodedImage],
     special: SpecialTokens,
     latent_size: int,
     record: int = 0,
@@ -211,8 +221,19 @@ def sample_columns(sample: Sample, layout: Layout) -> Int[np.ndarray, " time"]:
     return columns
 
 
-def collate(samples: Sequence[Sample], layout: Layout, special: SpecialTokens, window_units: int) -> Batch:
+NO_IMAGE = PatchedImage(np.zeros((0, STILL_PATCH_DIM), np.uint8), 0, 0)
+
+
+def collate(
+    samples: Sequence[Sample],
+    layout: Layout,
+    special: SpecialTokens,
+    window_units: int,
+    no_image: PatchedImage | EncodedImage = NO_IMAGE,
+) -> Batch:
     """Lays samples out as one batch of numpy arrays.
+
+    All images are of one kind, patched or encoded; `no_image` has that kind, for samples that have none.
 
     Raises ValueError if a sample does not fit the layout.
     """
@@ -231,11 +252,13 @@ def collate(samples: Sequence[Sample], layout: Layout, special: SpecialTokens, w
         capacity = layout.image_windows * window_units**2
         features = [number * capacity + np.arange(image.vision_tokens) for number, image in enumerate(sample.images)]
         image_index[row, place[sample.roles == Role.IMAGE]] = np.concatenate([np.zeros(0, int), *features])
-    pixels = [image.pixels for sample in samples for image in (*sample.images, *sample.helper_images)]
-    patch_dim, dtype = (pixels[0].shape[1], pixels[0].dtype) if pixels else (STILL_PATCH_DIM, np.uint8)
+    kind = next((image for sample in samples for image in (*sample.images, *sample.helper_images)), no_image)
+    stack_kind = stack_features if isinstance(kind, EncodedImage) else stack_images
+    channels, dtype = kind[0].shape[-1], kind[0].dtype
 
-    def stack(name: str, per_row: int, windows: int) -> ImageBatch:
-        return stack_images([list(getattr(s, name)) for s in samples], per_row, windows, window_units, patch_dim, dtype)
+    def stack(name: str, per_row: int, windows: int) -> ImageBatch | FeatureBatch:
+        images = [list(getattr(sample, name)) for sample in samples]
+        return stack_kind(images, per_row, windows, window_units, channels, dtype)
 
     return Batch(
         tokens=tokens,

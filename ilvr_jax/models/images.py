@@ -1,11 +1,11 @@
-"""Images as the vision tower takes them: patches in attention windows, padded to dense arrays."""
+"""Images as the vision tower takes them, patches in attention windows, or as it left them; padded to dense arrays."""
 
 from typing import NamedTuple
 
 import flax.struct
 import jax
 import numpy as np
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 MERGE = 2  # patches a side that the merger turns into one vision token
 STILL_PATCH_DIM = 3 * 14 * 14  # bytes of a patch of a still image
@@ -28,6 +28,25 @@ class PatchedImage(NamedTuple):
         return self.height * self.width // MERGE**2
 
 
+class EncodedImage(NamedTuple):
+    """One image as the features that the vision tower made of it, one for each vision token."""
+
+    features: Float[np.ndarray, "rows columns channels"]
+
+    @property
+    def height(self) -> int:
+        """In patches, like that of a PatchedImage."""
+        return MERGE * self.features.shape[0]
+
+    @property
+    def width(self) -> int:
+        return MERGE * self.features.shape[1]
+
+    @property
+    def vision_tokens(self) -> int:
+        return self.features.shape[0] * self.features.shape[1]
+
+
 @flax.struct.dataclass
 class ImageBatch:
     """Images of any number and size as dense windows of patches. Leading axes are free.
@@ -43,12 +62,20 @@ class ImageBatch:
     unit_valid: Bool[jax.Array, "*images units"]
 
 
+@flax.struct.dataclass
+class FeatureBatch:
+    """The features of images of any number and size, in raster order, padding last. Leading axes are free."""
+
+    features: Float[jax.Array, "*images units channels"]
+    unit_valid: Bool[jax.Array, "*images units"]
+
+
 def window_shape(height: int, width: int, window_units: int) -> tuple[int, int]:
     """Returns how many windows of `window_units` merge units a side cover an image of so many patches."""
     return -(-height // (MERGE * window_units)), -(-width // (MERGE * window_units))
 
 
-def window_count(image: PatchedImage, window_units: int) -> int:
+def window_count(image: PatchedImage | EncodedImage, window_units: int) -> int:
     """Returns how many attention windows the image takes."""
     rows, columns = window_shape(image.height, image.width, window_units)
     return rows * columns
@@ -70,14 +97,9 @@ def stack_images(
     raster_order = np.zeros(shape, np.int32)
     unit_valid = np.zeros(shape, bool)
     corner = np.stack(np.meshgrid(np.arange(MERGE), np.arange(MERGE), indexing="ij"), -1).reshape(-1, 2)
+    check_room(images, per_row, windows, window_units)
     for row, row_images in enumerate(images):
-        if len(row_images) > per_row:
-            raise ValueError(f"a sample has {len(row_images)} images and the layout has room for {per_row}")
         for number, image in enumerate(row_images):
-            if window_count(image, window_units) > windows:
-                raise ValueError(
-                    f"an image takes {window_count(image, window_units)} windows and the layout has room for {windows}"
-                )
             units = np.stack(
                 np.meshgrid(np.arange(image.height // MERGE), np.arange(image.width // MERGE), indexing="ij"), -1
             ).reshape(-1, 2)
@@ -98,3 +120,35 @@ def stack_images(
         raster_order=raster_order,
         unit_valid=unit_valid,
     )
+
+
+def stack_features(
+    images: list[list[EncodedImage]], per_row: int, windows: int, window_units: int, channels: int, dtype
+) -> FeatureBatch:
+    """Lays ragged lists of encoded images out as a FeatureBatch with leading axes [rows, per_row].
+
+    There is room for as many features an image as `windows` attention windows have. Raises ValueError if a list or an
+    image does not fit.
+    """
+    check_room(images, per_row, windows, window_units)
+    shape = (len(images), per_row, windows * window_units**2)
+    features, unit_valid = np.zeros((*shape, channels), dtype), np.zeros(shape, bool)
+    for row, row_images in enumerate(images):
+        for number, image in enumerate(row_images):
+            features[row, number, : image.vision_tokens] = image.features.reshape(-1, channels)
+            unit_valid[row, number, : image.vision_tokens] = True
+    return FeatureBatch(features, unit_valid)
+
+
+def check_room(
+    images: list[list[PatchedImage]] | list[list[EncodedImage]], per_row: int, windows: int, window_units: int
+) -> None:
+    """Raises ValueError if a row has more than `per_row` images or one of them takes more than so many windows."""
+    for row_images in images:
+        if len(row_images) > per_row:
+            raise ValueError(f"a sample has {len(row_images)} images and the layout has room for {per_row}")
+        for image in row_images:
+            if window_count(image, window_units) > windows:
+                raise ValueError(
+                    f"an image takes {window_count(image, window_units)} windows and the layout has room for {windows}"
+                )

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ilvr_jax.models.config import ModelConfig
 from ilvr_jax.models.decoder import Decoder, KeyValues
-from ilvr_jax.models.images import MERGE, ImageBatch
+from ilvr_jax.models.images import MERGE, FeatureBatch, ImageBatch
 from ilvr_jax.models.lora import split_adapters
 from ilvr_jax.models.vision import VisionTower
 
@@ -51,8 +51,12 @@ class Qwen2_5VL:
         decoder, adapters = split_adapters(self.decoder.init(decoder_key, inputs, positions, mask)["params"])
         return {"vision": vision, "decoder": decoder} | ({"adapters": adapters} if adapters else {})
 
-    def encode_images(self, vision: PyTree, images: ImageBatch) -> Float[Array, "*images units channels"]:
-        """Returns each image's vision tokens in raster order, padded."""
+    def encode_images(
+        self, vision: PyTree, images: ImageBatch | FeatureBatch
+    ) -> Float[Array, "*images units channels"]:
+        """Returns each image's vision tokens in raster order, padded; those of a FeatureBatch as they are."""
+        if isinstance(images, FeatureBatch):
+            return images.features
         if not images.raster_order.size:  # a layout without room for such images
             return jnp.zeros((*images.raster_order.shape, self.config.hidden_size), self.config.dtype)
         return self.vision.apply({"params": vision}, images)

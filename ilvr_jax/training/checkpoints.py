@@ -79,18 +79,21 @@ class Checkpoints:
         with _say_disk_full(self.folder):
             self._manager.wait_until_finished()
 
-    def restore(self, step: int, like: Any, iterator: grain.DatasetIterator) -> Any:
-        """Returns the state of a step and moves the iterator to its place.
+    def restore(self, step: int, like: Any) -> Any:
+        """Returns the state of a step.
 
         `like` has the shapes, dtypes and shardings to restore to: a state, or what jax.eval_shape says of one.
         """
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(_abstract(like.params)),
             training=ocp.args.StandardRestore(_abstract(like.replace(params=None))),
-            data=grain.checkpoint.CheckpointRestore(iterator),
         )
         restored = self._manager.restore(step, args=items)
         return restored["training"].replace(params=restored["params"])
+
+    def restore_place(self, step: int, iterator: grain.DatasetIterator) -> None:
+        """Moves the iterator to its place after a step."""
+        self._manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(iterator)))
 
     def restore_params(self, step: int, like: Any) -> Any:
         """Returns the parameters alone; `like` as in `restore`."""

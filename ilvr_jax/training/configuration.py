@@ -24,7 +24,14 @@ from ilvr_jax.training.step import OBJECTIVES
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # What may differ when a run is continued: none of it changes what is learnt.
-NO_EFFECT_ON_TRAINING = ("log_every", "checkpoint_every", "checkpoint_keep", "eval", "data.workers")
+NO_EFFECT_ON_TRAINING = (
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_keep",
+    "eval",
+    "data.workers",
+    "data.feature_cache",
+)
 
 # By objective, what may become of helper images: latent losses need slots, and the teacher's targets images too.
 HELPER_IMAGES = {"text": ("omit", "encode"), "alignment": ("latent",), "autonomy": ("latent", "slots")}
@@ -182,6 +189,11 @@ def check_config(config: ConfigDict) -> None:
             _at_least(0, f"data.buckets.{name}.{key}", value)
     _one_of("data.on_bad_record", config.data.on_bad_record, ("error", "skip"))
     _one_of("model.frozen_dtype", config.model.frozen_dtype, DTYPES)
+    if config.data.source == "frozen_lake" and config.data.feature_cache:
+        raise BadConfig(
+            f"config key data.feature_cache is {config.data.feature_cache!r}, and data.source frozen_lake draws other "
+            "images all the time; an empty one is accepted"
+        )
     if config.data.source != "frozen_lake" and not config.data.path:
         raise BadConfig(f"config key data.path is empty, a file of the format {config.data.source!r} is accepted")
 

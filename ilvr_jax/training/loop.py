@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ilvr_jax.data.ilvr import IlvrSource
 from ilvr_jax.data.pipeline import Source, make_iterator, skipped_records
 from ilvr_jax.data.tokenizer import load_tokenizer, record_texts, special_tokens, train_tokenizer
 from ilvr_jax.inference.evaluation import decode_settings, evaluate, prompt_settings, read_answers
-from ilvr_jax.latents.layout import Layout
+from ilvr_jax.latents.layout import NO_IMAGE, Layout
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.tensor_files import BadCheckpoint
@@ -49,6 +49,7 @@ from ilvr_jax.training.pretrained import Pretrained, keep_description, load_para
 from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.state import TrainState, create_state
 from ilvr_jax.training.step import make_train_step
+from ilvr_jax.training.vision_features import complete_features, open_features
 
 TOKENIZER_RECORDS = 2000  # as many records' texts make the tokenizer
 
@@ -150,10 +151,7 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
     def start(params: PyTree) -> TrainState:
         return create_state(params, optimizer, tuple(stage.train), stage.objective == "alignment", key)
 
-    with (
-        Checkpoints(stage_folder(run.workdir, name), config.checkpoint_keep) as checkpoints,
-        contextlib.closing(open_iterator(run, name, config.seed + number)) as iterator,
-    ):
+    with Checkpoints(stage_folder(run.workdir, name), config.checkpoint_keep) as checkpoints:
         first = checkpoints.latest() or 0
         if first == stage.steps:
             run.progress.say(f"{name}: finished earlier, after {first} steps")
@@ -165,15 +163,18 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
             if first:
                 run.progress.say(f"{name}: goes on after step {first}")
         if first:
-            state = checkpoints.restore(first, jax.eval_shape(start, params), iterator)
+            state = checkpoints.restore(first, jax.eval_shape(start, params))
         else:
             state = start(params)
         del params  # the step gives their buffers away
         with (
+            contextlib.closing(open_iterator(run, name, config.seed + number, state.params["vision"])) as iterator,
             Metrics(run.workdir, name, first) as metrics,
             run.progress.stage(name, first, stage.steps),
             stop_request() as stop,
         ):
+            if first:
+                checkpoints.restore_place(first, iterator)
             clock, values = Clock(stage.batch_size, first, metrics.seconds_before), {}
             step = first
             for step in range(first + 1, stage.steps + 1):
@@ -231,38 +232,63 @@ def open_source(config: ConfigDict) -> Source:
         return FrozenLakeSource(dataclasses.replace(settings, exclude=exclude), config.seed, data.records)
 
 
-def open_iterator(run: Run, stage: str, seed: int) -> grain.DatasetIterator:
-    """Returns the endless batches of a stage."""
-    data, latents = run.config.data, run.config.latents
+def open_iterator(run: Run, stage: str, seed: int, vision: PyTree) -> grain.DatasetIterator:
+    """Returns the endless batches of a stage, with kept features of images if it has them; see `with_features`."""
+    data = run.config.data
     with blame("data"):
-        examples = ExampleSettings(
-            # What is generated is drawn at the size it is wanted in.
-            image_scale=1.0 if data.source == "frozen_lake" else data.image_scale,
-            min_pixels=data.min_pixels or None,
-            max_pixels=data.max_pixels or None,
-            latent_size=latents.latent_size,
-            helper_images=run.config[stage].helper_images,
-            system=data.system,
-        )
-        window_units = run.model.config.vision.window_units
-        # A sample goes to the first bucket that holds it, and a ConfigDict knows no order but the alphabet's.
-        buckets = sorted(
-            (Layout(latent_size=latents.latent_size, **bucket) for bucket in data.buckets.values()),
-            key=lambda layout: padded_tokens(layout, window_units),
-        )
-        if examples.helper_images != "latent":
-            buckets = [dataclasses.replace(bucket, helper_windows=0) for bucket in buckets]
+        settings, buckets = example_settings(run.config, stage), stage_buckets(run.config, stage, run.model)
+    if data.feature_cache and "vision" not in run.config[stage].train:
+        settings = with_features(run, stage, settings, buckets, vision)
+    with blame("data"):
         return make_iterator(
             run.source,
-            functools.partial(build_example, tokenizer=run.tokenizer, special=run.special, settings=examples),
+            functools.partial(build_example, tokenizer=run.tokenizer, special=run.special, settings=settings),
             buckets,
             run.config[stage].batch_size,
             seed,
             run.special,
-            window_units,
+            run.model.config.vision.window_units,
             data.workers,
             data.on_bad_record,
+            settings.features.no_image if settings.features else NO_IMAGE,
         )
+
+
+def example_settings(config: ConfigDict, stage: str) -> ExampleSettings:
+    """Returns how records become samples of a stage; raises ValueError for a bad value."""
+    data = config.data
+    return ExampleSettings(
+        # What is generated is drawn at the size it is wanted in.
+        image_scale=1.0 if data.source == "frozen_lake" else data.image_scale,
+        min_pixels=data.min_pixels or None,
+        max_pixels=data.max_pixels or None,
+        latent_size=config.latents.latent_size,
+        helper_images=config[stage].helper_images,
+        system=data.system,
+    )
+
+
+def stage_buckets(config: ConfigDict, stage: str, model: Qwen2_5VL) -> list[Layout]:
+    """Returns the layouts of a stage's batches, the cheapest first."""
+    # A sample goes to the first bucket that holds it, and a ConfigDict knows no order but the alphabet's.
+    buckets = sorted(
+        (Layout(latent_size=config.latents.latent_size, **bucket) for bucket in config.data.buckets.values()),
+        key=lambda layout: padded_tokens(layout, model.config.vision.window_units),
+    )
+    if config[stage].helper_images == "latent":
+        return buckets
+    return [dataclasses.replace(bucket, helper_windows=0) for bucket in buckets]
+
+
+def with_features(
+    run: Run, stage: str, settings: ExampleSettings, buckets: Sequence[Layout], vision: PyTree
+) -> ExampleSettings:
+    """Returns settings with a store of the features of all images of the records, computed now where it lacks them."""
+    store = open_features(Path(run.config.data.feature_cache).expanduser(), run.model, vision, settings)
+    workers = run.config.data.workers
+    count = complete_features(store, run.model, vision, run.source, settings, buckets, workers, run.progress)
+    run.progress.say(f"{stage}: encoded {count} images; their features are in {store.folder}")
+    return dataclasses.replace(settings, features=store)
 
 
 def padded_tokens(layout: Layout, window_units: int) -> int:

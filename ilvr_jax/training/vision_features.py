@@ -1,0 +1,140 @@
+"""Encodes the images of a data set with the frozen vision tower, each distinct one once, before a stage trains."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from rich.progress import track
+
+from ilvr_jax.data.examples import ExampleSettings, read_image
+from ilvr_jax.data.features import FeatureStore, image_key
+from ilvr_jax.data.pipeline import Source, start_workers
+from ilvr_jax.data.records import BadRecord, Text
+from ilvr_jax.latents.layout import Layout
+from ilvr_jax.models.images import PatchedImage, stack_images, window_count
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.training.progress import Progress
+
+VERSION = 1  # of what is computed and how it is stored
+BATCH_WINDOWS = 64  # attention windows that are encoded at a time, or those of one image
+FILE_BYTES = 2**28  # of features that one file holds; a process that dies loses no more than these
+
+
+def open_features(folder: Path, model: Qwen2_5VL, vision: PyTree, settings: ExampleSettings) -> FeatureStore:
+    """Returns the store, a folder inside `folder`, of this vision tower's features of images so prepared."""
+    made_of = {
+        "version": VERSION,
+        "image_scale": settings.image_scale,
+        "min_pixels": settings.min_pixels,
+        "max_pixels": settings.max_pixels,
+        "vision": dataclasses.asdict(model.config.vision),
+        "dtype": model.config.dtype,
+        "weights": weights_hash(vision),
+    }
+    name = hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
+    return FeatureStore(folder / name, model.config.vision.out_hidden_size, model.config.dtype)
+
+
+def weights_hash(params: PyTree) -> str:
+    """Returns a hash of every parameter's name, shape, dtype and value."""
+    content = hashlib.blake2b(digest_size=16)
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        content.update(f"{jax.tree_util.keystr(keys)} {leaf.shape} {leaf.dtype}".encode())
+        content.update(np.ascontiguousarray(leaf).view(np.uint8))
+    return content.hexdigest()
+
+
+def complete_features(
+    store: FeatureStore,
+    model: Qwen2_5VL,
+    vision: PyTree,
+    source: Source,
+    settings: ExampleSettings,
+    buckets: Sequence[Layout],
+    workers: int,
+    progress: Progress,
+) -> int:
+    """Adds to the store what it lacks of the source's images, and returns how many that were.
+
+    Images that cannot be read, or are too large for every bucket, stay out: training says so. The vision tower is
+    compiled once for each number of attention windows that `buckets` have room for.
+    """
+    for name in store.repair():
+        progress.say(f"features: {store.folder / name} was damaged, its images are encoded again")
+    rooms = sorted({room for bucket in buckets for room in (bucket.image_windows, bucket.helper_windows) if room})
+    encode, window_units = jax.jit(model.encode_images), model.config.vision.window_units
+    pending: dict[int, dict[str, PatchedImage]] = {room: {} for room in rooms}
+    features: dict[str, np.ndarray] = {}
+    added: set[str] = set()
+
+    def flush(room: int) -> None:
+        images, pending[room] = pending[room], {}
+        rows = [[image] for image in images.values()]
+        rows += [[]] * (batch_size(room) - len(rows))  # one shape, so one compilation
+        encoded = np.asarray(
+            encode(vision, stack_images(rows, 1, room, window_units, rows[0][0].pixels.shape[1], np.uint8))
+        )
+        for (key, image), units in zip(images.items(), encoded[:, 0], strict=False):
+            shape = image.height // 2, image.width // 2, -1
+            features[key] = units[: image.vision_tokens].reshape(shape).copy()
+        if sum(array.nbytes for array in features.values()) >= FILE_BYTES:
+            store.add(features)
+            features.clear()
+
+    for key, image in new_images(store, source, settings, workers, progress):
+        room = next((room for room in rooms if window_count(image, window_units) <= room), None)
+        if room is None or key in added:
+            continue
+        added.add(key)
+        pending[room][key] = image
+        if len(pending[room]) == batch_size(room):
+            flush(room)
+    for room in rooms:
+        if pending[room]:
+            flush(room)
+    if features:
+        store.add(features)
+    return len(added)
+
+
+def batch_size(room: int) -> int:
+    """Returns how many images of so many attention windows are encoded at a time."""
+    return max(1, BATCH_WINDOWS // room)
+
+
+def new_images(
+    store: FeatureStore, source: Source, settings: ExampleSettings, workers: int, progress: Progress
+) -> Iterator[tuple[str, PatchedImage]]:
+    """Yields the images of the records that the store lacks, some of them more than once."""
+    load = functools.partial(load_new_images, source=source, store=store, settings=settings)
+    records = grain.MapDataset.range(len(source)).map(load)
+    shown = {"description": "features", "total": len(source), "console": progress.console, "transient": True}
+    for images in track(start_workers(records, workers), **shown, disable=not progress.console.is_terminal):
+        yield from images
+
+
+def load_new_images(
+    number: int, source: Source, store: FeatureStore, settings: ExampleSettings
+) -> list[tuple[str, PatchedImage]]:
+    """Returns a record's images that the store lacks, in patches, with their keys; those that are bad left out."""
+    images = []
+    try:
+        record = source[number]
+    except BadRecord:
+        return images
+    looks = [step.helper_image for step in record.steps if not isinstance(step, Text)]
+    for image in (*record.images, *(looks if settings.helper_images in ("latent", "encode") else ())):
+        key = image_key(image)
+        if key and key not in store:
+            try:
+                images.append((key, read_image(image, settings)))
+            except BadRecord:
+                continue
+    return images
