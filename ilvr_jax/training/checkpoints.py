@@ -144,7 +144,7 @@ def restore_for_inference(
     config = config or read_config(workdir)
     stage = choose_stage(workdir, config, stage)
     tokenizer = load_tokenizer(workdir / "tokenizer")
-    model = build_model(config, workdir, tokenizer)
+    model = build_model(config, workdir / PRETRAINED, tokenizer)
     like = params_like(model, config)
     with Checkpoints(stage_folder(workdir, stage)) as checkpoints:
         params = checkpoints.restore_params(checkpoints.latest(), like)
@@ -172,9 +172,9 @@ def restore_teacher(workdir: Path, config: ConfigDict, stage: str | None = None)
     return teacher
 
 
-def build_model(config: ConfigDict, workdir: Path, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5VL:
-    """Returns the model of a run: of the shape in its config, or of the checkpoint that it began from."""
-    published = read_published(workdir / PRETRAINED) if config.model.init_from else None
+def build_model(config: ConfigDict, folder: Path, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5VL:
+    """Returns the model of a run: of the shape in its config, or of the checkpoint that it begins from, in `folder`."""
+    published = read_published(folder) if config.model.init_from else None
     with blame("model"):
         return Qwen2_5VL(model_config(config.model, len(tokenizer), published))
 

@@ -92,11 +92,11 @@ def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> 
         tokenizer = load_tokenizer(workdir / "tokenizer")
     else:
         tokenizer = pretrained.tokenizer if pretrained else make_tokenizer(config, source)
+    model = build_model(config, pretrained.folder if pretrained else workdir / PRETRAINED, tokenizer)
+    steps = {name: make_step(config, name, model) for name in config.stages}
     write_config(config, workdir)
     if pretrained:
         keep_description(pretrained, workdir / PRETRAINED)
-    model = build_model(config, workdir, tokenizer)
-    steps = {name: make_step(config, name, model) for name in config.stages}
     with blame("model"):
         params = start_params(config, workdir, model, pretrained)
     tokenizer.save_pretrained(workdir / "tokenizer")
