@@ -69,6 +69,10 @@ def test_rows_are_added_where_none_is_spare(tmp_path):
     assert tensors["lm_head.weight"].shape == (rows + 3, 32)
     back = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "back")
     assert back.config.get_text_config().vocab_size == rows + 3
+    # So are the checkpoints of the published ILVR and Mirage code: latent tokens, fields of their own, no spare row.
+    again = open_pretrained(tmp_path / "back")
+    assert again.added == () and len(again.tokenizer) == rows + 3 and "latent_token_id" in again.published
+    assert convert.main(["from-hf", str(tmp_path / "back"), str(tmp_path / "again")]) == 0
 
 
 def test_transformers_opens_what_is_written_with_the_same_logits(tmp_path):
