@@ -90,12 +90,27 @@ def load_sample(
     try:
         record = source[number]
         sample = to_sample(record, number=number)
-        for bucket, layout in enumerate(buckets):
-            if fits(sample, layout, window_units):
-                return Loaded(number, sample, bucket)
-        raise BadRecord(f"{record.name}: {_too_large(required_layout(sample, window_units), buckets[-1])}")
+        return Loaded(number, sample, find_bucket(sample, record.name, buckets, window_units))
     except BadRecord as error:
         return Loaded(number, problem=str(error))
+
+
+def find_bucket(sample: Sample, name: str, buckets: Sequence[Layout], window_units: int) -> int:
+    """Returns which of `buckets` a sample goes to, the first that holds it; raises BadRecord, naming it, if none."""
+    for bucket, layout in enumerate(buckets):
+        if fits(sample, layout, window_units):
+            return bucket
+    raise BadRecord(f"{name}: {_too_large(required_layout(sample, window_units), buckets[-1])}")
+
+
+def stream(items: grain.MapDataset, workers: int) -> grain.DatasetIterator:
+    """Returns the items in their order, made in `workers` processes, or here if there are none."""
+    ordered = items.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain asks absl's flags for debug settings before it starts a worker
+            flags.FLAGS.mark_as_parsed()
+        ordered = ordered.mp_prefetch(grain.MultiprocessingOptions(workers, PREFETCHED_SAMPLES))
+    return iter(ordered)
 
 
 def _too_large(need: Layout, largest: Layout) -> str:
@@ -167,7 +182,7 @@ class BatchIterator(grain.DatasetIterator):
             self._put(position, self._records[position])
             self._to_reload.pop(0)
         if self._stream is None:
-            self._stream = self._start_stream()
+            self._stream = stream(self._records.slice(slice(self._position, None)), self._workers)
         while True:
             for layout, waiting in zip(self._buckets, self._waiting, strict=True):
                 if len(waiting) >= self._batch_size:
@@ -189,16 +204,6 @@ class BatchIterator(grain.DatasetIterator):
                 logging.getLogger(__name__).warning("left out: %s", loaded.problem)
         if len(self._skipped) == self._source_length:
             raise BadRecord(f"every record was left out, the last because: {loaded.problem}")
-
-    def _start_stream(self) -> grain.DatasetIterator:
-        remaining = self._records.slice(slice(self._position, None)).to_iter_dataset(
-            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        )
-        if self._workers:
-            if not flags.FLAGS.is_parsed():  # grain asks absl's flags for debug settings before it starts a worker
-                flags.FLAGS.mark_as_parsed()
-            remaining = remaining.mp_prefetch(grain.MultiprocessingOptions(self._workers, PREFETCHED_SAMPLES))
-        return iter(remaining)
 
     def _close_stream(self) -> None:
         if self._stream is not None:
