@@ -109,6 +109,7 @@ def check(options: argparse.Namespace) -> tuple[int, int]:
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     say(f"{title}\n{remark}\n")
     for section in found:
+        say(section.title)
         console.print(section.table())
         say()
     if buckets:

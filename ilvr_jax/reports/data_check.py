@@ -42,9 +42,8 @@ class Section(NamedTuple):
     numbers: bool = True
 
     def table(self) -> Table:
-        """Returns it for the terminal."""
-        style = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": 0}
-        table = Table(title=self.title, title_justify="left", **style)
+        """Returns it for the terminal, without the title, which may be wider."""
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
         for column, name in enumerate(self.header):
             if self.numbers:
                 justify = "right" if column else "left"
