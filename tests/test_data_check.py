@@ -421,6 +421,14 @@ def test_nothing_usable_after_all(folder, capsys):
     assert "1 records, 0 usable" in printed and "is not an image" in printed and "ConfigDict" not in printed
 
 
+def test_samples_that_no_bucket_holds_are_shown_too(folder, capsys):
+    path = write_records(folder, {}, {"text_input": "Long. " * 200})
+    flags = [f"--config={CONFIG}", "--config.data.image_scale=1", "--config.stages=stage1"]
+    assert main(["check", str(path), *flags]) == 1
+    page = (folder / "train_check.html").read_text()
+    assert "columns of small_looks: " in page and "columns of the suggested bucket_" in page
+
+
 def test_ctrl_c(capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -472,5 +480,9 @@ def test_what_goes_to_a_process_and_back_counts_the_same(folder):
     survey = Survey(views)
     for number, measured in enumerate(there):
         survey.add(number, measured)
-    assert list(survey.usable) == [0, 1, 2] and sum(survey.needs().values())[0] == 3
+    assert (
+        list(survey.samples) == [0, 1, 2]
+        and (survey.usable, survey.left_out) == (3, 1)
+        and sum(survey.needs().values())[0] == 3
+    )
     assert bucket_table("", {}, [], 2).rows == []

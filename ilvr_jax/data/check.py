@@ -36,7 +36,7 @@ WITHOUT_CONFIG = (
     "Checked without a config: latent settings of configs/base.py, images in their own size, a tokenizer made from the "
     "texts. With --config the figures are those of its run, and its buckets are checked too."
 )
-ENOUGH_FOR_WORKERS = 256  # records; processes take seconds to start
+ENOUGH_FOR_WORKERS = 2000  # records; processes take seconds to start
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,17 +50,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="where the page is written (default: <file>_check.html, here)")
     try:
         options = read_config_flags(parser, arguments, DEFAULT, prepare)
-        usable, left_out = check(options)
+        survey = check(options)
     except (BadConfig, BadRecord) as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
         print(f"{error.filename} cannot be read or written: {error.strerror}", file=sys.stderr)
         return 2
-    if not usable:
+    if not survey.usable:
         print(f"{options.file}: no record is usable", file=sys.stderr)
         return 2
-    return 1 if left_out else 0
+    return 1 if survey.left_out else 0
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -81,8 +81,8 @@ def prepare(options: argparse.Namespace) -> None:
         options.config.eval.question = ""
 
 
-def check(options: argparse.Namespace) -> tuple[int, int]:
-    """Checks the data set, prints and writes what there is to say, and returns how many records are usable or not.
+def check(options: argparse.Namespace) -> Survey:
+    """Checks the data set, prints and writes what there is to say, and returns it.
 
     Raises BadConfig, BadRecord if nothing is usable at first sight, and OSError if the page cannot be written.
     """
@@ -99,8 +99,8 @@ def check(options: argparse.Namespace) -> tuple[int, int]:
     survey = take(source, views, vision.window_units, options.limit, config.data.workers)
     needs = {need: int(samples) for need, (samples, _) in survey.needs().items()}
     suggested = suggest_buckets(needs, vision.window_units)
-    usable, left_out = len(survey.usable), survey.left_out
-    title = f"{options.file.name} ({config.data.source}): {usable + left_out} records, {usable} usable"
+    records = survey.usable + survey.left_out
+    title = f"{options.file.name} ({config.data.source}): {records} records, {survey.usable} usable"
     remark = f"{config.latents.latent_size} slots a look, attention windows of {vision.window_size} pixels. " + (
         f"Checked with {options.config_file}." if options.config_file else WITHOUT_CONFIG
     )
@@ -117,7 +117,7 @@ def check(options: argparse.Namespace) -> tuple[int, int]:
     samples = choose_samples(survey, source, suggested, vision.window_units, options.samples, tokenizer, special)
     write_page(options.out, title=title, remark=remark, sections=found, config=buckets, samples=samples)
     say(f"Written: {options.out}")
-    return usable, left_out
+    return survey
 
 
 def make_views(
@@ -171,12 +171,16 @@ def choose_samples(
     tokenizer: PreTrainedTokenizerFast,
     special: SpecialTokens,
 ) -> list[dict[str, Any]]:
-    """Returns samples for the page, evenly spread over the usable records, each in the bucket that it goes to."""
-    view, chosen = survey.views[0], []
-    for place in np.linspace(0, len(survey.usable) - 1, min(count, len(survey.usable)), dtype=int):
-        record = source[survey.usable[place]]
-        sample = view.to_sample(record, number=survey.usable[place])
-        buckets = view.buckets or suggested or {"its own": required_layout(sample, window_units)}
-        name, layout = list(buckets.items())[find_bucket(sample, record.name, list(buckets.values()), window_units)]
+    """Returns samples for the page, evenly spread over the records, each in the bucket that it goes to.
+
+    Those that no bucket of the config holds are shown in a suggested one, prompts alone as they are.
+    """
+    view, numbers, chosen = survey.views[0], survey.samples, []
+    for place in np.linspace(0, len(numbers) - 1, min(count, len(numbers)), dtype=int):
+        record = source[numbers[place]]
+        sample = view.to_sample(record, number=numbers[place])
+        buckets = [*view.buckets.items(), *((f"the suggested {name}", layout) for name, layout in suggested.items())]
+        buckets.append(("no bucket", required_layout(sample, window_units)))
+        name, layout = buckets[find_bucket(sample, record.name, [layout for _, layout in buckets], window_units)]
         chosen.append(laid_out(record.name, name, sample, layout, tokenizer, special))
     return chosen

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -109,8 +110,14 @@ def stream(items: grain.MapDataset, workers: int) -> grain.DatasetIterator:
     if workers:
         if not flags.FLAGS.is_parsed():  # grain asks absl's flags for debug settings before it starts a worker
             flags.FLAGS.mark_as_parsed()
-        ordered = ordered.mp_prefetch(grain.MultiprocessingOptions(workers, PREFETCHED_SAMPLES))
+        ordered = ordered.mp_prefetch(grain.MultiprocessingOptions(workers, PREFETCHED_SAMPLES), _ignore_ctrl_c)
     return iter(ordered)
+
+
+def _ignore_ctrl_c(worker: int, workers: int) -> None:
+    """Leaves Ctrl-C, which reaches all processes, to the main one: it ends the workers."""
+    del worker, workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _too_large(need: Layout, largest: Layout) -> str:

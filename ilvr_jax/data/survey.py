@@ -130,8 +130,10 @@ class Survey:
 
     def __init__(self, views: Sequence[View]):
         self.views, self.tallies = views, [Tally() for _ in views]
-        self.usable = array("q")  # numbers of records
-        self.left_out = 0
+        self.usable = self.left_out = 0
+        self.samples = array(
+            "q"
+        )  # numbers of the records that there are samples of, whether a bucket holds them or not
         self.reasons: Counter[str] = Counter()
         self.sentences: defaultdict[str, list[str]] = defaultdict(list)  # the first few of each reason
 
@@ -139,10 +141,12 @@ class Survey:
         """Adds a record; it is left out if it cannot be used under one of the views."""
         for tally, one in zip(self.tallies, measured, strict=True):
             tally.add(one)
+        if measured[0].need is not None:
+            self.samples.append(number)
         if problems := [one.problem for one in measured if one.problem]:
             self.leave_out(problems)
         else:
-            self.usable.append(number)
+            self.usable += 1
 
     def leave_out(self, problems: Sequence[str]) -> None:
         """Counts a record that cannot be used, once under each reason."""

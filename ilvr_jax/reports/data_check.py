@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
-from ilvr_jax.data.images import unpatch_image
+from ilvr_jax.data.images import UNIT, unpatch_image
 from ilvr_jax.data.survey import Survey, Tally, View, first_holding, pair_of_zeros
 from ilvr_jax.latents.layout import Layout, Sample, padded_tokens, sample_columns
 from ilvr_jax.latents.tokens import Role, SpecialTokens
@@ -103,7 +103,11 @@ def image_sizes(images: Counter[tuple[int, int, bool]]) -> Section:
     for (width, height, _), count in images.items():
         sizes[width, height] += count
     rows = [
-        (f"{width}x{height}", str(width * height // 28**2), *(str(images[width, height, helper]) for helper in (0, 1)))
+        (
+            f"{width}x{height}",
+            str(width * height // UNIT**2),
+            *(str(images[width, height, helper]) for helper in (0, 1)),
+        )
         for (width, height), _ in sizes.most_common(IMAGE_SIZES)
     ]
     if len(sizes) > IMAGE_SIZES:
