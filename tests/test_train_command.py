@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 
 from ilvr_jax.data.__main__ import export
 from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
-from ilvr_jax.latents.layout import Layout
+from ilvr_jax.latents.layout import Layout, padded_tokens
 from ilvr_jax.train import main
 from ilvr_jax.training.checkpoints import NoCheckpoint, restore_for_inference
 from ilvr_jax.training.configuration import load_config
 from ilvr_jax.training.interruption import Interrupted
-from ilvr_jax.training.loop import Clock, Diverged, finite, make_step, padded_tokens, train
+from ilvr_jax.training.loop import Clock, Diverged, finite, make_step, train
 from ilvr_jax.training.metrics import read_metrics
 from ilvr_jax.training.progress import Progress
 

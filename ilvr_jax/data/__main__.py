@@ -1,4 +1,4 @@
-"""python -m ilvr_jax.data export: writes generated FrozenLake records as a data set in ILVR's format."""
+"""python -m ilvr_jax.data export | check: writes generated FrozenLake records as a data set, or checks a data set."""
 
 import argparse
 import dataclasses
@@ -57,9 +57,24 @@ def _fields(record: Record, folder: Path, number: int) -> dict:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0 done, 1 not written, 2 bad input, 130 stopped."""
+    """Runs a command and returns its exit status: 130 stopped, others as `export_command` and `check.main` say."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m ilvr_jax.data", description=__doc__)
-    parser.add_argument("command", choices=["export"], help="write generated FrozenLake records and their images")
+    parser.add_argument("command", choices=["export", "check"], help="its flags: export --help, check --help")
+    if parser.parse_args(arguments[:1]).command == "export":
+        return export_command(arguments[1:])
+    try:
+        from ilvr_jax.data import check  # all that training imports takes seconds
+
+        return check.main(arguments[1:])
+    except KeyboardInterrupt:
+        print("stopped; no page was written", file=sys.stderr)
+        return 130
+
+
+def export_command(arguments: Sequence[str]) -> int:
+    """Writes generated FrozenLake records and their images; returns 0 done, 1 not written, 2 bad input, 130 stopped."""
+    parser = argparse.ArgumentParser(prog="python -m ilvr_jax.data export", description=export_command.__doc__)
     parser.add_argument("--count", required=True, type=int, help="how many records")
     parser.add_argument("--out", required=True, type=Path, help="the folder to write to")
     parser.add_argument("--seed", type=int, help="of the generator (default: the config's seed)")

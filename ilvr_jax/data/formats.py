@@ -7,10 +7,13 @@ accepted; `skipped` is the list of such sentences for what it left out. Then giv
 trained on as `data.source`.
 """
 
+import contextlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 from ilvr_jax.data.ilvr import IlvrSource
+from ilvr_jax.data.json_lines import read_object
 from ilvr_jax.data.mirage import MirageSource
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import BadRecord
@@ -42,3 +45,21 @@ FORMATS: dict[str, Callable[[Path, Path | None, str], Source]] = {
     "vsp": open_vsp,
     "zebra_cot": open_zebra_cot,
 }
+
+# Fields that JSON lines of one format alone have.
+FIELDS = {"sequence_plan": "ilvr", "text_output": "mirage"}
+LINES_LOOKED_AT = 100  # some may be bad
+
+
+def find_format(path: Path) -> str:
+    """Returns the format of a file or folder, from what is in it; raises BadRecord if it is not there."""
+    if path.is_dir() or path.suffix == ".parquet":
+        return "zebra_cot"
+    if not path.is_file():
+        raise BadRecord(f"{path}: there is no such file; JSON lines, a parquet file or a folder of them is accepted")
+    with path.open("rb") as file:
+        for line in itertools.islice(file, LINES_LOOKED_AT):
+            with contextlib.suppress(BadRecord):
+                for field in FIELDS.keys() & read_object(line).keys():
+                    return FIELDS[field]
+    return "vsp"

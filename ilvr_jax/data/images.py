@@ -192,3 +192,10 @@ def patch_image(pixels: UInt8[np.ndarray, "height width 3"]) -> PatchedImage:
     units = pixels.reshape(height // MERGE, MERGE, PATCH, width // MERGE, MERGE, PATCH, 3)
     patches = units.transpose(0, 3, 1, 4, 6, 2, 5).reshape(height * width, 3 * PATCH * PATCH)
     return PatchedImage(patches, height, width)
+
+
+def unpatch_image(image: PatchedImage) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns the pixels that `patch_image` cut into patches."""
+    rows, columns = image.height // MERGE, image.width // MERGE
+    units = image.pixels.reshape(rows, columns, MERGE, MERGE, 3, PATCH, PATCH)
+    return units.transpose(0, 2, 5, 1, 3, 6, 4).reshape(image.height * PATCH, image.width * PATCH, 3)

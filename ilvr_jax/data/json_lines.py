@@ -50,7 +50,8 @@ class JsonLines:
                         self._lines.append(number)
                 offset += len(line)
         if not self._offsets:
-            raise BadRecord(f"{self.path}: holds no usable record; one JSON object a line is accepted")
+            first = f" ({self.skipped[0]})" if self.skipped else ""
+            raise BadRecord(f"{self.path}: holds no usable record{first}; one JSON object a line is accepted")
 
     def __len__(self) -> int:
         return len(self._offsets)

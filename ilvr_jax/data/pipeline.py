@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -86,16 +87,6 @@ def make_iterator(
     return grain.experimental.ThreadPrefetchDatasetIterator(batches, PREFETCHED_BATCHES)
 
 
-def start_workers(records: grain.MapDataset, workers: int) -> grain.DatasetIterator:
-    """Returns an iterator over records in their order, loaded by so many processes, or without one in this."""
-    dataset = records.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    if workers:
-        if not flags.FLAGS.is_parsed():  # grain asks absl's flags for debug settings before it starts a worker
-            flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, PREFETCHED_SAMPLES))
-    return iter(dataset)
-
-
 def skipped_records(iterator: grain.DatasetIterator) -> list[int]:
     """Returns the numbers of the records left out so far, each once however often it came up."""
     return list(iterator.get_state()["skipped"])
@@ -113,17 +104,39 @@ def load_sample(
     try:
         record = source[number]
         sample = to_sample(record, number=number)
-        for bucket, layout in enumerate(buckets):
-            if fits(sample, layout, window_units):
-                if any(type(image) is not type(no_image) for image in (*sample.images, *sample.helper_images)):
-                    raise BadRecord(
-                        f"{record.name}: an image has no features, since it was another or unreadable when they were "
-                        "computed; the same command computes them"
-                    )
-                return Loaded(number, sample, bucket)
-        raise BadRecord(f"{record.name}: {_too_large(required_layout(sample, window_units), buckets[-1])}")
+        bucket = find_bucket(sample, record.name, buckets, window_units)
+        if any(type(image) is not type(no_image) for image in (*sample.images, *sample.helper_images)):
+            raise BadRecord(
+                f"{record.name}: an image has no features, since it was another or unreadable when they were computed; "
+                "the same command computes them"
+            )
+        return Loaded(number, sample, bucket)
     except BadRecord as error:
         return Loaded(number, problem=str(error))
+
+
+def find_bucket(sample: Sample, name: str, buckets: Sequence[Layout], window_units: int) -> int:
+    """Returns which of `buckets` a sample goes to, the first that holds it; raises BadRecord, naming it, if none."""
+    for bucket, layout in enumerate(buckets):
+        if fits(sample, layout, window_units):
+            return bucket
+    raise BadRecord(f"{name}: {_too_large(required_layout(sample, window_units), buckets[-1])}")
+
+
+def stream(items: grain.MapDataset, workers: int) -> grain.DatasetIterator:
+    """Returns the items in their order, made in `workers` processes, or here if there are none."""
+    ordered = items.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain asks absl's flags for debug settings before it starts a worker
+            flags.FLAGS.mark_as_parsed()
+        ordered = ordered.mp_prefetch(grain.MultiprocessingOptions(workers, PREFETCHED_SAMPLES), _ignore_ctrl_c)
+    return iter(ordered)
+
+
+def _ignore_ctrl_c(worker: int, workers: int) -> None:
+    """Leaves Ctrl-C, which reaches all processes, to the main one: it ends the workers."""
+    del worker, workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _too_large(need: Layout, largest: Layout) -> str:
@@ -195,7 +208,7 @@ class BatchIterator(grain.DatasetIterator):
             self._put(position, self._records[position])
             self._to_reload.pop(0)
         if self._stream is None:
-            self._stream = self._start_stream()
+            self._stream = stream(self._records.slice(slice(self._position, None)), self._workers)
         while True:
             for layout, waiting in zip(self._buckets, self._waiting, strict=True):
                 if len(waiting) >= self._batch_size:
@@ -217,9 +230,6 @@ class BatchIterator(grain.DatasetIterator):
                 logging.getLogger(__name__).warning("left out: %s", loaded.problem)
         if len(self._skipped) == self._source_length:
             raise BadRecord(f"every record was left out, the last because: {loaded.problem}")
-
-    def _start_stream(self) -> grain.DatasetIterator:
-        return start_workers(self._records.slice(slice(self._position, None)), self._workers)
 
     def _close_stream(self) -> None:
         if self._stream is not None:

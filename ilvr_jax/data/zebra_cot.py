@@ -56,7 +56,8 @@ class ZebraCotSource:
         for number in range(len(self._files)):
             self._index(number, on_bad_record)
         if not len(self):
-            raise BadRecord(f"{self.path}: holds no usable record; rows of Zebra-CoT's columns are accepted")
+            first = f" ({self.skipped[0]})" if self.skipped else ""
+            raise BadRecord(f"{self.path}: holds no usable record{first}; rows of Zebra-CoT's columns are accepted")
 
     def __len__(self) -> int:
         return len(self._rows[0])

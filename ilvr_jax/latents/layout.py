@@ -65,6 +65,12 @@ class Layout:
         return np.searchsorted(self.slot_columns[:, -1], np.arange(self.columns)).astype(np.int32)
 
 
+def padded_tokens(layout: Layout, window_units: int) -> int:
+    """Returns what a row of the layout costs: its columns and the vision tokens that its images have room for."""
+    windows = layout.images * layout.image_windows + layout.segments * layout.helper_windows
+    return layout.columns + windows * window_units**2
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """One sample as flat arrays, ready to be laid out."""

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +53,22 @@ def read_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
     return options
 
 
-def read_config_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def read_config_flags(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None = None,
+    default: Path | None = None,
+    prepare: Callable[[argparse.Namespace], None] | None = None,
+) -> argparse.Namespace:
     """Adds --config and --config.section.key to a parser and reads the command line.
 
-    Returns the namespace with `config` (a locked ConfigDict) and `config_file`. Raises BadConfig if the file, a key
+    Returns the namespace with `config` (a locked ConfigDict) and `config_file`. With a `default` config --config may
+    be left out, and `config_file` is None then. `prepare` gets the namespace before the values given as flags are set
+    and may change `config`: those of other flags, say. Raises BadConfig if the file, a key
     or a value is no good; leaves the process with status 2, as argparse does, at an unknown flag, and with 0 after
     --config.print=true, which prints the config.
     """
     parser.allow_abbrev = False
-    parser.add_argument("--config", required=True, help="a Python file with a function get_config()")
+    parser.add_argument("--config", required=default is None, help="a Python file with a function get_config()")
     parser.epilog = (
         "Any value of the config can be given as --config.section.key=value; --config.print=true shows the whole "
         "config that results, and ends."
@@ -70,8 +77,10 @@ def read_config_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] 
     overrides, unknown = _split_overrides(others)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.config_file = Path(options.config)
-    options.config = load_config(options.config_file)
+    options.config_file = Path(options.config) if options.config else None
+    options.config = load_config(options.config_file or default)
+    if prepare:
+        prepare(options)
     shown = parse_value("print", dict(overrides).get("print", "false"), False)
     for key, text in overrides:
         if key != "print":

@@ -24,9 +24,10 @@ from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.data.frozen_lake import FrozenLakeSource, NoMap, frozen_lake_settings
 from ilvr_jax.data.ilvr import IlvrSource
 from ilvr_jax.data.pipeline import Source, make_iterator, skipped_records
+from ilvr_jax.data.records import BadRecord, Record
 from ilvr_jax.data.tokenizer import load_tokenizer, record_texts, special_tokens, train_tokenizer
 from ilvr_jax.inference.evaluation import decode_settings, evaluate, prompt_settings, read_answers
-from ilvr_jax.latents.layout import NO_IMAGE, Layout
+from ilvr_jax.latents.layout import NO_IMAGE, Layout, padded_tokens
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.tensor_files import BadCheckpoint
@@ -123,8 +124,13 @@ def open_start(config: ConfigDict, workdir: Path) -> Pretrained | None:
     """Returns the checkpoint that the run begins from, None if there is none or the run is past its beginning."""
     if not config.model.init_from or stages_with_checkpoints(workdir, config.stages[:1]):
         return None
+    return open_checkpoint(config)
+
+
+def open_checkpoint(config: ConfigDict, weights: bool = True) -> Pretrained:
+    """Returns the checkpoint that `model.init_from` names; without `weights` the hub is asked for no tensors."""
     path = resolve_path(config.model.init_from)
-    return open_pretrained(path if path.is_dir() else config.model.init_from)
+    return open_pretrained(path if path.is_dir() else config.model.init_from, weights)
 
 
 def start_params(config: ConfigDict, workdir: Path, model: Qwen2_5VL, pretrained: Pretrained | None) -> PyTree:
@@ -234,9 +240,11 @@ def open_source(config: ConfigDict) -> Source:
 
 def open_iterator(run: Run, stage: str, seed: int, vision: PyTree) -> grain.DatasetIterator:
     """Returns the endless batches of a stage, with kept features of images if it has them; see `with_features`."""
-    data = run.config.data
+    data, helper_images = run.config.data, run.config[stage].helper_images
+    window_units = run.model.config.vision.window_units
     with blame("data"):
-        settings, buckets = example_settings(run.config, stage), stage_buckets(run.config, stage, run.model)
+        settings = example_settings(run.config, helper_images)
+        buckets = list(config_buckets(run.config, helper_images, window_units).values())
     if data.feature_cache and "vision" not in run.config[stage].train:
         settings = with_features(run, stage, settings, buckets, vision)
     with blame("data"):
@@ -247,37 +255,11 @@ def open_iterator(run: Run, stage: str, seed: int, vision: PyTree) -> grain.Data
             run.config[stage].batch_size,
             seed,
             run.special,
-            run.model.config.vision.window_units,
+            window_units,
             data.workers,
             data.on_bad_record,
             settings.features.no_image if settings.features else NO_IMAGE,
         )
-
-
-def example_settings(config: ConfigDict, stage: str) -> ExampleSettings:
-    """Returns how records become samples of a stage; raises ValueError for a bad value."""
-    data = config.data
-    return ExampleSettings(
-        # What is generated is drawn at the size it is wanted in.
-        image_scale=1.0 if data.source == "frozen_lake" else data.image_scale,
-        min_pixels=data.min_pixels or None,
-        max_pixels=data.max_pixels or None,
-        latent_size=config.latents.latent_size,
-        helper_images=config[stage].helper_images,
-        system=data.system,
-    )
-
-
-def stage_buckets(config: ConfigDict, stage: str, model: Qwen2_5VL) -> list[Layout]:
-    """Returns the layouts of a stage's batches, the cheapest first."""
-    # A sample goes to the first bucket that holds it, and a ConfigDict knows no order but the alphabet's.
-    buckets = sorted(
-        (Layout(latent_size=config.latents.latent_size, **bucket) for bucket in config.data.buckets.values()),
-        key=lambda layout: padded_tokens(layout, model.config.vision.window_units),
-    )
-    if config[stage].helper_images == "latent":
-        return buckets
-    return [dataclasses.replace(bucket, helper_windows=0) for bucket in buckets]
 
 
 def with_features(
@@ -291,19 +273,51 @@ def with_features(
     return dataclasses.replace(settings, features=store)
 
 
-def padded_tokens(layout: Layout, window_units: int) -> int:
-    """Returns what a row of the layout costs: its columns and the vision tokens that its images have room for."""
-    windows = layout.images * layout.image_windows + layout.segments * layout.helper_windows
-    return layout.columns + windows * window_units**2
+def example_settings(config: ConfigDict, helper_images: str) -> ExampleSettings:
+    """Returns how records become samples for a stage's `helper_images`; raises ValueError for a bad value."""
+    data = config.data
+    return ExampleSettings(
+        # What is generated is drawn at the size it is wanted in.
+        image_scale=1.0 if data.source == "frozen_lake" else data.image_scale,
+        min_pixels=data.min_pixels or None,
+        max_pixels=data.max_pixels or None,
+        latent_size=config.latents.latent_size,
+        helper_images=helper_images,
+        system=data.system,
+    )
+
+
+def config_buckets(config: ConfigDict, helper_images: str, window_units: int) -> dict[str, Layout]:
+    """Returns the config's buckets by name for a stage's `helper_images`, the cheapest first.
+
+    A sample goes to the first bucket that holds it, and a ConfigDict knows no order but the alphabet's.
+    """
+    size = config.latents.latent_size
+    buckets = {name: Layout(latent_size=size, **bucket) for name, bucket in config.data.buckets.items()}
+    buckets = dict(sorted(buckets.items(), key=lambda item: padded_tokens(item[1], window_units)))
+    if helper_images != "latent":
+        return {name: dataclasses.replace(bucket, helper_windows=0) for name, bucket in buckets.items()}
+    return buckets
 
 
 def make_tokenizer(config: ConfigDict, source: Source) -> PreTrainedTokenizerFast:
-    """Returns the tokenizer that the config names, or one made from the records' texts."""
+    """Returns the tokenizer that the config names, or one made from the records' texts.
+
+    A bad record raises BadRecord, or with `data.on_bad_record="skip"` is left out here too.
+    """
     with blame("tokenizer"):
         if config.tokenizer:
             return load_tokenizer(resolve_path(config.tokenizer))
-    records = (source[index] for index in range(min(len(source), TOKENIZER_RECORDS)))
-    return train_tokenizer(itertools.chain([config.data.system, config.eval.question], record_texts(records)))
+
+    def records() -> Iterator[Record]:
+        for index in range(min(len(source), TOKENIZER_RECORDS)):
+            try:
+                yield source[index]
+            except BadRecord:
+                if config.data.on_bad_record == "error":
+                    raise
+
+    return train_tokenizer(itertools.chain([config.data.system, config.eval.question], record_texts(records())))
 
 
 def make_step(config: ConfigDict, name: str, model: Qwen2_5VL) -> tuple[optax.GradientTransformation, Callable]:

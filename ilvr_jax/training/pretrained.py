@@ -52,13 +52,15 @@ class Pretrained:
         return next(filter(None, named), "float32")
 
 
-def open_pretrained(name: str | Path) -> Pretrained:
+def open_pretrained(name: str | Path, weights: bool = True) -> Pretrained:
     """Reads description and tokenizer of a checkpoint: a folder, or a name on the Hugging Face hub.
+
+    Without `weights` the hub is asked for these alone, and the tensors may not be there.
 
     Raises BadCheckpoint if it cannot be found or fetched, is not a Qwen2.5-VL, or its tokenizer has more tokens than
     the embedding has rows.
     """
-    folder = find_folder(name)
+    folder = find_folder(name, weights)
     published = read_published(folder)
     try:
         tokenizer = read_tokenizer(folder)
@@ -87,14 +89,14 @@ def check_image_processor(folder: Path) -> None:
             raise BadCheckpoint(f"{folder}: {name} of its images is {processor[name]}; {value} is accepted")
 
 
-def find_folder(name: str | Path) -> Path:
+def find_folder(name: str | Path, weights: bool = True) -> Path:
     """Returns the folder of a checkpoint, fetched from the hub if `name` is not a folder; raises BadCheckpoint."""
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or str(name).count("/") != 1 or str(name).startswith((".", "~", "/")):
         raise BadCheckpoint(f"{name} is not a folder; a folder of a checkpoint or a name on the hub is accepted")
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+        patterns = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

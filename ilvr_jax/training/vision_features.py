@@ -15,7 +15,7 @@ from rich.progress import track
 
 from ilvr_jax.data.examples import ExampleSettings, read_image
 from ilvr_jax.data.features import FeatureStore, image_key
-from ilvr_jax.data.pipeline import Source, start_workers
+from ilvr_jax.data.pipeline import Source, stream
 from ilvr_jax.data.records import BadRecord, Text
 from ilvr_jax.latents.layout import Layout
 from ilvr_jax.models.images import PatchedImage, stack_images, window_count
@@ -116,7 +116,7 @@ def new_images(
     load = functools.partial(load_new_images, source=source, store=store, settings=settings)
     records = grain.MapDataset.range(len(source)).map(load)
     shown = {"description": "features", "total": len(source), "console": progress.console, "transient": True}
-    for images in track(start_workers(records, workers), **shown, disable=not progress.console.is_terminal):
+    for images in track(stream(records, workers), **shown, disable=not progress.console.is_terminal):
         yield from images
 
 

@@ -1,0 +1,222 @@
+"""A data set counted record by record: its sizes, what would be left out and why, and the buckets that it needs."""
+
+import dataclasses
+import functools
+import itertools
+import re
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from ilvr_jax.data.images import PATCH
+from ilvr_jax.data.pipeline import Source, find_bucket, stream
+from ilvr_jax.data.records import BadRecord, Record, Text
+from ilvr_jax.latents.layout import Layout, Sample, merge_layouts, padded_tokens, required_layout
+from ilvr_jax.latents.tokens import Role
+
+QUOTED = 3  # sentences of each reason
+MOST_BUCKETS = 4
+CANDIDATES = 16  # layouts that buckets are merged from: finding the best pair takes the square of it
+SPARED_BUCKET = 0.02  # a bucket, and its compilation, is spared if batches grow by no more than this share
+
+
+class View(NamedTuple):
+    """What the stages that treat helper images alike make of the records."""
+
+    stages: str
+    helper_images: str  # as in ExampleSettings; empty: prompts alone are made, for decoding
+    to_sample: Callable[..., Sample]
+    buckets: Mapping[str, Layout]  # in the order in which they are tried; empty: none are asked for
+
+
+class Measured(NamedTuple):
+    """A record under a view; without a sample there is nothing but the problem."""
+
+    problem: str = ""
+    need: Layout | None = None
+    tokens: int = 0  # in columns and vision tokens, as padded_tokens counts them
+    bucket: str = ""
+    counts: Mapping[str, int] = {}  # by quantity
+    images: Sequence[tuple[int, int, bool]] = ()  # width and height in pixels, and whether it is a helper image
+
+
+def measurements(
+    source: Source, views: Sequence[View], window_units: int, count: int, workers: int
+) -> grain.DatasetIterator[tuple[Measured, ...]]:
+    """Returns what the first `count` records are under each view, worked out in `workers` processes or here."""
+    work = functools.partial(_measure_record, source=source, views=tuple(views), window_units=window_units)
+    return stream(grain.MapDataset.range(count).map(work), workers)
+
+
+def _measure_record(number: int, source: Source, views: Sequence[View], window_units: int) -> tuple[Measured, ...]:
+    try:
+        record = source[number]
+    except BadRecord as error:
+        return (Measured(str(error)),) * len(views)
+    return tuple(_measure(record, number, view, window_units) for view in views)
+
+
+def _measure(record: Record, number: int, view: View, window_units: int) -> Measured:
+    try:
+        sample = view.to_sample(record, number=number)
+    except BadRecord as error:
+        return Measured(str(error))
+    bucket = problem = ""
+    if view.buckets:
+        try:
+            bucket = list(view.buckets)[find_bucket(sample, record.name, list(view.buckets.values()), window_units)]
+        except BadRecord as error:
+            problem = str(error)
+    images = [(image, position >= len(record.images)) for position, image in enumerate(sample.images)]
+    images += [(image, True) for image in sample.helper_images]
+    return Measured(
+        problem,
+        required_layout(sample, window_units),
+        len(sample.tokens) + sum(image.vision_tokens for image, _ in images),
+        bucket,
+        _counts(record, sample, bool(view.helper_images)),
+        [(image.width * PATCH, image.height * PATCH, helper) for image, helper in images],
+    )
+
+
+def _counts(record: Record, sample: Sample, answered: bool) -> dict[str, int]:
+    # The header `<|im_start|>assistant` is the end of the prompt: what follows carries loss.
+    end = int(np.argmax(sample.roles == Role.ANSWER)) + 2 if answered else len(sample.tokens)
+    counts = {
+        "user images": len(record.images),
+        "helper images": sum(not isinstance(step, Text) for step in record.steps),
+        "latent segments": len(sample.slot_starts),
+    }
+    for kind, roles in (("text", (Role.PROMPT, Role.ANSWER)), ("vision", (Role.IMAGE,))):
+        there = np.isin(sample.roles, roles)
+        for part, where in (("prompt", there[:end]), ("answer", there[end:]), ("total", there)):
+            counts[f"{kind} tokens, {part}"] = int(where.sum())
+    counts["vision tokens for the teacher"] = sum(image.vision_tokens for image in sample.helper_images)
+    counts["all tokens"] = len(sample.tokens)
+    return counts
+
+
+def pair_of_zeros() -> Int[np.ndarray, " pair"]:
+    """Returns no samples and no tokens."""
+    return np.zeros(2, np.int64)
+
+
+class Tally:
+    """The sums of a view's measurements."""
+
+    def __init__(self):
+        self.quantities: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        self.images: Counter[tuple[int, int, bool]] = Counter()
+        # Samples and their tokens by bucket ("" for none) and by the layout that they take, its sides rounded up so
+        # that there are few however long the data set is.
+        self.filled: defaultdict[tuple[str, Layout], Int[np.ndarray, " pair"]] = defaultdict(pair_of_zeros)
+
+    def add(self, measured: Measured) -> None:
+        """Adds a record, if there is a sample of it."""
+        if measured.need is not None:
+            for name, value in measured.counts.items():
+                self.quantities[name][value] += 1
+            self.images.update(measured.images)
+            self.filled[measured.bucket, round_up(measured.need)] += (1, measured.tokens)
+
+
+class Survey:
+    """What is known of a data set, once its records are added."""
+
+    def __init__(self, views: Sequence[View]):
+        self.views, self.tallies = views, [Tally() for _ in views]
+        self.usable = self.left_out = 0
+        self.samples = array(
+            "q"
+        )  # numbers of the records that there are samples of, whether a bucket holds them or not
+        self.reasons: Counter[str] = Counter()
+        self.sentences: defaultdict[str, list[str]] = defaultdict(list)  # the first few of each reason
+
+    def add(self, number: int, measured: Sequence[Measured]) -> None:
+        """Adds a record; it is left out if it cannot be used under one of the views."""
+        for tally, one in zip(self.tallies, measured, strict=True):
+            tally.add(one)
+        if measured[0].need is not None:
+            self.samples.append(number)
+        if problems := [one.problem for one in measured if one.problem]:
+            self.leave_out(problems)
+        else:
+            self.usable += 1
+
+    def leave_out(self, problems: Sequence[str]) -> None:
+        """Counts a record that cannot be used, once under each reason."""
+        self.left_out += 1
+        for reason, sentence in {reason_of(problem): problem for problem in reversed(problems)}.items():
+            self.reasons[reason] += 1
+            if len(self.sentences[reason]) < QUOTED:
+                self.sentences[reason].append(sentence)
+
+    def needs(self) -> dict[Layout, Int[np.ndarray, " pair"]]:
+        """Returns samples and their tokens by the layout that they take in training, under all views together."""
+        needs = defaultdict(pair_of_zeros)
+        for view, tally in self.distinct():
+            if view.helper_images:  # prompts are decoded in layouts of their own
+                for (_, need), filled in tally.filled.items():
+                    needs[need] += filled
+        return needs
+
+    def distinct(self) -> list[tuple[View, Tally]]:
+        """Returns views and tallies, without slots alone if there are slots with helper images: same tokens."""
+        treatments = {view.helper_images for view in self.views}
+        repeated = "slots" if "latent" in treatments else None
+        each = zip(self.views, self.tallies, strict=True)
+        return [(view, tally) for view, tally in each if view.helper_images != repeated]
+
+
+def reason_of(problem: str) -> str:
+    """Returns a problem's sentence without what differs from record to record: name, numbers, paths and asides."""
+    sentence = re.sub(r" \(.*\)", "", problem.partition(": ")[2])
+    what, semicolon, accepted = sentence.partition("; ")
+    what = re.sub(r"[^\s:,]*[/\\.][^\s:,]*|(?<![\w-])\d+(x\d+)?", "…", what)
+    return re.sub(r"…( …)+", "…", what) + semicolon + accepted
+
+
+def round_up(need: Layout) -> Layout:
+    """Returns a layout with its columns rounded up: to multiples of 8, or of a power of two of at most an eighth."""
+
+    def rounded(columns: int) -> int:
+        step = 1 << max(3, columns.bit_length() - 4)
+        return -(-columns // step) * step
+
+    return dataclasses.replace(need, **{side: rounded(getattr(need, side)) for side in ("prefix", "text", "tail")})
+
+
+def suggest_buckets(needs: Mapping[Layout, int], window_units: int, most: int = MOST_BUCKETS) -> dict[str, Layout]:
+    """Returns up to `most` layouts with names, the cheapest first, that together hold all `needs` (samples by layout).
+
+    The two whose union adds the least padding are merged, again and again.
+    """
+    groups: Counter[Layout] = Counter()
+    union, cost = functools.cache(merge_layouts), functools.cache(lambda layout: padded_tokens(layout, window_units))
+
+    def padding(pair: tuple[Layout, Layout]) -> int:
+        return sum(groups[layout] * (cost(union(pair)) - cost(layout)) for layout in pair)
+
+    waiting = list(needs)
+    while waiting or len(groups) > 1:
+        if waiting and len(groups) < CANDIDATES:
+            need = waiting.pop()
+            groups[need] += needs[need]
+            continue
+        pair = min(itertools.combinations(groups, 2), key=padding)
+        padded = sum(samples * cost(layout) for layout, samples in groups.items())
+        if len(groups) <= most and padding(pair) > SPARED_BUCKET * padded:
+            break
+        samples = sum(groups.pop(layout) for layout in pair)
+        groups[union(pair)] += samples
+    return {f"bucket_{number}": layout for number, layout in enumerate(sorted(groups, key=cost), start=1)}
+
+
+def first_holding(need: Layout, buckets: Mapping[str, Layout]) -> str:
+    """Returns the name of the first bucket that holds whatever `need` holds."""
+    return next(name for name, bucket in buckets.items() if merge_layouts((bucket, need)) == bucket)
