@@ -13,6 +13,15 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 DTYPES = ("float32", "bfloat16", "float16")
+# What of the decoder's layers is kept for the gradient: all, nothing, or as jax.checkpoint_policies say.
+REMAT_POLICIES = (
+    "none",
+    "full",
+    "everything_saveable",
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+)
 # Keys of a config's `model` section about where parameters come from and how they are kept, not about their shape.
 STORAGE = ("init_from", "frozen_dtype")
 
@@ -84,7 +93,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     dtype: str = "float32"  # of activations, one of DTYPES; parameters are float32
-    remat_policy: str = "none"  # one of those that models.decoder.remat_policy takes
+    remat_policy: str = "none"  # one of REMAT_POLICIES
     lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
@@ -101,6 +110,8 @@ class ModelConfig:
             raise _bad("model.mrope_section", self.mrope_section, accepted)
         if self.dtype not in DTYPES:
             raise _bad("model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        if self.remat_policy not in REMAT_POLICIES:
+            raise _bad("model.remat_policy", self.remat_policy, f"one of {', '.join(REMAT_POLICIES)}")
 
     @property
     def head_dim(self) -> int:

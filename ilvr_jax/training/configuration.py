@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.latents.layout import Layout
 from ilvr_jax.latents.selection import LatentSettings
 from ilvr_jax.models.config import DTYPES, STORAGE, ModelConfig, VisionConfig
@@ -198,6 +199,7 @@ def check_config(config: ConfigDict) -> None:
             _at_least(0, f"data.buckets.{name}.{key}", value)
     _one_of("data.on_bad_record", config.data.on_bad_record, ("error", "skip"))
     _one_of("model.frozen_dtype", config.model.frozen_dtype, DTYPES)
+    _one_of("data.source", config.data.source, ("frozen_lake", *FORMATS))
     if config.data.source == "frozen_lake" and config.data.feature_cache:
         raise BadConfig(
             f"config key data.feature_cache is {config.data.feature_cache!r}, and data.source frozen_lake draws other "

@@ -231,8 +231,6 @@ def open_source(config: ConfigDict) -> Source:
         root = resolve_path(data.root) if data.root else None
         return FORMATS[data.source](resolve_path(data.path), root, data.on_bad_record)
     with blame("data"):
-        if data.source != "frozen_lake":
-            raise ValueError(f"source is {data.source!r}; accepted are frozen_lake, {', '.join(FORMATS)}")
         settings = frozen_lake_settings(data.frozen_lake)
         exclude = tuple(str(resolve_path(path)) for path in settings.exclude)
         return FrozenLakeSource(dataclasses.replace(settings, exclude=exclude), config.seed, data.records)
