@@ -20,7 +20,7 @@ BLOCK = re.compile(r"```(?:json|python)\n(.*?)```", re.DOTALL)
 def sections():
     """Returns the examples of the documentation by the heading above them."""
     parts = (REPOSITORY / "docs" / "formats.md").read_text().split("\n## ")[1:]
-    return {part.partition("\n")[0]: BLOCK.search(part)[1] for part in parts}
+    return {part.partition("\n")[0]: found[1] for part in parts if (found := BLOCK.search(part))}
 
 
 @pytest.fixture
