@@ -151,7 +151,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
     with pytest.raises(ValueError) as error:
         params_from_state_dict(state, config)
     assert "model.norm.weight is missing" in str(error.value)
-    assert "visual.blocks.0.norm1.weight has shape (7,) where (32,) was expected" in str(error.value)
+    assert "visual.blocks.0.norm1.weight has shape [7] where [32] was expected" in str(error.value)
     assert "model.layers.9.mlp.up_proj.weight is not part of the model" in str(error.value)
 
 
