@@ -167,7 +167,7 @@ def test_a_name_that_cannot_be_fetched_says_how_to_give_a_folder(monkeypatch):
 
 def test_large_checkpoints_are_cut_into_files_with_an_index(tmp_path):
     tensors = {f"t{number}": np.full((number + 1, 4), number, np.float32) for number in range(6)}
-    to_write = [TensorToWrite(name, tensor.nbytes, lambda tensor=tensor: tensor) for name, tensor in tensors.items()]
+    to_write = [TensorToWrite(name, "float32", tensor.shape, tensor.copy) for name, tensor in tensors.items()]
     write_tensors(to_write, tmp_path, shard_bytes=100)
     assert len(weight_files(tmp_path)) > 2
     back = read_all(tmp_path)

@@ -46,6 +46,14 @@ class LookSource:
         return Record("there", (image,), tuple(steps), name=f"source line {index}")
 
 
+class BlockSource(LookSource):
+    """Record i belongs to block i // 5, and blocks stay together in its order."""
+
+    def shuffled(self, random: np.random.Generator) -> list[int]:
+        blocks = [range(first, min(first + 5, self.count)) for first in range(0, self.count, 5)]
+        return [number for block in random.permutation(len(blocks)) for number in random.permutation(blocks[block])]
+
+
 def iterator(source=None, buckets=BUCKETS, batch_size=4, seed=3, **settings):
     source = LookSource(23) if source is None else source
     return make_iterator(source, TO_SAMPLE, buckets, batch_size, seed, SPECIAL, window_units=2, **settings)
@@ -64,12 +72,22 @@ def test_batches_hold_what_their_records_say():
         assert batch.images.pixels.max((1, 2, 3, 4)).tolist() == batch.record.tolist()
 
 
-def test_an_epoch_holds_every_record_once_and_epochs_differ():
-    flat = list(itertools.chain(*records(iterator(LookSource(24), BUCKETS[1:], seed=0), 12)))
+@pytest.mark.parametrize("kind", [LookSource, BlockSource])
+def test_an_epoch_holds_every_record_once_and_epochs_differ(kind):
+    flat = list(itertools.chain(*records(iterator(kind(24), BUCKETS[1:], seed=0), 12)))
     assert sorted(flat[:24]) == sorted(flat[24:48]) == list(range(24))
     assert flat[:24] != flat[24:48] != list(range(24))
-    other = itertools.chain(*records(iterator(LookSource(24), BUCKETS[1:], seed=1), 6))
+    other = itertools.chain(*records(iterator(kind(24), BUCKETS[1:], seed=1), 6))
     assert list(other) != flat[:24]
+
+
+def test_a_source_may_say_in_which_order_its_records_come():
+    flat = list(itertools.chain(*records(iterator(BlockSource(20), BUCKETS[1:]), 10)))
+    for first in range(0, 40, 5):
+        assert len({number // 5 for number in flat[first : first + 5]}) == 1
+    numbers = itertools.chain(*records(iterator(LookSource(12), BUCKETS[1:]), 6))
+    # The order of all other sources, by which runs go on that began before there was a choice.
+    assert list(numbers) == [4, 6, 9, 7, 5, 3, 1, 11, 10, 0, 2, 8, 8, 1, 3, 7, 9, 10, 5, 4, 2, 6, 11, 0]
 
 
 def test_part_full_buckets_are_carried_over_epochs():
@@ -78,8 +96,9 @@ def test_part_full_buckets_are_carried_over_epochs():
     assert len(counts) == 5 and all(len(batch) == 8 for batch in batches)
 
 
-def test_worker_processes_give_the_same_batches():
-    settings = {"source": LookSource(23, bad=(7, 2)), "on_bad_record": "skip"}
+@pytest.mark.parametrize("kind", [LookSource, BlockSource])
+def test_worker_processes_give_the_same_batches(kind):
+    settings = {"source": kind(23, bad=(7, 2)), "on_bad_record": "skip"}
     alone, workers = iterator(**settings), iterator(**settings, workers=2)
     records(alone, 3)
     workers.set_state(alone.get_state())  # a state holds for any number of workers
@@ -94,9 +113,10 @@ def test_worker_processes_give_the_same_batches():
     assert records(resumed, 3) == records(alone, 3)
 
 
+@pytest.mark.parametrize("kind", [LookSource, BlockSource])
 @pytest.mark.parametrize("taken", range(7))
-def test_a_restored_iterator_continues_exactly(taken):
-    source = LookSource(23, bad=(4, 11))
+def test_a_restored_iterator_continues_exactly(taken, kind):
+    source = kind(23, bad=(4, 11))
     first = iterator(source, on_bad_record="skip")
     records(first, taken)
     state = json.loads(json.dumps(first.get_state()))

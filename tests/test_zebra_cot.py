@@ -13,8 +13,9 @@ from absl import flags
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ilvr_jax.data.pipeline import shuffled_numbers
 from ilvr_jax.data.records import BadRecord, Look, Text
-from ilvr_jax.data.zebra_cot import ZebraCotSource
+from ilvr_jax.data.zebra_cot import OPEN_GROUPS, ZebraCotSource
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 COLUMNS = ("problem_image_1", "problem_image_2", "reasoning_image_1", "reasoning_image_2", "reasoning_image_3")
@@ -136,9 +137,38 @@ def test_opening_reads_no_image_and_a_record_its_own_row_group_once(tmp_path, re
     assert source[19].steps[2] == Look(b"again 19") and source[20].images == (b"image 20",)
     assert reads == [(2, ("reasoning_image_2",))]
 
+    source = ZebraCotSource(path)
     reads.clear()
     assert [record.question for record in source] == [f"{number}: <image>" for number in range(40)]
     assert len(reads) == len(set(reads)) == 5 * (len(TEXTS) + 3)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_epoch_reads_a_row_group_once_in_each_process(tmp_path, reads, workers):
+    rows = [numbered(number) for number in range(200)]
+    write(tmp_path / "0.parquet", rows[:110], group=10)
+    write(tmp_path / "1.parquet", rows[110:], group=10)
+    source = ZebraCotSource(tmp_path)
+    order = shuffled_numbers(source, seed=5)
+    for worker in range(workers):
+        reads.clear()
+        for position in range(worker, 400, workers):
+            assert source[order[position]].question == f"{order[position]}: <image>"
+        assert len(reads) <= 2 * 20 * (len(TEXTS) + 3)  # two epochs of 20 row groups
+
+
+def test_epochs_shuffle_row_groups_and_their_rows(tmp_path):
+    rows = [numbered(number) for number in range(200)]
+    rows[17] = row("no trace", "")
+    source = ZebraCotSource(write(tmp_path / "train.parquet", rows, group=10), on_bad_record="skip")
+    epochs = ((0, 0), (0, 1), (1, 0))  # seed, epoch
+    orders = [[shuffled_numbers(source, seed)[199 * epoch + i] for i in range(199)] for seed, epoch in epochs]
+    for order in orders:
+        assert sorted(order) == list(range(199))
+        groups = [int(source[number].name.split()[-1]) // 10 for number in order]
+        assert len(set(groups[:39])) == OPEN_GROUPS and len(set(groups[:10])) > 1
+        assert sorted(set(groups)) != list(dict.fromkeys(groups))
+    assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
 def test_processes_and_threads_read_for_themselves(tmp_path):

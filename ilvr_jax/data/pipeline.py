@@ -3,10 +3,12 @@
 import functools
 import logging
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import grain
+import numpy as np
 from absl import flags
 
 from ilvr_jax.data.records import BadRecord, Record
@@ -20,7 +22,11 @@ LOGGED_SKIPS = 20  # bad records that are named; those that follow are counted o
 
 
 class Source(Protocol):
-    """Records by number."""
+    """Records by number.
+
+    A source that reads neighbours together may have a method `shuffled(random: numpy.random.Generator)`, which returns
+    the numbers of all records in an order for an epoch that keeps the neighbours near each other.
+    """
 
     def __len__(self) -> int: ...
 
@@ -73,7 +79,7 @@ def make_iterator(
         window_units=window_units,
         no_image=no_image,
     )
-    records = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().map(load)
+    records = shuffled_numbers(source, seed).map(load)
     grain.config.update("py_traceback_filtering", "off")  # it would add lines of its own to an error's sentence
     batches = BatchIterator(
         records,
@@ -85,6 +91,29 @@ def make_iterator(
         source_length=len(source),
     )
     return grain.experimental.ThreadPrefetchDatasetIterator(batches, PREFETCHED_BATCHES)
+
+
+def shuffled_numbers(source: Source, seed: int) -> grain.MapDataset[int]:
+    """Returns the endless order of records: each once an epoch, every epoch in another order."""
+    if hasattr(source, "shuffled"):
+        return grain.MapDataset.range(sys.maxsize).map(EpochOrder(source, seed))
+    return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+
+
+class EpochOrder:
+    """The number of the record at a position of the endless order, where the source shuffles its records itself."""
+
+    def __init__(self, source: Source, seed: int):
+        self._source, self._seed = source, seed
+        self._current: tuple[int, Sequence[int]] = (-1, ())  # an epoch and its order
+
+    def __call__(self, position: int) -> int:
+        epoch, place = divmod(position, len(self._source))
+        known, order = self._current
+        if epoch != known:
+            order = self._source.shuffled(np.random.default_rng((self._seed, epoch)))
+            self._current = (epoch, order)
+        return int(order[place])
 
 
 def skipped_records(iterator: grain.DatasetIterator) -> list[int]:

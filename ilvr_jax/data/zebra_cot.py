@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int
 
 from ilvr_jax.data.records import IMAGE_MARKER, BadRecord, ImageSource, Look, Record, Text
 
 QUESTION, TRACE, ANSWER = "Question", "Text Reasoning Trace", "Final Answer"
 TEXT_COLUMNS = (QUESTION, TRACE, ANSWER)
 IMAGE_COLUMN = re.compile(r"(problem|reasoning)_image_\d+")
+OPEN_GROUPS = 4  # row groups that a process keeps in memory
 MARKER = re.compile(r"<image_start>\[(\w+)\]<image_end>")
 
 
@@ -31,8 +34,8 @@ class ZebraCotSource:
     marker, and at the end a text "\\n\\nFinal Answer: " with the final answer, which is also the record's `answer`.
 
     The texts of every row are checked here, and that its markers and images pair up: a few columns of a row group
-    at a time, none of them an image's bytes. Those are read with the record, the marked columns of one row group,
-    and kept until a record of another group is read. `on_bad_record` says what a bad row does: "error" raises
+    at a time, none of them an image's bytes. Those are read with the record, the marked columns of its row group, and
+    kept until OPEN_GROUPS other groups were read. `on_bad_record` says what a bad row does: "error" raises
     BadRecord, "skip" leaves the row out and adds the sentence to `skipped`. Rows are numbered from 0 in each file.
 
     Raises BadRecord, too, if there is no such file, one is no parquet file of these columns, or no row is usable.
@@ -52,7 +55,7 @@ class ZebraCotSource:
             raise BadRecord(f"{self.path}: holds no parquet file (*.parquet); at least one is needed")
         # Where each usable row is: file, row group, row of the group, row of the file.
         self._rows = array("q"), array("q"), array("q"), array("q")
-        self._last_read: RowGroup | None = None
+        self._open: tuple[RowGroup, ...] = ()  # the newest first
         for number in range(len(self._files)):
             self._index(number, on_bad_record)
         if not len(self):
@@ -73,15 +76,34 @@ class ZebraCotSource:
             except BadRecord as error:
                 raise BadRecord(f"{name}: {error}") from error
 
+    def shuffled(self, random: np.random.Generator) -> Int[np.ndarray, "records"]:
+        """Returns the numbers of all records in random order, a few row groups at a time.
+
+        The row groups are shuffled, and then the rows of each OPEN_GROUPS of them together, so that a process that
+        reads the records in this order, or every n-th of them, reads a row group once.
+        """
+        files, groups = np.array(self._rows[0]), np.array(self._rows[1])
+        starts = np.flatnonzero((np.diff(files) != 0) | (np.diff(groups) != 0)) + 1
+        blocks = np.split(np.arange(len(self)), starts)
+        order = random.permutation(len(blocks))
+        return np.concatenate(
+            [
+                random.permutation(np.concatenate([blocks[block] for block in order[first : first + OPEN_GROUPS]]))
+                for first in range(0, len(order), OPEN_GROUPS)
+            ]
+        )
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_last_read": None}  # another process opens its files itself
+        return self.__dict__ | {"_open": ()}  # another process opens its files itself
 
     def _row_group(self, file: int, group: int) -> "RowGroup":
         # Never one that a thread, or the process that this one was forked from, opened for itself.
         key = (os.getpid(), threading.get_ident(), file, group)
-        values = self._last_read
-        if values is None or values.key != key:
-            self._last_read = values = RowGroup(key, self._files[file], group)
+        for values in self._open:
+            if values.key == key:
+                return values
+        values = RowGroup(key, self._files[file], group)
+        self._open = (values, *self._open)[:OPEN_GROUPS]
         return values
 
     def _index(self, file: int, on_bad_record: str) -> None:

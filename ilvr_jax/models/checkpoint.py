@@ -10,13 +10,12 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ilvr_jax.models.config import ModelConfig
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
-from ilvr_jax.models.tensor_files import BadCheckpoint, TensorFolder, TensorToWrite
+from ilvr_jax.models.tensor_files import DTYPES, BadCheckpoint, TensorFolder, TensorToWrite
 
 # Module names that differ between a checkpoint and our parameters.
 RENAMED = {
@@ -31,7 +30,6 @@ RENAMED = {
     "v_proj": "self_attn.v_proj",
     "o_proj": "self_attn.o_proj",
 }
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def flat_name(name: str) -> str:
@@ -93,21 +91,28 @@ def params_from_state_dict(
             value = state[tensors[tensor_name(path, layer)]]
             return value.reshape(value.shape[0], -1) if path[-1] == "kernel" else value
 
+        # Each is waited for, since tensors on their way to the device are held as well.
         if path[:2] != ("decoder", "layers"):
-            value = jnp.asarray(tensor(), kind)
-            return value.T if path[-1] == "kernel" else value
+            value = jax.block_until_ready(jax.device_put(tensor())).astype(kind)
+            return jax.block_until_ready(value.T if path[-1] == "kernel" else value)
         stacked = jnp.zeros(leaf.shape, kind)
         for layer in range(leaf.shape[0]):
-            stacked = _put(stacked, tensor(layer), layer, path[-1] == "kernel")
+            stacked = jax.block_until_ready(put(stacked, tensor(layer), layer, path[-1] == "kernel"))
         return stacked
 
     return jax.tree_util.tree_map_with_path(parameter, shapes)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put(stacked: Float[Array, "layers ..."], tensor: Float[Array, "..."], layer: int, transpose: bool) -> Array:
-    """Puts a layer's tensor in its place without a copy of the others."""
-    return stacked.at[layer].set((tensor.T if transpose else tensor).astype(stacked.dtype))
+def put(
+    stacked: Float[Array, "layers ..."], tensor: Float[Array, "..."], layer: int, transpose: bool = False
+) -> Float[Array, "layers ..."]:
+    """Returns `stacked`, whose buffer is given away, with a layer's tensor in its place.
+
+    `stacked.at[layer].set` is a scatter, for which a CPU turns all layers of bfloat16 into float32 and back.
+    """
+    tensor = (tensor.T if transpose else tensor).astype(stacked.dtype)
+    return jax.lax.dynamic_update_index_in_dim(stacked, tensor, layer, axis=0)
 
 
 def check_tensors(state: Mapping[str, np.ndarray], shapes: PyTree, config: ModelConfig) -> None:
@@ -115,22 +120,32 @@ def check_tensors(state: Mapping[str, np.ndarray], shapes: PyTree, config: Model
     found = {flat_name(name): name for name in state}
     if config.tie_word_embeddings:
         found.pop("lm_head.weight", None)
-    problems, expected = [], set()
-    for name, path, layer in named_tensors(shapes):
-        expected.add(name)
-        leaf = functools.reduce(lambda tree, key: tree[key], path, shapes)
-        shape = leaf.shape if layer is None else leaf.shape[1:]
-        if path[-1] == "kernel":
-            shape = patch_shape(config) if "patch_embed" in path else shape[::-1]
+    problems, expected = [], published_shapes(shapes, config)
+    for name, shape in expected.items():
         if name not in found:
             problems.append(f"{name} is missing")
             continue
         size = state.shape(found[name]) if isinstance(state, TensorFolder) else np.shape(state[found[name]])
         if size != shape:
             problems.append(f"{name} has shape {list(size)} where {list(shape)} was expected")
-    problems += [f"{name} is not part of the model" for name in sorted(found.keys() - expected)]
+    problems += [f"{name} is not part of the model" for name in sorted(found.keys() - expected.keys())]
     if problems:
         raise BadCheckpoint("the checkpoint does not fit the model: " + "; ".join(problems))
+
+
+def published_shapes(shapes: PyTree, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shape that each tensor of a published checkpoint has, by its flat name, from our parameters' shapes.
+
+    Linear layers are [out, in] there.
+    """
+    published = {}
+    for name, path, layer in named_tensors(shapes):
+        leaf = functools.reduce(lambda tree, key: tree[key], path, shapes)
+        shape = leaf.shape if layer is None else leaf.shape[1:]
+        if path[-1] == "kernel":
+            shape = patch_shape(config) if "patch_embed" in path else shape[::-1]
+        published[name] = shape
+    return published
 
 
 def patch_shape(config: ModelConfig) -> tuple[int, int, int, int, int]:
@@ -143,16 +158,16 @@ def state_dict_from_params(
     params: PyTree, config: ModelConfig, dtype: str = "float32", nested: bool = False
 ) -> list[TensorToWrite]:
     """Returns the tensors of a published checkpoint, in the layout of PyTorch, each made when it is asked for."""
+    shapes = published_shapes(params, config)
 
     def tensor(name: str, path: tuple[str, ...], layer: int | None) -> TensorToWrite:
         leaf = functools.reduce(lambda tree, key: tree[key], path, params)
 
         def make() -> np.ndarray:
-            value = np.asarray(leaf if layer is None else leaf[layer]).astype(DTYPES[dtype])
+            value = np.asarray(leaf if layer is None else leaf[layer]).astype(DTYPES[dtype], copy=False)
             value = value.T if path[-1] == "kernel" else value
-            return np.ascontiguousarray(value.reshape(patch_shape(config)) if "patch_embed" in path else value)
+            return np.ascontiguousarray(value).reshape(shapes[name])
 
-        size = leaf.size // (1 if layer is None else leaf.shape[0])
-        return TensorToWrite(nested_name(name) if nested else name, size * np.dtype(DTYPES[dtype]).itemsize, make)
+        return TensorToWrite(nested_name(name) if nested else name, dtype, shapes[name], make)
 
     return [tensor(*place) for place in named_tensors(params)]

@@ -1,17 +1,19 @@
 """Folders of safetensors files, read and written one tensor at a time."""
 
-import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # in a file's header
 SHARD_BYTES = 5 * 10**9  # as transformers cuts them
 
 
@@ -27,35 +29,31 @@ class TensorFolder(Mapping[str, Shaped[np.ndarray, "..."]]):
     """
 
     def __init__(self, folder: Path):
-        self._open_files = contextlib.ExitStack()
-        self._file_of = {}
+        self._places: dict[str, tuple[Path, tuple[int, ...]]] = {}  # file and shape
         for path in weight_files(folder):
             try:
-                file = self._open_files.enter_context(safe_open(path, framework="numpy"))
+                with safe_open(path, framework="numpy") as file:
+                    for name in file.keys():
+                        self._places[name] = path, tuple(file.get_slice(name).get_shape())
             except (SafetensorError, OSError) as error:
                 raise BadCheckpoint(
                     f"{path} is truncated or not a safetensors file ({error}); a whole one is accepted"
                 ) from error
-            self._file_of |= dict.fromkeys(file.keys(), file)
 
     def __getitem__(self, name: str) -> Shaped[np.ndarray, "..."]:
-        return self._file_of[name].get_tensor(name)
+        # Opened anew each time: the pages that were read stay in the process as long as their file is open.
+        with safe_open(self._places[name][0], framework="numpy") as file:
+            return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._file_of)
-
-    def __enter__(self) -> "TensorFolder":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open_files.close()
+        return len(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns a tensor's shape without reading it."""
-        return tuple(self._file_of[name].get_slice(name).get_shape())
+        return self._places[name][1]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -90,18 +88,20 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 class TensorToWrite(NamedTuple):
-    """A tensor that is made when its file is written."""
+    """A tensor that is made when its place in a file is written: C-contiguous, one of DTYPES."""
 
     name: str
-    bytes: int
+    dtype: str
+    shape: tuple[int, ...]
     make: Callable[[], Shaped[np.ndarray, "..."]]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
 
 
 def write_tensors(tensors: Sequence[TensorToWrite], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes tensors into `folder` as transformers does: one file, or several and an index.
-
-    A file's tensors are held in memory while it is written, `shard_bytes` of them at most (or one tensor).
-    """
+    """Writes tensors into `folder`, cut as transformers does: one file, or several and an index."""
     shards: list[list[TensorToWrite]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(other.bytes for other in shards[-1]) + tensor.bytes > shard_bytes:
@@ -110,8 +110,23 @@ def write_tensors(tensors: Sequence[TensorToWrite], folder: Path, shard_bytes: i
     files = {}
     for number, shard in enumerate(shards, start=1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({tensor.name: tensor.make() for tensor in shard}, folder / name, metadata={"format": "pt"})
+        write_file(shard, folder / name)
         files |= dict.fromkeys([tensor.name for tensor in shard], name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(tensor.bytes for tensor in tensors)}, "weight_map": files}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_file(tensors: Sequence[TensorToWrite], path: Path) -> None:
+    """Writes a safetensors file, one tensor after another; the library's own writer takes all of them at once."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for tensor in tensors:
+        start, end = end, end + tensor.bytes
+        dtype = DTYPE_NAMES[tensor.dtype]
+        header[tensor.name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(tensor.make().view(np.uint8))

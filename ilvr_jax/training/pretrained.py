@@ -1,7 +1,6 @@
 """Published Qwen2.5-VL checkpoints as the start of a run: from the hub, a folder, or a folder converted before."""
 
 import dataclasses
-import functools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.images import image_processor_settings
 from ilvr_jax.data.tokenizer import add_latent_tokens, read_tokenizer
-from ilvr_jax.models.checkpoint import is_nested, params_from_state_dict
+from ilvr_jax.models.checkpoint import is_nested, params_from_state_dict, put
 from ilvr_jax.models.config import CLIP_MEAN, CLIP_STD, ModelConfig, model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.tensor_files import BadCheckpoint, TensorFolder
@@ -27,6 +26,8 @@ from ilvr_jax.models.tensor_files import BadCheckpoint, TensorFolder
 IMAGE_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 DESCRIPTION = ("config.json", "generation_config.json", "source.json", *IMAGE_PROCESSOR)
 CONVERTED = "params"  # in a converted folder: the parameters, written by orbax
+PIECE_BYTES = 2**26  # of the files of a converted folder: orbax holds several while it writes or reads
+MEAN_ROWS = 4096  # of an embedding, summed at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +142,9 @@ def load_params(
     rows = model_config_from_hf(pretrained.published).vocab_size
     stored = dataclasses.replace(config, vocab_size=rows, lora=type(config.lora)())
     if (pretrained.folder / CONVERTED).is_dir():
-        params = _restore_converted(pretrained.folder, stored, dtype)
+        params = _restore_converted(pretrained.folder, stored, pretrained.dtype, dtype)
     else:
-        with TensorFolder(pretrained.folder) as tensors:
-            params = params_from_state_dict(tensors, stored, dtype)
+        params = params_from_state_dict(TensorFolder(pretrained.folder), stored, dtype)
     if pretrained.added:
         for name in {"embed_tokens", "lm_head"} & params["decoder"].keys():
             table = params["decoder"].pop(name)
@@ -161,15 +161,15 @@ def with_latent_rows(
 
     It gives away the buffer of `table`.
     """
-    mean = table[: min(added)].mean(0, dtype=jnp.float32).astype(table.dtype)
+    first = min(added)
+    # In blocks, since a CPU sums bfloat16 by turning all of it into float32 first.
+    blocks = (table[start : min(start + MEAN_ROWS, first)] for start in range(0, first, MEAN_ROWS))
+    mean = sum(block.sum(0, dtype=jnp.float32) for block in blocks) / first
     if vocabulary > len(table):
         table = jnp.pad(table, ((0, vocabulary - len(table)), (0, 0)))
-    return _set_rows(table, jnp.array(added), mean)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _set_rows(table: Array, rows: Array, value: Array) -> Array:
-    return table.at[rows].set(value)
+    for row in added:
+        table = put(table, mean, row)
+    return table
 
 
 def save_converted(pretrained: Pretrained, folder: Path) -> None:
@@ -186,8 +186,10 @@ def save_converted(pretrained: Pretrained, folder: Path) -> None:
     keep_description(pretrained, folder)
     pretrained.tokenizer.save_pretrained(folder)
     write_published({**pretrained.published}, vocabulary, folder)
-    with ocp.StandardCheckpointer() as writer:
-        writer.save((folder / CONVERTED).absolute(), params)
+    pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE_BYTES), params)
+    with _checkpointer(params) as writer:
+        arguments = ocp.args.PyTreeSave(params, pieces, ocdbt_target_data_file_size=PIECE_BYTES)
+        writer.save((folder / CONVERTED).absolute(), arguments)
 
 
 def write_published(published: dict[str, Any], vocabulary: int, folder: Path) -> None:
@@ -198,13 +200,34 @@ def write_published(published: dict[str, Any], vocabulary: int, folder: Path) ->
     (folder / "config.json").write_text(json.dumps(published, indent=2) + "\n")
 
 
-def _restore_converted(folder: Path, config: ModelConfig, dtype: str | Mapping[str, str]) -> PyTree:
+def _restore_converted(folder: Path, config: ModelConfig, stored: str, dtype: str | Mapping[str, str]) -> PyTree:
+    """Returns the parameters of a converted folder that keeps them as `stored`."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    def like(keys, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        kind = dtype if isinstance(dtype, str) else dtype[keys[0].key]
-        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
+    def wanted(keys) -> str:
+        return dtype if isinstance(dtype, str) else dtype[keys[0].key]
 
-    shapes = jax.eval_shape(Qwen2_5VL(config).init, jax.random.key(0))
-    with ocp.StandardCheckpointer() as reader:
-        return reader.restore((folder / CONVERTED).absolute(), jax.tree_util.tree_map_with_path(like, shapes))
+    def like(keys, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        narrower = min(stored, wanted(keys), key=lambda name: jnp.dtype(name).itemsize)
+        return jax.ShapeDtypeStruct(leaf.shape, narrower, sharding=sharding)
+
+    def widen(keys, leaf: jax.Array) -> jax.Array:  # orbax would hold what it widens three times
+        if leaf.dtype == wanted(keys):
+            return leaf
+        wide = jax.block_until_ready(leaf.astype(wanted(keys)))
+        leaf.delete()
+        return wide
+
+    shapes = jax.tree_util.tree_map_with_path(like, jax.eval_shape(Qwen2_5VL(config).init, jax.random.key(0)))
+    with _checkpointer(shapes) as reader:
+        arguments = ocp.args.PyTreeRestore(shapes, ocp.checkpoint_utils.construct_restore_args(shapes))
+        params = reader.restore((folder / CONVERTED).absolute(), arguments)
+    return jax.tree_util.tree_map_with_path(widen, params)
+
+
+def _checkpointer(params: PyTree) -> ocp.Checkpointer:
+    """Returns what reads and writes parameters without all of them in host memory at once."""
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    room = 1 + largest // 10**9  # orbax counts in GB and takes no parameter that fills them
+    handler = ocp.PyTreeCheckpointHandler(save_device_host_concurrent_gb=room, restore_concurrent_gb=room)
+    return ocp.Checkpointer(handler)
