@@ -59,7 +59,7 @@ def run(tmp_path_factory) -> Run:
 def test_the_buckets_of_every_config_hold_its_data(path, tmp_path):
     run = open_run(path, tmp_path)
     for stage in run.config.stages:
-        with contextlib.closing(open_iterator(run, stage, seed=1)) as iterator:
+        with contextlib.closing(open_iterator(run, stage, seed=1, vision={})) as iterator:
             rows = sum(len(batch.tokens) for batch in itertools.islice(iterator, 200))
         assert rows == 200 * run.config[stage].batch_size
 
@@ -76,7 +76,7 @@ def test_each_step_compiles_once_a_bucket(run, stage):
     with_teacher = run.config[stage].objective == "alignment"
     state = create_state(params, optimizer, tuple(run.config[stage].train), with_teacher, jax.random.key(1))
     met, repeated = set(), 0
-    with contextlib.closing(open_iterator(run, stage, seed=0)) as iterator:
+    with contextlib.closing(open_iterator(run, stage, seed=0, vision={})) as iterator:
         for batch in itertools.islice(iterator, 600):
             name = names[batch.layout]
             if name not in met or repeated < 10:

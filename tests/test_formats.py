@@ -9,7 +9,7 @@ from PIL import Image
 
 from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.data.records import BadRecord, Look, Text
-from ilvr_jax.training.configuration import BadConfig, load_config
+from ilvr_jax.training.configuration import BadConfig, check_config, load_config
 from ilvr_jax.training.loop import open_source
 
 REPOSITORY = Path(__file__).parents[1]
@@ -106,7 +106,7 @@ def test_a_root_for_images(folder, sections, name):
 
 
 def test_unknown_names():
-    with pytest.raises(
-        BadConfig, match="data: source is 'parquet'; accepted are frozen_lake, ilvr, mirage, vsp, zebra"
-    ):
-        open_configured("parquet", Path("train.parquet"))
+    config = load_config(REPOSITORY / "configs" / "base.py")
+    config.data.source = "parquet"
+    with pytest.raises(BadConfig, match="data.source is 'parquet', one of frozen_lake, ilvr, mirage, vsp, zebra_cot is"):
+        check_config(config)
