@@ -8,11 +8,9 @@ row is a process of its own. The device is the CPU, so that a process must hold 
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.input_pipeline import processor
+from benchmarks.machine import machine
 from ilvr_jax.data.tokenizer import LATENT_TOKENS, SPECIAL_TOKENS
 from ilvr_jax.models.checkpoint import published_shapes
 from ilvr_jax.models.config import model_config_from_hf
@@ -167,9 +165,7 @@ def main() -> None:
         f"({largest}); files were read from the system's cache",
         highlight=False,
     )
-    names = ("jax", "numpy", "safetensors", "orbax-checkpoint")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
-    console.print(f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {', '.join(versions)}")
+    console.print(machine(["jax", "numpy", "safetensors", "orbax-checkpoint"]))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@ python -m benchmarks.input_pipeline [--batch-size=64] [--seconds=10] [--workers 
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
-import os
-import platform
 import time
 from collections.abc import Callable
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import machine
 from ilvr_jax.data.examples import ExampleSettings, build_example
 from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
 from ilvr_jax.data.pipeline import make_iterator
@@ -30,16 +28,6 @@ def milliseconds(make: Callable[[int], object], count: int) -> tuple[float, list
     start = time.perf_counter()
     made = [make(index) for index in range(count)]
     return (time.perf_counter() - start) / count * 1e3, made
-
-
-def processor() -> str:
-    """Returns the name of the processor, as far as the system tells it."""
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -94,8 +82,7 @@ def main() -> None:
 
     console = Console(width=120)
     console.print(table)
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("grain", "tokenizers", "numpy", "pillow")]
-    console.print(f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {', '.join(versions)}")
+    console.print(machine(["grain", "tokenizers", "numpy", "pillow"]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.input_pipeline import processor
+from benchmarks.machine import processor
 from ilvr_jax.latents.objectives import CHUNK_LOGITS, cross_entropy
 from ilvr_jax.models.config import ModelConfig, VisionConfig
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL

@@ -6,9 +6,6 @@ The file is generated, in a temporary folder: three images to a row, of random b
 """
 
 import argparse
-import importlib.metadata
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,7 +17,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.input_pipeline import processor
+from benchmarks.machine import machine
 from ilvr_jax.data.pipeline import shuffled_numbers
 from ilvr_jax.data.zebra_cot import TEXT_COLUMNS, ZebraCotSource, marker
 
@@ -76,8 +73,7 @@ def main() -> None:
     console.print(table)
     console.print(
         f"{arguments.rows} rows in groups of {arguments.group}, three images of {arguments.image_bytes} bytes each; "
-        f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, "
-        f"pyarrow {importlib.metadata.version('pyarrow')}",
+        f"{machine(['pyarrow'])}",
         highlight=False,
     )
 

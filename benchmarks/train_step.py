@@ -1,0 +1,83 @@
+"""How many samples a second a train step consumes, beside what the input pipeline makes by itself.
+
+python -m benchmarks.train_step --config=configs/base.py [--seconds=20]
+"""
+
+import argparse
+import contextlib
+import itertools
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import machine
+from ilvr_jax.data.tokenizer import special_tokens
+from ilvr_jax.training.configuration import read_config_flags
+from ilvr_jax.training.loop import Run, build_model, make_tokenizer, open_iterator, open_source, start_params
+from ilvr_jax.training.progress import Progress
+from ilvr_jax.training.state import create_state
+from ilvr_jax.training.step import make_step
+
+BATCHES = 32  # kept in memory and given to the step in turn, so that it never waits
+
+
+def samples_per_second(consume: Callable[[], int], seconds: float) -> float:
+    """Returns the rate of `consume`, which returns how many samples a call of it took, over some seconds."""
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        count += consume()
+    return count / (time.perf_counter() - start)
+
+
+def rates(run: Run, stage: str, seconds: float) -> tuple[float, float]:
+    """Returns the samples a second of the pipeline without a step, and of the step without the pipeline."""
+    optimizer, step = run.steps[stage]
+    params = start_params(run.config, run.workdir, run.model, None)
+    with_teacher = run.config[stage].objective == "alignment"
+    state = create_state(params, optimizer, tuple(run.config[stage].train), with_teacher, jax.random.key(0))
+    with contextlib.closing(open_iterator(run, stage, 0, params["vision"])) as iterator:
+        batches = list(itertools.islice(iterator, BATCHES))
+        made = samples_per_second(lambda: len(next(iterator).record), seconds)
+    for batch in {batch.layout: batch for batch in batches}.values():  # compiles each bucket's step
+        state, _ = step(state, batch)
+    turns = itertools.cycle(batches)
+
+    def take_step() -> int:
+        nonlocal state
+        batch = next(turns)
+        state, values = step(state, batch)
+        jax.block_until_ready(values)
+        return len(batch.record)
+
+    return made, samples_per_second(take_step, seconds)
+
+
+def main() -> None:
+    """Times each stage of a config; prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=20.0, help="that each figure is measured over")
+    options = read_config_flags(parser)
+    config = options.config
+    table = Table("stage", "batch", "pipeline alone, samples/s", "step alone, samples/s", "ratio")
+    with tempfile.TemporaryDirectory() as folder, Progress(Path(folder) / "log") as progress:
+        source = open_source(config)
+        tokenizer = make_tokenizer(config, source)
+        model = build_model(config, Path(folder), tokenizer)
+        special = special_tokens(tokenizer)
+        for name in config.stages:
+            steps = {name: make_step(config, name, model)}
+            run = Run(config, Path(folder), source, None, tokenizer, special, model, steps, progress)
+            made, taken = rates(run, name, options.seconds)
+            table.add_row(name, str(config[name].batch_size), f"{made:.0f}", f"{taken:.1f}", f"{made / taken:.1f}")
+    console = Console(width=120)
+    console.print(table)
+    console.print(machine(["jax", "grain", "numpy"]))
+
+
+if __name__ == "__main__":
+    main()
