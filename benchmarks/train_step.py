@@ -18,10 +18,9 @@ from rich.table import Table
 from benchmarks.machine import machine
 from ilvr_jax.data.tokenizer import special_tokens
 from ilvr_jax.training.configuration import read_config_flags
-from ilvr_jax.training.loop import Run, build_model, make_tokenizer, open_iterator, open_source, start_params
+from ilvr_jax.training.loop import Run, build_model, make_step, make_tokenizer, open_iterator, open_source, start_params
 from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.state import create_state
-from ilvr_jax.training.step import make_step
 
 BATCHES = 32  # kept in memory and given to the step in turn, so that it never waits
 
