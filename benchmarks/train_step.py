@@ -12,15 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from jaxtyping import PyTree
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
 from ilvr_jax.data.tokenizer import special_tokens
+from ilvr_jax.models.sharding import on_mesh, one_device, place_rows, shardings
 from ilvr_jax.training.configuration import read_config_flags
 from ilvr_jax.training.loop import Run, build_model, make_step, make_tokenizer, open_iterator, open_source, start_params
 from ilvr_jax.training.progress import Progress
-from ilvr_jax.training.state import create_state
+from ilvr_jax.training.state import TrainState, create_state
 
 BATCHES = 32  # kept in memory and given to the step in turn, so that it never waits
 
@@ -36,11 +38,15 @@ def samples_per_second(consume: Callable[[], int], seconds: float) -> float:
 def rates(run: Run, stage: str, seconds: float) -> tuple[float, float]:
     """Returns the samples a second of the pipeline without a step, and of the step without the pipeline."""
     optimizer, step = run.steps[stage]
-    params = start_params(run.config, run.workdir, run.model, None)
+    params = start_params(run.config, run.workdir, run.model, None, run.mesh)
     with_teacher = run.config[stage].objective == "alignment"
-    state = create_state(params, optimizer, tuple(run.config[stage].train), with_teacher, jax.random.key(0))
+
+    def start(params: PyTree) -> TrainState:
+        return create_state(params, optimizer, tuple(run.config[stage].train), with_teacher, jax.random.key(0))
+
+    state = jax.jit(start, out_shardings=shardings(jax.eval_shape(start, params), run.mesh))(params)
     with contextlib.closing(open_iterator(run, stage, 0, params["vision"])) as iterator:
-        batches = list(itertools.islice(iterator, BATCHES))
+        batches = [place_rows(batch, run.mesh) for batch in itertools.islice(iterator, BATCHES)]
         made = samples_per_second(lambda: len(next(iterator).record), seconds)
     for batch in {batch.layout: batch for batch in batches}.values():  # compiles each bucket's step
         state, _ = step(state, batch)
@@ -67,11 +73,13 @@ def main() -> None:
         source = open_source(config)
         tokenizer = make_tokenizer(config, source)
         model = build_model(config, Path(folder), tokenizer)
+        mesh = one_device()
         special = special_tokens(tokenizer)
         for name in config.stages:
-            steps = {name: make_step(config, name, model)}
-            run = Run(config, Path(folder), source, None, tokenizer, special, model, steps, progress)
-            made, taken = rates(run, name, options.seconds)
+            steps = {name: make_step(config, name, model, mesh)}
+            run = Run(config, Path(folder), source, None, tokenizer, special, model, mesh, steps, progress)
+            with on_mesh(mesh):
+                made, taken = rates(run, name, options.seconds)
             table.add_row(name, str(config[name].batch_size), f"{made:.0f}", f"{taken:.1f}", f"{made / taken:.1f}")
     console = Console(width=120)
     console.print(table)

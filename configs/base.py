@@ -95,6 +95,9 @@ def get_config() -> ConfigDict:
                     "patch_init_std": 1.0,
                 },
             },
+            # How many devices each axis of the mesh has; -1, once: what the others leave. Rows of a batch are shared
+            # out over slice, data and fsdp, parameters over fsdp and tensor.
+            "mesh": {"slice": 1, "data": -1, "fsdp": 1, "tensor": 1},
             "tokenizer": "",  # a folder; empty: made from the generator's text
             "data": {
                 "source": "frozen_lake",  # or a format of docs/formats.md, at `path` with images under `root`
@@ -154,6 +157,8 @@ def get_config() -> ConfigDict:
             "log_every": 10,
             "checkpoint_every": 200,
             "checkpoint_keep": 2,
+            # So many updates in a row that are skipped, since loss or gradient are not finite, end the run.
+            "max_skipped": 5,
         }
     )
     return config.lock()  # a misspelt key on top of it is an error

@@ -43,6 +43,7 @@ def get_config(
                 "lora": {"rank": 32 if lora else 0, "alpha": 64.0, "dropout": 0.05, "targets": base.TARGETS},
             }
         )
+        config.mesh.update(data=1, fsdp=-1)
         config.data.source = "ilvr"
         config.data.image_scale = 1.0
         config.data.min_pixels = 56 * 56
@@ -63,7 +64,7 @@ def get_config(
             "train": ("adapters",) if lora else ("decoder",),
             "epochs": 15,
             "batch_size": 8,  # one sample a device and 8 parts, as published
-            "accumulation": 8,
+            "accumulation": 8,  # parts on one device; on n, each has as many rows at a time as the one would
             "optimizer": "adamw",
             "learning_rate": 1e-5,
             "schedule": "linear",

@@ -13,6 +13,7 @@ from rich.console import Console
 from ilvr_jax.data.ilvr import IlvrSource
 from ilvr_jax.data.records import BadRecord
 from ilvr_jax.inference.evaluation import Evaluation, decode_settings, evaluate, prompt_settings, samples_path
+from ilvr_jax.models.sharding import make_mesh, on_mesh
 from ilvr_jax.reports.tables import success_table
 from ilvr_jax.training.checkpoints import NoCheckpoint, restore_for_inference
 from ilvr_jax.training.configuration import (
@@ -46,9 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = IlvrSource(data, plan_required=False)
         if options.json:
             check_writable(options.json)
-        restored = restore_for_inference(options.workdir, options.config, options.stage)
+        with blame("mesh"):
+            mesh = make_mesh(options.config.mesh)
+        restored = restore_for_inference(options.workdir, options.config, options.stage, mesh)
         console = Console()
-        evaluation = evaluate(options.config, source, *restored, console=console)
+        with on_mesh(mesh):
+            evaluation = evaluate(options.config, source, *restored, console=console, mesh=mesh)
     except (BadConfig, BadRecord, NoCheckpoint) as error:
         print(error, file=sys.stderr)
         return 2

@@ -8,22 +8,26 @@ from collections.abc import Sequence
 from absl import logging
 
 from ilvr_jax.data.records import BadRecord
-from ilvr_jax.training.checkpoints import DiskFull
+from ilvr_jax.training.checkpoints import DiskFull, NoCheckpoint
 from ilvr_jax.training.configuration import BadConfig, read_command
+from ilvr_jax.training.divergence import Diverged
 from ilvr_jax.training.interruption import Interrupted
-from ilvr_jax.training.loop import Diverged, train
+from ilvr_jax.training.loop import train
+from ilvr_jax.training.processes import add_flags, is_main, join
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0 done, 2 bad input, 1 failed, 128 + n stopped by signal n."""
     logging.set_verbosity(logging.FATAL)  # libraries log the errors that they raise: each is to be said once
     parser = argparse.ArgumentParser(prog="python -m ilvr_jax.train", description="Trains through a config's stages.")
+    add_flags(parser)
     try:
         options = read_command(parser, arguments)
+        join(options)
         summary = train(options.config, options.workdir)
     except (BadConfig, BadRecord) as error:
         return fail(2, error)
-    except (DiskFull, Diverged) as error:
+    except (DiskFull, Diverged, NoCheckpoint) as error:
         return fail(1, error)
     except Interrupted as error:
         return fail(error.exit_status, error)
@@ -33,9 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return fail(1, f"no disk space to write {error.filename or options.workdir}; free some and repeat the command")
+    if not is_main():
+        return 0
     for name, stage in summary["stages"].items():
-        if "seconds" in stage:
-            print(f"{name}: {stage['steps']} steps, {stage['seconds']:.0f} s, {stage['compilations']} compilations")
+        if "goodput" in stage:
+            skipped = f" ({stage['skipped_updates']} skipped)" if stage["skipped_updates"] else ""
+            print(
+                f"{name}: {stage['steps']} steps{skipped}, {stage['seconds']:.0f} s, {stage['goodput']:.0%} of them in "
+                f"steps, {stage['compilations']} compilations"
+            )
     if summary["skipped_records"] or summary["skipped_lines"]:
         print(f"left out: {summary['skipped_records']} records, {len(summary['skipped_lines'])} lines of the data file")
     evaluated = any("evaluation" in stage for stage in summary["stages"].values())

@@ -1,11 +1,15 @@
 """Small random models and samples that several tests share."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 
 from ilvr_jax.latents.layout import Sample, build_sample
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import ModelConfig, VisionConfig
 from ilvr_jax.models.images import PatchedImage
+from ilvr_jax.training.step import objective
 
 SPECIAL = SpecialTokens(
     pad=0,
@@ -85,3 +89,12 @@ def prompt_of(sample: Sample) -> Sample:
     """Returns the sample's prompt alone, up to and including the assistant header."""
     end = int(np.flatnonzero(sample.tokens == SPECIAL.assistant)[0]) + 1
     return build_sample(sample.tokens[:end], sample.images, [], SPECIAL, sample.latent_size, sample.record)
+
+
+POISON = 1_000_000  # the loss of records from this number on is no number
+
+
+def poisoned_objective(name, model, params, teacher, batch, *others):
+    """Stands in for the train step's objective: the loss of poisoned records and its gradient are no numbers."""
+    result = objective(name, model, params, teacher, batch, *others)
+    return dataclasses.replace(result, loss=result.loss * jnp.where(batch.record >= POISON, jnp.nan, 1.0))

@@ -13,6 +13,7 @@ from ilvr_jax.data.tokenizer import special_tokens
 from ilvr_jax.inference.decode import generate
 from ilvr_jax.inference.evaluation import evaluate
 from ilvr_jax.latents.layout import Layout
+from ilvr_jax.models.sharding import one_device
 from ilvr_jax.training.checkpoints import build_model
 from ilvr_jax.training.configuration import REPOSITORY, load_config, override
 from ilvr_jax.training.loop import Run, make_step, make_tokenizer, open_evaluation_source, open_iterator, open_source
@@ -44,10 +45,11 @@ def open_run(path: Path, workdir: Path) -> Run:
     source = open_source(config)
     tokenizer = make_tokenizer(config, source)
     model = build_model(config, workdir, tokenizer)
-    steps = {name: make_step(config, name, model) for name in config.stages}
+    mesh = one_device()
+    steps = {name: make_step(config, name, model, mesh) for name in config.stages}
     evaluation_source = open_evaluation_source(config)
     special = special_tokens(tokenizer)
-    return Run(config, workdir, source, evaluation_source, tokenizer, special, model, steps, progress=None)
+    return Run(config, workdir, source, evaluation_source, tokenizer, special, model, mesh, steps, progress=None)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Checkpoints: what comes back is what was saved, however the process ended."""
 
 import errno
+import os
 import shutil
 
 import flax.struct
@@ -12,7 +13,14 @@ import optax
 import pytest
 from etils import epath
 
-from ilvr_jax.training.checkpoints import Checkpoints, DiskFull, stage_folder, stages_with_checkpoints
+from ilvr_jax.training.checkpoints import (
+    Checkpoints,
+    DamagedCheckpoint,
+    DiskFull,
+    OtherCheckpoint,
+    stage_folder,
+    stages_with_checkpoints,
+)
 
 
 @flax.struct.dataclass
@@ -131,3 +139,118 @@ def test_a_full_disk_gets_one_sentence_and_leaves_the_earlier_checkpoint(tmp_pat
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.latest() == 1
         checkpoints.restore(1, state)
+
+
+def the_only(folder, pattern):
+    (path,) = [path for path in folder.glob(pattern) if path.is_file()]
+    return path
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def invert(path):
+    path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
+
+
+DAMAGES = {
+    "data of arrays gone": lambda folder: largest(folder / "params" / "ocdbt.process_0" / "d").unlink(),
+    "data of arrays cut off": lambda folder: os.truncate(largest(folder / "params" / "ocdbt.process_0" / "d"), 1000),
+    "list of arrays gone": lambda folder: (folder / "params" / "manifest.ocdbt").unlink(),
+    "list of arrays empty": lambda folder: os.truncate(folder / "training" / "manifest.ocdbt", 0),
+    "list of arrays changed": lambda folder: invert(the_only(folder, "training/d/*")),
+    "metadata empty": lambda folder: os.truncate(folder / "training" / "_METADATA", 0),
+    "metadata gone": lambda folder: (folder / "training" / "_METADATA").unlink(),
+    "metadata changed": lambda folder: invert(folder / "params" / "_METADATA"),
+    "parameters gone": lambda folder: shutil.rmtree(folder / "params"),
+    "place gone": lambda folder: the_only(folder, "data/metadata").unlink(),
+    "place cut off": lambda folder: os.truncate(the_only(folder, "data/metadata"), 5),
+    "everything gone": lambda folder: [shutil.rmtree(path) for path in folder.iterdir() if path.is_dir()],
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder with checkpoints of steps 1 and 2, the steps after which the second field of the state is as it is."""
+    folder, state = tmp_path_factory.mktemp("two"), make_state()
+    with Checkpoints(folder, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state.replace(step=jnp.int32(step)), make_iterator())
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two, tmp_path, damage):
+    folder, like, said = tmp_path / "stage", jax.eval_shape(make_state), []
+    shutil.copytree(two, folder)
+    DAMAGES[damage](folder / "2")
+    with Checkpoints(folder, keep=2) as checkpoints:
+
+        def restore(step):
+            checkpoints.check_place(step)
+            return checkpoints.restore(step, like)
+
+        assert checkpoints.latest() == 2
+        step, state = checkpoints.restore_newest(restore, said.append, set_aside=True)
+        assert step == int(state.step) == checkpoints.latest() == 1
+        assert len(said) == 1 and said[0].startswith(f"the checkpoint {folder / '2'} is damaged (")
+        assert said[0].endswith("), kept as 2.damaged; the one before, of step 1, is used") and "\n" not in said[0]
+        checkpoints.save(2, state.replace(step=jnp.int32(2)), make_iterator())
+        checkpoints.wait()
+        step, state = checkpoints.restore_newest(restore, said.append)
+        assert (step, int(state.step), len(said)) == (2, 2, 1)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "2.damaged"]
+    with Checkpoints(folder, keep=1) as checkpoints:  # what was set aside is none of those that are counted
+        checkpoints.save(3, state, make_iterator())
+    assert sorted(path.name for path in folder.iterdir()) == ["2.damaged", "3"]
+
+
+def test_damage_everywhere_is_an_error_that_leaves_the_folder_as_it_is(two, tmp_path):
+    folder = tmp_path / "stage"
+    shutil.copytree(two, folder)
+    DAMAGES["parameters gone"](folder / "1")
+    DAMAGES["data of arrays gone"](folder / "2")
+    with Checkpoints(folder, keep=2) as checkpoints, pytest.raises(DamagedCheckpoint) as error:
+        checkpoints.restore_newest(lambda step: checkpoints.restore(step, make_state()), pytest.fail, set_aside=True)
+    assert f"{folder / '2'} is damaged" in str(error.value) and f"{folder / '1'} is damaged" in str(error.value)
+    assert f"delete {folder} to begin the stage anew" in str(error.value)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_a_reader_leaves_a_damaged_checkpoint_where_it_is(two, tmp_path):
+    folder, said = tmp_path / "stage", []
+    shutil.copytree(two, folder)
+    DAMAGES["data of arrays gone"](folder / "2")
+    with Checkpoints(folder) as checkpoints:
+        like = make_state().params
+        step, params = checkpoints.restore_newest(lambda step: checkpoints.restore_params(step, like), said.append)
+    assert step == 1 and said[0].endswith("); the one before, of step 1, is used")
+    np.testing.assert_array_equal(params["decoder"]["kernel"], like["decoder"]["kernel"])
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        (
+            {"params": {"decoder": {"kernel": jnp.zeros((5, 4))}}},
+            r"decoder.kernel of shape \(500, 400\), here it is \(5",
+        ),
+        (
+            {"params": {"decoder": {"kernels": jnp.zeros((500, 400))}}},
+            "params has decoder.kernel, which is none",
+        ),
+        ({"teacher": None}, "training has teacher.kernel, which is none of this run's"),
+        ({"opt_state": (*make_state().opt_state, {"new": jnp.zeros(3)})}, r"training has no opt_state.\d.new"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_no_damaged_one(two, tmp_path, changes, difference):
+    """It is not passed over for one before it: none of them is this model's."""
+    folder = tmp_path / "stage"
+    shutil.copytree(two, folder)
+    like = make_state().replace(**changes)
+    with Checkpoints(folder, keep=2) as checkpoints, pytest.raises(OtherCheckpoint, match=difference) as error:
+        checkpoints.restore_newest(lambda step: checkpoints.restore(step, like), pytest.fail, set_aside=True)
+    assert f"the checkpoint {folder / '2'} is of another model or version: " in str(error.value)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]

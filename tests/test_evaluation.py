@@ -249,7 +249,9 @@ def test_the_command_evaluates_a_saved_model(tokenizer, tmp_path, capsys):
     (workdir / "config.json").write_text(to_json(options.config))
     tokenizer.save_pretrained(workdir / "tokenizer")
     model = Qwen2_5VL(model_config(options.config.model, len(tokenizer)))
-    state = TrainState(jnp.int32(5), model.init(jax.random.key(0)), (), None, jax.random.key(0))
+    state = TrainState(
+        jnp.int32(5), model.init(jax.random.key(0)), (), None, jax.random.key(0), jnp.int32(0), jnp.int32(0)
+    )
     with Checkpoints(stage_folder(workdir, "stage1"), keep=1) as checkpoints:
         checkpoints.save(5, state, iter(grain.MapDataset.range(2).to_iter_dataset()))
     data, results = write_maps(tmp_path, GOOD_LINE), tmp_path / "results.json"

@@ -48,7 +48,7 @@ def tiny_run(checkpoint, examples, lora):
 
 
 def curve(workdir):
-    timing = ("seconds", "samples_per_second", "data_wait_share")
+    timing = ("seconds", "samples_per_second", "data_wait_share", "goodput")
     return [{key: value for key, value in line.items() if key not in timing} for line in read_metrics(workdir)]
 
 

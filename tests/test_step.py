@@ -15,7 +15,7 @@ from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from ilvr_jax.training.state import create_state
 from ilvr_jax.training.step import OBJECTIVES, loss_and_gradients, make_train_step
-from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, random_sample
+from tests.samples import CONFIG, POISON, SPECIAL, WINDOW_UNITS, poisoned_objective, random_sample
 
 LATENTS = LatentSettings(latent_size=3, candidates=5, tau=0.9)
 KEY = jax.random.key(5)
@@ -126,6 +126,46 @@ def test_tau_one_freezes_the_teacher():
     state, _ = step(state, batch)
     for leaf, value in zip(jax.tree.leaves(state.teacher), jax.tree.leaves(first), strict=True):
         np.testing.assert_array_equal(leaf, value)
+
+
+def numbers(state):
+    return [np.array(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state, state.teacher))]
+
+
+@pytest.mark.parametrize("at_fault", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(at_fault, monkeypatch):
+    """A poisoned batch leaves the state to the bit, names its record, and the next good one is a step again."""
+    good, model = lay_out(samples()), Qwen2_5VL(CONFIG)
+    poisoned = good.replace(record=np.array([0, 1, POISON + 2, POISON + 3], np.int32))
+    monkeypatch.setattr("ilvr_jax.training.step.objective", poisoned_objective)
+    if at_fault == "gradient":
+        compute = loss_and_gradients
+
+        def overflowing(*arguments):
+            rows, gradients = compute(*arguments)
+            wrong = ~jnp.isfinite(rows["loss"]).all()
+            rows = {**rows, "loss": jnp.nan_to_num(rows["loss"])}
+            return rows, jax.tree.map(lambda leaf: jnp.where(wrong, jnp.inf, leaf), gradients)
+
+        monkeypatch.setattr("ilvr_jax.training.step.loss_and_gradients", overflowing)
+    optimizer = make_optimizer(stage())
+    key = jax.random.key(5)  # of its own: the step gives it away
+    state = create_state(model.init(jax.random.key(0)), optimizer, ("decoder",), with_teacher=True, key=key)
+    step = make_train_step(model, stage(), ConfigDict(dataclasses.asdict(LATENTS)), optimizer)
+    state, values = step(state, good)
+    assert (int(values["skipped"]), int(values["skipped_in_row"]), int(values["offending_record"])) == (0, 0, -1)
+    before = numbers(state)
+    for count in (1, 2):
+        state, values = step(state, poisoned)
+        for one, other in zip(numbers(state), before, strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert np.isfinite(values["loss"]) == (at_fault == "gradient")
+        assert int(values["skipped"]) == int(values["skipped_in_row"]) == count
+        assert int(values["offending_record"]) == (POISON + 2 if at_fault == "loss" else -1)
+    state, values = step(state, good)
+    assert (int(state.step), int(state.skipped), int(state.skipped_in_row)) == (4, 2, 0)
+    assert sum(np.abs(one - other).max() for one, other in zip(numbers(state), before, strict=True)) > 1e-3
+    assert step._cache_size() == 1
 
 
 def test_gradient_clipping_is_by_global_norm():

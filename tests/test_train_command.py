@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from ilvr_jax.latents.layout import Layout, padded_tokens
 from ilvr_jax.train import main
 from ilvr_jax.training.checkpoints import NoCheckpoint, restore_for_inference
 from ilvr_jax.training.configuration import load_config
+from ilvr_jax.training.divergence import Diverged
 from ilvr_jax.training.interruption import Interrupted
-from ilvr_jax.training.loop import Clock, Diverged, finite, make_step, train
+from ilvr_jax.training.loop import Clock, make_step, train
 from ilvr_jax.training.metrics import read_metrics
 from ilvr_jax.training.progress import Progress
+from tests.samples import POISON, poisoned_objective
 
 BASE = Path(__file__).parents[1] / "configs" / "base.py"
 STAGES = ("warm_up", "stage1", "stage2")
@@ -68,7 +71,7 @@ def finished(config, tmp_path_factory):
 
 
 def losses(workdir):
-    timing = ("seconds", "samples_per_second", "data_wait_share")
+    timing = ("seconds", "samples_per_second", "data_wait_share", "goodput")
     return [{key: value for key, value in line.items() if key not in timing} for line in read_metrics(workdir)]
 
 
@@ -187,29 +190,131 @@ def test_a_run_stopped_at_the_last_step_of_a_stage_keeps_its_figures(config, tmp
     assert stage["seconds"] == before["seconds"] and stage["skipped_records"] == []
 
 
-def test_a_diverged_state_is_not_saved(config, tmp_path, monkeypatch):
-    """Not even where nothing is logged, and a checkpoint or a signal would save it."""
+class Poisoned:
+    """A train step that is given a poisoned record in one row at some of its calls."""
+
+    def __init__(self, step, calls, row=1):
+        self.step, self._cache_size, self.calls, self.number, self.row = step, step._cache_size, calls, 0, row
+        self.records = []
+
+    def __call__(self, state, batch):
+        self.number += 1
+        if self.number in self.calls:
+            batch = batch.replace(record=batch.record.at[self.row].add(POISON))
+            self.records.append(int(batch.record[self.row]))
+        return self.step(state, batch)
+
+
+def poison(monkeypatch, calls):
+    steps = []
+
+    def poisoned_step(*arguments):
+        optimizer, step = make_step(*arguments)
+        steps.append(Poisoned(step, calls))
+        return optimizer, steps[-1]
+
+    monkeypatch.setattr("ilvr_jax.training.step.objective", poisoned_objective)
+    monkeypatch.setattr("ilvr_jax.training.loop.make_step", poisoned_step)
+    return steps
+
+
+def warm_up_alone(config, **changes):
     config = config.copy_and_resolve_references().unlock()
     config.stages = ("warm_up",)
-    config.update(log_every=100, checkpoint_every=2)
+    config.eval.data = ""
+    config.update(changes)
+    return config
 
-    class Diverging:
-        def __init__(self, step):
-            self.step, self._cache_size, self.calls = step, step._cache_size, 0
 
-        def __call__(self, state, batch):
-            self.calls += 1
-            state, values = self.step(state, batch)
-            return state, {**values, "loss": values["loss"] + (np.inf if self.calls >= 3 else 0.0)}
+def test_skipped_updates_are_said_and_counted(config, tmp_path, monkeypatch):
+    """Two apart of six, with lines for every second step: each gets its sentence, none ends the run."""
+    step = poison(monkeypatch, (3, 5))
+    summary = train(warm_up_alone(config, log_every=2, max_skipped=2), tmp_path / "run")
+    stage = summary["stages"]["warm_up"]
+    assert stage["skipped_updates"] == 2 and 0 < stage["goodput"] < 1 and stage["compilations"] == 1
+    assert [(line["step"], line["skipped"]) for line in read_metrics(tmp_path / "run")] == [(2, 0), (4, 1), (6, 2)]
+    said = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "skipped" in line]
+    assert len(said) == 2
+    for line, number, record in zip(said, (3, 5), step[0].records, strict=True):
+        assert f"warm_up, step {number}: the update is skipped, since the loss is nan, of record {record}" in line
 
-    def diverging_step(*arguments):
-        optimizer, step = make_step(*arguments)
-        return optimizer, Diverging(step)
 
-    monkeypatch.setattr("ilvr_jax.training.loop.make_step", diverging_step)
-    with pytest.raises(Diverged, match="loss is inf at step 4 of warm_up"):
-        train(config, tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints" / "warm_up").iterdir()] == ["2"]
+def test_too_many_skipped_in_a_row_end_the_run_with_the_records(config, tmp_path, monkeypatch, capsys):
+    """What is in the last checkpoint is finite, and the count goes on from there."""
+    steps = poison(monkeypatch, range(4, 100))
+    workdir, config = tmp_path / "run", warm_up_alone(config, log_every=100, checkpoint_every=2, max_skipped=3)
+    records = r"\(records at fault: \d+(, \d+){%d}\)"
+    with pytest.raises(Diverged, match="warm_up, step 6: the updates of 3 steps in a row .* " + records % 2) as error:
+        train(config, workdir)
+    assert f"records at fault: {', '.join(map(str, steps[0].records))})" in str(error.value)
+    assert "\n" not in str(error.value) and str(workdir / "checkpoints" / "warm_up") in str(error.value)
+    assert sorted(path.name for path in (workdir / "checkpoints" / "warm_up").iterdir()) == ["2", "4"]
+    _, params, *_ = restore_for_inference(workdir)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    poison(monkeypatch, range(1, 100))  # goes on from step 4, where one in a row was skipped
+    with pytest.raises(Diverged, match="warm_up, step 6: the updates of 3 steps in a row"):
+        train(config, workdir)
+    poison(monkeypatch, ())
+    config.max_skipped = 4  # it has no effect on what is learnt, so it may be another
+    assert train(config, workdir)["stages"]["warm_up"]["skipped_updates"] == 1
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run to damage: its stages have checkpoints of steps 4 and 6."""
+    shutil.copytree(finished[0], tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def damage(workdir, stage, step):
+    folder = workdir / "checkpoints" / stage / str(step)
+    files = [path for path in (folder / "params").rglob("*") if path.is_file()]
+    os.truncate(max(files, key=lambda path: path.stat().st_size), 100)
+    return folder
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, copied, config, capsys):
+    folder = damage(copied, "stage2", 6)
+    _, params, *_ = restore_for_inference(copied)
+    said = capsys.readouterr().err
+    assert f"the checkpoint {folder} is damaged (" in said and "the one before, of step 4, is used" in said
+    assert not same(params, restore_for_inference(finished[0])[1])
+    train(config, copied)
+    log = (copied / "train.log").read_text()
+    assert f"the checkpoint {folder} is damaged (" in log and "kept as 6.damaged; the one before, of step 4, is" in log
+    assert log.count("stage2: goes on after step 4") == 1
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["4", "6", "6.damaged"]
+    assert losses(copied) == losses(finished[0])
+    assert same(restore_for_inference(copied)[1], restore_for_inference(finished[0])[1])
+
+
+def test_damage_to_all_checkpoints_of_a_stage_is_an_error_and_never_a_fresh_start(
+    finished, copied, config, config_file, capsys
+):
+    folders = [damage(copied, "stage2", step) for step in (6, 4)]
+    assert main([f"--config={config_file}", f"--workdir={copied}"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert all(f"the checkpoint {folder} is damaged (" in error for folder in folders)
+    assert f"delete {folders[0].parent} to begin the stage anew" in error
+    assert sorted(path.name for path in folders[0].parent.iterdir()) == ["4", "6"]
+    assert losses(copied) == losses(finished[0])  # still those of the run that was
+    shutil.rmtree(folders[0].parent)  # as it says
+    train(config, copied)
+    assert losses(copied) == losses(finished[0])
+    assert same(restore_for_inference(copied)[1], restore_for_inference(finished[0])[1])
+
+
+def test_a_checkpoint_of_another_model_is_one_sentence(copied, config_file, capsys):
+    """The config is that of the workdir, so only the checkpoint can tell."""
+    stored = json.loads((copied / "config.json").read_text())
+    stored["model"]["intermediate_size"] = 32
+    (copied / "config.json").write_text(json.dumps(stored))
+    assert main([f"--config={config_file}", f"--workdir={copied}", "--config.model.intermediate_size=32"]) == 1
+    error = capsys.readouterr().err
+    folder = copied / "checkpoints" / "warm_up" / "6"
+    assert f"the checkpoint {folder} is of another model or version: params has decoder.layers." in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["4", "6"]
 
 
 def test_a_stage_without_checkpoint_is_named(finished, tmp_path):
@@ -244,6 +349,7 @@ def config_file(config, tmp_path):
         (["--config.latents.coverage=0"], "latents.coverage is 0.0; accepted is a number more than 0"),
         (["--config.model.dtype=floot32"], "model.dtype is 'floot32'; accepted is one of float32"),
         (["--config.model.remat_policy=some"], "model.remat_policy is 'some'; accepted is one of none, full"),
+        (["--config.max_skipped=0"], "config key max_skipped is 0, at least 1 is accepted"),
         (["--config.stage2.clip=0"], "stage2: clip is 0.0; accepted is a number more than 0"),
         (
             ["--config.data.frozen_lake.max_moves=0", "--config.data.on_bad_record=skip"],
@@ -279,16 +385,10 @@ def test_buckets_are_ordered_by_what_they_cost():
     assert sorted([many, large, looks, small], key=lambda one: padded_tokens(one, 2)) == [small, looks, large, many]
 
 
-def test_a_loss_that_is_no_number_stops_the_run():
-    assert finite("stage1", 3, {"loss": np.float32(1.5)}) == {"loss": 1.5}
-    with pytest.raises(Diverged, match="loss is nan at step 3 of stage1"):
-        finite("stage1", 3, {"loss": np.float32("nan")})
-
-
 def test_the_clock_keeps_compilation_out_of_rate_and_time_left(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("ilvr_jax.training.loop.time.monotonic", lambda: now[0])
-    clock, programs = Clock(batch_size=8, first=10, seconds=100.0), [0]
+    clock, programs = Clock(8, first=10, seconds=100.0, seconds_in_steps=52.0, began=-4.0), [0]
 
     class Function:
         def _cache_size(self):
@@ -301,9 +401,14 @@ def test_the_clock_keeps_compilation_out_of_rate_and_time_left(monkeypatch):
             now[0] += took
             programs[0] += compiled
     figures = clock.lap(13)
-    assert figures == {"samples_per_second": 3 * 8 / 6, "data_wait_share": 2 / 6, "seconds": 136.0}
+    goodput = (52 + 6 - 2) / 140  # of 40 seconds here 4 went before the first step, 30 into compilation, 2 into data
+    speed = {"samples_per_second": 3 * 8 / 6, "data_wait_share": 2 / 6}
+    assert figures == {**speed, "seconds": 140.0, "goodput": goodput}
     assert clock.compilation_seconds == 30.0
     assert clock.seconds_left(16) == 6.0
-    now[0] += 4
+    with clock.saving():
+        now[0] += 3
+    now[0] += 1
     assert clock.lap(15)["samples_per_second"] == 4.0
-    assert clock.seconds == 140.0 and clock.seconds_left(16) == 2.0
+    assert clock.seconds == 144.0 and clock.seconds_left(16) == 2.0
+    assert clock.goodput == (52 + 6 - 2 + 1) / 144

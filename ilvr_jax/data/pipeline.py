@@ -1,5 +1,6 @@
 """The input pipeline: shuffled records -> samples (in grain workers) -> batches of few static shapes, endlessly."""
 
+import collections
 import functools
 import logging
 import signal
@@ -42,6 +43,15 @@ class Loaded(NamedTuple):
     problem: str = ""
 
 
+class Share(NamedTuple):
+    """What one of several processes does: it loads every count-th record, and has some rows of each batch."""
+
+    rows: Sequence[int]
+    process: int = 0
+    count: int = 1
+    exchange: Callable[[Any], list[Any]] = lambda value: [value]  # what each process calls it with, told to all
+
+
 def make_iterator(
     source: Source,
     to_sample: Callable[..., Sample],
@@ -53,6 +63,7 @@ def make_iterator(
     workers: int = 0,
     on_bad_record: str = "error",
     no_image: PatchedImage | EncodedImage = NO_IMAGE,
+    share: Share | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Returns an endless iterator over batches, every epoch in another order.
 
@@ -60,7 +71,7 @@ def make_iterator(
     it, and a batch is made when a bucket has `batch_size` samples. Part-full buckets are carried into the next
     epoch. With `workers` processes or none (a thread), the batches are the same. The state (`get_state`,
     `set_state`) is small and plain JSON, and may be restored with another number of workers. All images are of the kind
-    that `no_image` is, patched or encoded.
+    that `no_image` is, patched or encoded. With a `share`, batches are those of one process and have its rows of them.
 
     A bad record raises BadRecord at the next batch, or with `on_bad_record="skip"` is left out: the
     first are logged, and `skipped_records` lists all. Raises ValueError on settings that make no sense.
@@ -89,6 +100,7 @@ def make_iterator(
         workers,
         skip=on_bad_record == "skip",
         source_length=len(source),
+        share=share or Share(range(batch_size)),
     )
     return grain.experimental.ThreadPrefetchDatasetIterator(batches, PREFETCHED_BATCHES)
 
@@ -196,6 +208,9 @@ class BatchIterator(grain.DatasetIterator):
 
     The state is a position in the (endless, shuffled) order of records and the positions of the samples that
     wait in part-full buckets. Those are loaded again after a restore.
+
+    Of several processes each loads its part of the records and tells the others which buckets they go to, so that all
+    make the same batches. Of its rows it then loads those that another process has sized.
     """
 
     def __init__(
@@ -207,8 +222,10 @@ class BatchIterator(grain.DatasetIterator):
         workers: int,
         skip: bool,
         source_length: int,
+        share: Share,
     ):
         super().__init__()
+        self._share = share
         self._records, self._make_batch, self._buckets = records, make_batch, tuple(buckets)
         self._batch_size, self._workers = batch_size, workers
         self._skip, self._source_length = skip, source_length
@@ -228,7 +245,8 @@ class BatchIterator(grain.DatasetIterator):
         self._position = state["position"]
         self._to_reload = list(state["pending"])
         self._skipped = set(state["skipped"])
-        self._waiting: list[list[tuple[int, Sample]]] = [[] for _ in self._buckets]
+        self._waiting: list[list[tuple[int, Sample | None]]] = [[] for _ in self._buckets]
+        self._ahead: collections.deque[Loaded] = collections.deque()
 
     def __next__(self) -> Batch:
         self._assert_not_closed()
@@ -236,20 +254,32 @@ class BatchIterator(grain.DatasetIterator):
             position = self._to_reload[0]
             self._put(position, self._records[position])
             self._to_reload.pop(0)
-        if self._stream is None:
-            self._stream = stream(self._records.slice(slice(self._position, None)), self._workers)
         while True:
             for layout, waiting in zip(self._buckets, self._waiting, strict=True):
                 if len(waiting) >= self._batch_size:
-                    samples = [sample for _, sample in waiting[: self._batch_size]]
+                    mine = [waiting[row] for row in self._share.rows]
                     del waiting[: self._batch_size]
+                    samples = [sample or self._records[position].sample for position, sample in mine]
                     return self._make_batch(samples, layout)
-            loaded, position = next(self._stream), self._position
+            if not self._ahead:
+                self._read_ahead()
+            self._put(self._position, self._ahead.popleft())
             self._position += 1
-            self._put(position, loaded)
+
+    def _read_ahead(self) -> None:
+        """Loads some of the next records, this process's share of them, and learns the others' buckets."""
+        _, process, count, exchange = self._share
+        if self._stream is None:
+            self._stream = stream(self._records.slice(slice(self._position + process, None, count)), self._workers)
+        mine = [next(self._stream) for _ in range(1 if count == 1 else -(-self._batch_size // count))]
+        told = exchange([[loaded.number, loaded.bucket, loaded.problem] for loaded in mine])
+        for place, of_place in enumerate(zip(*told, strict=True)):
+            for owner, (number, bucket, problem) in enumerate(of_place):
+                sample = mine[place].sample if owner == process else None
+                self._ahead.append(Loaded(number, sample, bucket, problem))
 
     def _put(self, position: int, loaded: Loaded) -> None:
-        if loaded.sample is not None:
+        if not loaded.problem:
             self._waiting[loaded.bucket].append((position, loaded.sample))
         elif not self._skip:
             raise BadRecord(loaded.problem)

@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 from PIL import Image
@@ -25,6 +28,7 @@ from ilvr_jax.inference.decode import Decoded, DecodeSettings, generate
 from ilvr_jax.latents.layout import Batch, Sample, collate, merge_layouts, required_layout
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.sharding import fill_rows, place_rows, row_shards
 from ilvr_jax.tasks.vsp_planning import (
     Outcome,
     Rates,
@@ -144,15 +148,23 @@ def evaluate(
     tokenizer: PreTrainedTokenizerFast,
     special: SpecialTokens,
     console: Console | None = None,
+    mesh: Mesh | None = None,
 ) -> Evaluation:
-    """Decodes every record of a source as the config says, and scores it.
+    """Decodes every record of a source as the config says, and scores it; with a mesh, batches are shared out over it.
 
     Raises ValueError as `prompt_settings` and `decode_settings` do, BadRecord as `evaluate_maps` does.
     """
     decoding = decode_settings(config)
+
+    def decode(batch: Batch, seeds: Int[np.ndarray, " rows"]) -> Decoded:
+        if mesh is not None:
+            batch, seeds = place_rows(fill_rows((batch, seeds), row_shards(mesh)), mesh)
+        decoded = generate(model, params, batch, seeds, decoding, special)
+        return decoded if jax.process_count() == 1 else multihost_utils.process_allgather(decoded, tiled=True)
+
     return evaluate_maps(
         source,
-        lambda batch, seeds: generate(model, params, batch, seeds, decoding, special),
+        decode,
         tokenizer,
         special,
         prompt_settings(config),

@@ -3,7 +3,7 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from ilvr_jax.latents.layout import Batch
 from ilvr_jax.latents.rollout import roll_out
@@ -67,8 +67,8 @@ def text_objective(model: Qwen2_5VL, params: PyTree, batch: Batch, key: PRNGKeyA
     decoder = decoder_params(params)
     features = model.encode_images(params["vision"], batch.images)
     inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
-    mask, dropout_key = causal_mask(batch.valid), _dropout_key(key, batch)
-    hidden, _ = model.decode(decoder, inputs, batch.positions, mask, dropout_key=dropout_key)
+    keys = dropout_keys(model, key, batch)
+    hidden, _ = model.decode(decoder, inputs, batch.positions, causal_mask(batch.valid), dropout_keys=keys)
     return _objective(model, decoder, batch, hidden)
 
 
@@ -94,8 +94,8 @@ def alignment_objective(
     inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
     filled = jnp.where(selection.valid[..., None], selection.targets.astype(inputs.dtype), inputs[:, slots])
     inputs = inputs.at[:, slots].set(filled)
-    mask, dropout_key = causal_mask(batch.valid), _dropout_key(key, batch)
-    hidden, _ = model.decode(decoder, inputs, batch.positions, mask, dropout_key=dropout_key)
+    keys = dropout_keys(model, key, batch)
+    hidden, _ = model.decode(decoder, inputs, batch.positions, causal_mask(batch.valid), dropout_keys=keys)
     targets = selection.targets + settings.target_noise * slot_noise(key, batch.record, selection.targets.shape)
     cosines = cosine(hidden[:, slots - 1], targets) * selection.valid
     count = selection.valid.sum((1, 2))
@@ -126,13 +126,17 @@ def autonomy_objective(model: Qwen2_5VL, params: PyTree, batch: Batch, key: PRNG
     decoder = decoder_params(params)
     features = model.encode_images(params["vision"], batch.images)
     inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
-    hidden = roll_out(model, decoder, inputs, batch, _dropout_key(key, batch))
+    hidden = roll_out(model, decoder, inputs, batch, dropout_keys(model, key, batch))
     return _objective(model, decoder, batch, hidden)
 
 
-def _dropout_key(key: PRNGKeyArray, batch: Batch) -> PRNGKeyArray:
-    """Returns another key for each of the parts that a batch is worked on in."""
-    return jax.random.fold_in(key, batch.record[0])
+def dropout_keys(model: Qwen2_5VL, key: PRNGKeyArray, batch: Batch) -> Key[Array, "rows columns"] | None:
+    """Returns a key a token that depends on the record and the token's place in it alone; None without dropout."""
+    if not model.config.lora.rank or not model.config.lora.dropout:
+        return None
+    place = jnp.cumsum(batch.valid, axis=1)
+    of_record = jax.vmap(lambda record: jax.random.fold_in(key, record))(batch.record)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_record, place)
 
 
 def _objective(model: Qwen2_5VL, decoder: PyTree, batch: Batch, hidden: Array) -> Objective:

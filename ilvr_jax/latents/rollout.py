@@ -3,71 +3,120 @@
 The columns are processed in order: the prefix in parallel, then segment by segment K single-column steps and the
 text after them in parallel, then the tail. Keys and values of finished columns are kept, so all of it costs one
 forward pass; recomputing the prefix for each slot would cost S * K + 1 of them.
+
+The gradient goes back the same way, but by the slots alone: what the loss changes with each of them. With that known,
+one parallel pass, in which the slots' inputs are given, has the gradient by the parameters. So these have one gradient
+in memory, where going back through the loops would keep one for each loop that is inside another.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from ilvr_jax.latents.layout import Batch
 from ilvr_jax.models.decoder import KeyValues
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
 
+Hidden = Float[Array, "rows columns channels"]
+Keys = Key[Array, "rows columns"] | None
 
-def roll_out(
-    model: Qwen2_5VL,
-    decoder: PyTree,
-    inputs: Float[Array, "rows columns channels"],
-    batch: Batch,
-    dropout_key: PRNGKeyArray,
-) -> Float[Array, "rows columns channels"]:
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def roll_out(model: Qwen2_5VL, decoder: PyTree, inputs: Hidden, batch: Batch, dropout_keys: Keys) -> Hidden:
     """Returns the final hidden states when each slot's input is the hidden state of the column before it.
 
-    The gradient flows through every slot. What `inputs` hold in the slots is not used. `dropout_key` is for adapters.
+    The gradient flows through every slot. What `inputs` hold in the slots is not used. `dropout_keys` is for adapters.
     """
+    return _forward(model, decoder, inputs, batch, dropout_keys)[0]
 
-    def decode(inputs: Array, positions: Array, mask: Array, past: Sequence[KeyValues], start: Array | int):
-        """Runs columns from `start` on, each run under a key of its own."""
-        key = jax.random.fold_in(dropout_key, start)
-        return model.decode(decoder, inputs, positions, mask, past, dropout_key=key)
 
+def _forward(model: Qwen2_5VL, decoder: PyTree, inputs: Hidden, batch: Batch, dropout_keys: Keys):
+    end = batch.layout.prefix
+    prefix, cache = model.decode(
+        decoder,
+        inputs[:, :end],
+        batch.positions[..., :end],
+        causal_mask(batch.valid[:, :end]),
+        dropout_keys=_columns(dropout_keys, 0, end),
+    )
+    no_change = jnp.zeros((*inputs[:, batch.layout.slot_columns].shape,), prefix.dtype)
+    after = _after_prefix(model, decoder, inputs, batch, dropout_keys, prefix[:, -1:], cache, no_change)
+    hidden = jnp.concatenate([prefix, after], axis=1)
+    return hidden, (decoder, inputs, batch, dropout_keys, hidden, cache)
+
+
+def _backward(model: Qwen2_5VL, kept: tuple, gradient: Hidden):
+    decoder, inputs, batch, dropout_keys, hidden, cache = kept
+    end, slots = batch.layout.prefix, batch.layout.slot_columns
+
+    def after_prefix(change: Array) -> Array:
+        return _after_prefix(model, decoder, inputs, batch, dropout_keys, hidden[:, end - 1 : end], cache, change)
+
+    if slots.size:
+        _, by_change = jax.vjp(after_prefix, jnp.zeros((*inputs[:, slots].shape,), hidden.dtype))
+        gradient = gradient.at[:, slots - 1].add(by_change(gradient[:, end:])[0])
+        inputs = inputs.at[:, slots].set(hidden[:, slots - 1].astype(inputs.dtype))
+
+    def in_parallel(decoder: PyTree, inputs: Array) -> Array:
+        mask = causal_mask(batch.valid)
+        return model.decode(decoder, inputs, batch.positions, mask, dropout_keys=dropout_keys)[0]
+
+    _, by_parameters = jax.vjp(in_parallel, decoder, inputs)
+    of_decoder, of_inputs = by_parameters(gradient)
+    return of_decoder, of_inputs.at[:, slots].set(0.0), None, None
+
+
+roll_out.defvjp(_forward, _backward)
+
+
+def _after_prefix(
+    model: Qwen2_5VL,
+    decoder: PyTree,
+    inputs: Hidden,
+    batch: Batch,
+    dropout_keys: Keys,
+    last: Float[Array, "rows 1 channels"],
+    prefix_cache: KeyValues,
+    change: Float[Array, "rows segments latent_size channels"],
+) -> Hidden:
+    """Returns the hidden states behind the prefix, given its last one, when `change` is added to the slots' inputs."""
     layout, positions, valid, rows = batch.layout, batch.positions, batch.valid, len(inputs)
     size, width = layout.latent_size, layout.latent_size + layout.text
-    prefix_end, tail_start = layout.prefix, layout.columns - layout.tail
-    hidden, key_values = decode(
-        inputs[:, :prefix_end], positions[..., :prefix_end], causal_mask(valid[:, :prefix_end]), (), 0
-    )
-    if not layout.segments:
-        return _with_tail(decode, inputs, batch, [hidden], key_values)
-    config = model.config
-    heads = (config.num_key_value_heads, config.head_dim)
-    empty = jnp.zeros((config.num_hidden_layers, rows, size, *heads), key_values[0].dtype)
+    tail_start = layout.columns - layout.tail
+
+    def decode(inputs: Array, mask: Array, past: Sequence[KeyValues], start: Array | int):
+        """Runs columns from `start` on."""
+        count = inputs.shape[1]
+        position, keys = columns_from(positions, start, count, 2), _columns(dropout_keys, start, count)
+        return model.decode(decoder, inputs, position, mask, past, keys)
+
     # Only columns before the present segment have been written; the rest of the cache is masked.
     room = ((0, 0), (0, 0), (0, layout.segments * width), (0, 0), (0, 0))
-    cache = jax.tree.map(lambda array: jnp.pad(array, room), key_values)
+    cache = jax.tree.map(lambda array: jnp.pad(array, room), prefix_cache)
+    empty = jax.tree.map(lambda array: jnp.zeros_like(array, shape=(*array.shape[:2], size, *array.shape[3:])), cache)
 
     columns_from = jax.lax.dynamic_slice_in_dim
     write_columns = jax.lax.dynamic_update_slice_in_dim
 
     @jax.checkpoint  # keeps one segment's activations at a time
-    def segment(carry, number):
-        cache, before = carry
-        start = prefix_end + number * width
+    def segment(carry, numbered_change):
+        (cache, before), (number, changes) = carry, numbered_change
+        start = layout.prefix + number * width
         done = (jnp.arange(tail_start) < start) & valid[:, :tail_start]
         slots_valid = columns_from(valid, start, size, 1)
 
-        def slot(carry, index):
-            slot_cache, before = carry
+        def slot(carry, indexed_change):
+            (slot_cache, before), (index, change) = carry, indexed_change
             # A slot sees the finished columns, the slots before it, and itself.
             mask = jnp.concatenate([done, slots_valid & (jnp.arange(size) < index), jnp.ones((rows, 1), bool)], axis=1)
-            position = columns_from(positions, start + index, 1, 2)
-            hidden, new = decode(before, position, mask[:, None], [cache, slot_cache], start + index)
+            hidden, new = decode(before + change[:, None], mask[:, None], [cache, slot_cache], start + index)
             slot_cache = jax.tree.map(lambda slots, one: write_columns(slots, one, index, 2), slot_cache, new)
             return (slot_cache, hidden), hidden[:, 0]
 
-        (new, last), hidden = jax.lax.scan(slot, ((empty, empty), before), jnp.arange(size))
+        (new, last), hidden = jax.lax.scan(slot, (empty, before), (jnp.arange(size), changes))
         hidden = jnp.swapaxes(hidden, 0, 1)
         if layout.text:
             text_start, text = start + size, layout.text
@@ -79,24 +128,20 @@ def roll_out(
                 ],
                 axis=2,
             )
-            text_inputs = columns_from(inputs, text_start, text, 1)
-            text_positions = columns_from(positions, text_start, text, 2)
-            text_hidden, text_new = decode(text_inputs, text_positions, mask, [cache, new], text_start)
+            text_hidden, text_new = decode(columns_from(inputs, text_start, text, 1), mask, [cache, new], text_start)
             new = jax.tree.map(lambda slots, words: jnp.concatenate([slots, words], axis=2), new, text_new)
             hidden, last = jnp.concatenate([hidden, text_hidden], axis=1), text_hidden[:, -1:]
         cache = jax.tree.map(lambda whole, some: write_columns(whole, some, start, 2), cache, new)
         return (cache, last), hidden
 
-    (cache, _), segment_hidden = jax.lax.scan(segment, (cache, hidden[:, -1:]), jnp.arange(layout.segments))
-    segment_hidden = jnp.swapaxes(segment_hidden, 0, 1).reshape(rows, layout.segments * width, -1)
-    return _with_tail(decode, inputs, batch, [hidden, segment_hidden], cache)
+    changes = change.transpose(1, 2, 0, 3)
+    (cache, _), hidden = jax.lax.scan(segment, (cache, last), (jnp.arange(layout.segments), changes))
+    hidden = jnp.swapaxes(hidden, 0, 1).reshape(rows, layout.segments * width, last.shape[-1])
+    if layout.tail:
+        tail, _ = decode(inputs[:, tail_start:], causal_mask(valid)[:, tail_start:], [cache], tail_start)
+        hidden = jnp.concatenate([hidden, tail], axis=1)
+    return hidden
 
 
-def _with_tail(decode: Callable, inputs: Array, batch: Batch, hidden: list[Array], cache: KeyValues) -> Array:
-    """Adds the hidden states of the columns after the last segment's text."""
-    tail_start = batch.layout.columns - batch.layout.tail
-    if batch.layout.tail:
-        mask = causal_mask(batch.valid)[:, tail_start:]
-        tail, _ = decode(inputs[:, tail_start:], batch.positions[..., tail_start:], mask, [cache], tail_start)
-        hidden = [*hidden, tail]
-    return jnp.concatenate(hidden, axis=1)
+def _columns(keys: Keys, start: Array | int, count: int) -> Keys:
+    return None if keys is None else jax.lax.dynamic_slice_in_dim(keys, start, count, 1)

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from ilvr_jax.models.config import ModelConfig
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.sharding import one_device, shardings, to_mesh
 from ilvr_jax.models.tensor_files import DTYPES, BadCheckpoint, TensorFolder, TensorToWrite
 
 # Module names that differ between a checkpoint and our parameters.
@@ -70,12 +72,16 @@ def named_tensors(params: PyTree) -> Iterator[tuple[str, tuple[str, ...], int | 
 
 
 def params_from_state_dict(
-    state: Mapping[str, np.ndarray], config: ModelConfig, dtype: str | Mapping[str, str] = "float32"
+    state: Mapping[str, np.ndarray],
+    config: ModelConfig,
+    dtype: str | Mapping[str, str] = "float32",
+    mesh: Mesh | None = None,
 ) -> PyTree:
     """Returns our parameters from a state dict in the layout of PyTorch (Linear is [out, in]).
 
     `dtype` is that of all parameters, or of each part ("vision", "decoder"). Tensors are read one after another,
-    each put in its place before the next, so that no more than one is held beside the parameters.
+    each put in its place on the mesh, by default one device, before the next, so that no more than one is held beside
+    the parameters.
 
     Raises BadCheckpoint naming the tensors that are missing, left over or misshapen.
     """
@@ -83,36 +89,34 @@ def params_from_state_dict(
     check_tensors(state, shapes, config)
     tensors = {flat_name(name): name for name in state}
 
-    def parameter(keys, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def parameter(keys, leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.Array:
         path = tuple(key.key for key in keys)
         kind = dtype if isinstance(dtype, str) else dtype[path[0]]
 
-        def tensor(layer: int | None = None) -> np.ndarray:
+        def tensor(layer: int | None = None) -> jax.Array:
             value = state[tensors[tensor_name(path, layer)]]
-            return value.reshape(value.shape[0], -1) if path[-1] == "kernel" else value
+            value = value.reshape(value.shape[0], -1).T if path[-1] == "kernel" else value
+            axes = place.spec if layer is None else place.spec[1:]
+            return to_mesh(value, NamedSharding(place.mesh, PartitionSpec(*axes)))
 
         # Each is waited for, since tensors on their way to the device are held as well.
         if path[:2] != ("decoder", "layers"):
-            value = jax.block_until_ready(jax.device_put(tensor())).astype(kind)
-            return jax.block_until_ready(value.T if path[-1] == "kernel" else value)
-        stacked = jnp.zeros(leaf.shape, kind)
+            return jax.block_until_ready(tensor().astype(kind))
+        stacked = jax.jit(lambda: jnp.zeros(leaf.shape, kind), out_shardings=place)()
         for layer in range(leaf.shape[0]):
-            stacked = jax.block_until_ready(put(stacked, tensor(layer), layer, path[-1] == "kernel"))
+            stacked = jax.block_until_ready(put(stacked, tensor(layer), layer))
         return stacked
 
-    return jax.tree_util.tree_map_with_path(parameter, shapes)
+    return jax.tree_util.tree_map_with_path(parameter, shapes, shardings(shapes, mesh or one_device()))
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def put(
-    stacked: Float[Array, "layers ..."], tensor: Float[Array, "..."], layer: int, transpose: bool = False
-) -> Float[Array, "layers ..."]:
+@functools.partial(jax.jit, donate_argnums=0)
+def put(stacked: Float[Array, "layers ..."], tensor: Float[Array, "..."], layer: int) -> Float[Array, "layers ..."]:
     """Returns `stacked`, whose buffer is given away, with a layer's tensor in its place.
 
     `stacked.at[layer].set` is a scatter, for which a CPU turns all layers of bfloat16 into float32 and back.
     """
-    tensor = (tensor.T if transpose else tensor).astype(stacked.dtype)
-    return jax.lax.dynamic_update_index_in_dim(stacked, tensor, layer, axis=0)
+    return jax.lax.dynamic_update_index_in_dim(stacked, tensor.astype(stacked.dtype), layer, axis=0)
 
 
 def check_tensors(state: Mapping[str, np.ndarray], shapes: PyTree, config: ModelConfig) -> None:

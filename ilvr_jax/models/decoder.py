@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ilvr_jax.models.attention import attention
 from ilvr_jax.models.config import ModelConfig
@@ -24,7 +24,11 @@ def remat_policy(name: str):
 
 
 class DecoderLayer(nn.Module):
-    """Grouped-query attention with rotary positions and biases on q, k and v, then SwiGLU."""
+    """Grouped-query attention with rotary positions and biases on q, k and v, then SwiGLU.
+
+    Where parameters are divided over devices, one of two things has to travel: the weights to the tokens, or, if these
+    are fewer than channels, as in a step of decoding, the tokens to the weights, each device with its channels of all.
+    """
 
     config: ModelConfig
 
@@ -35,23 +39,32 @@ class DecoderLayer(nn.Module):
         past: Sequence[tuple[Array, Array]],
         angles: Float[Array, "batch time half"],
         mask: Bool[Array, "batch time keys"],
+        number: Int[Array, ""],
+        dropout_keys: Key[Array, "batch time"] | None,
     ) -> tuple[Float[Array, "batch time channels"], tuple[Array, Array]]:
         config = self.config
+        if dropout_keys is not None:
+            dropout_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(dropout_keys)
 
         def project(name: str, heads: int) -> Array:
-            features = linear(normed, heads * config.head_dim, name, True, config.dtype, config.lora)
-            return features.reshape(*hidden.shape[:2], heads, config.head_dim)
+            features = linear(normed, heads * config.head_dim, name, True, config.dtype, config.lora, dropout_keys)
+            features = features.reshape(*hidden.shape[:2], heads, config.head_dim)
+            return nn.with_logical_constraint(features, ("rows", None, "heads", None))
 
+        few = hidden.shape[0] * hidden.shape[1] < hidden.shape[2]
+        rows, embed = ("few_rows", "embed") if few else ("rows", None)
+        hidden = nn.with_logical_constraint(hidden, (rows, None, embed))
         normed = RMSNorm(config.rms_norm_eps, name="input_layernorm")(hidden)
         query = rotate(project("q_proj", config.num_attention_heads), angles)
         key = rotate(project("k_proj", config.num_key_value_heads), angles)
         value = project("v_proj", config.num_key_value_heads)
         keys, values = [*(part[0] for part in past), key], [*(part[1] for part in past), value]
         mixed = attention(query, keys, values, mask).reshape(hidden.shape)
-        hidden += linear(mixed, config.hidden_size, "o_proj", False, config.dtype, config.lora)
+        mixed = nn.with_logical_constraint(mixed, (rows, None, "heads"))
+        hidden += linear(mixed, config.hidden_size, "o_proj", False, config.dtype, config.lora, dropout_keys)
         mlp = GatedMLP(config.intermediate_size, use_bias=False, dtype=config.dtype, lora=config.lora, name="mlp")
-        hidden += mlp(RMSNorm(config.rms_norm_eps, name="post_attention_layernorm")(hidden))
-        return hidden, (key, value)
+        hidden += mlp(RMSNorm(config.rms_norm_eps, name="post_attention_layernorm")(hidden), dropout_keys)
+        return nn.with_logical_constraint(hidden, (rows, None, embed)), (key, value)
 
 
 class Decoder(nn.Module):
@@ -67,8 +80,8 @@ class Decoder(nn.Module):
         self.layers = nn.scan(
             layer,
             variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, 0, nn.broadcast),
             length=config.num_hidden_layers,
         )(config)
         shape = (config.vocab_size, config.hidden_size)
@@ -80,7 +93,11 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch channels"]:
         """Returns the tokens' embeddings."""
-        return self.embed_tokens[tokens].astype(self.config.dtype)
+        embeddings = self.embed_tokens[tokens].astype(self.config.dtype)
+        if embeddings.ndim == 3:  # looked up where each device has its channels of all tokens, then by rows
+            embeddings = nn.with_logical_constraint(embeddings, ("few_rows", None, "embed"))
+            embeddings = nn.with_logical_constraint(embeddings, ("rows", None, None))
+        return embeddings
 
     def __call__(
         self,
@@ -88,15 +105,17 @@ class Decoder(nn.Module):
         positions: Int[Array, "batch 3 time"],
         mask: Bool[Array, "batch time keys"],
         past: Sequence[KeyValues] = (),
+        dropout_keys: Key[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time channels"], KeyValues]:
         """Returns the hidden states after the last norm, and the keys and values of these columns.
 
         `keys` counts the columns of every part of `past`, in order, and then the present ones; the caller
-        keeps the cache and says through `mask` who sees whom.
+        keeps the cache and says through `mask` who sees whom. Adapters drop inputs out where there are keys.
         """
         config = self.config
         angles = decoder_angles(positions, config.head_dim, config.rope_theta, config.mrope_section)
-        hidden, key_values = self.layers(inputs.astype(config.dtype), tuple(past), angles, mask)
+        numbers = jnp.arange(config.num_hidden_layers)
+        hidden, key_values = self.layers(inputs.astype(config.dtype), tuple(past), angles, mask, numbers, dropout_keys)
         return self.norm(hidden), key_values
 
     def logits(self, hidden: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:

@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from ilvr_jax.models.lora import LoraConfig, linear
 
@@ -29,9 +29,11 @@ class GatedMLP(nn.Module):
     lora: LoraConfig | None = None
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+    def __call__(
+        self, inputs: Float[Array, "*batch channels"], dropout_keys: Key[Array, "*batch"] | None = None
+    ) -> Float[Array, "*batch channels"]:
         def dense(inputs: Array, features: int, name: str) -> Array:
-            return linear(inputs, features, name, self.use_bias, self.dtype, self.lora)
+            return linear(inputs, features, name, self.use_bias, self.dtype, self.lora, dropout_keys)
 
         gate = nn.silu(dense(inputs, self.intermediate_size, "gate_proj"))
         return dense(gate * dense(inputs, self.intermediate_size, "up_proj"), inputs.shape[-1], "down_proj")

@@ -5,11 +5,12 @@ params["adapters"] has the decoder's structure with `<layer>_lora` in place of e
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SUFFIX = "_lora"
@@ -42,8 +43,7 @@ class LoraConfig:
 class Adapter(nn.Module):
     """What an adapter adds to its layer's output: scale * dropout(x) A B, nothing at the start since B is zero.
 
-    Dropout is on when a key named "dropout" is given. It depends on the shape of the batch; without it a row's numbers
-    do not.
+    Inputs are dropped out where there are keys, one a token: what is dropped does not depend on the batch around it.
     """
 
     features: int
@@ -51,14 +51,21 @@ class Adapter(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
+    def __call__(
+        self, inputs: Float[Array, "rows columns channels"], dropout_keys: Key[Array, "rows columns"] | None = None
+    ) -> Float[Array, "rows columns features"]:
         bound = inputs.shape[-1] ** -0.5  # PEFT's kaiming_uniform with a = sqrt(5)
         down = self.param("a", _uniform(bound), (inputs.shape[-1], self.lora.rank))
         up = self.param("b", nn.initializers.zeros, (self.lora.rank, self.features))
         inputs = inputs.astype(self.dtype)
-        if self.lora.dropout and self.has_rng("dropout"):
-            inputs = nn.Dropout(self.lora.dropout, deterministic=False)(inputs)
+        if self.lora.dropout and dropout_keys is not None:
+            number = TARGETS.index(self.name.removesuffix(SUFFIX))
+            kept = jax.vmap(jax.vmap(functools.partial(self._kept, number, inputs.shape[-1])))(dropout_keys)
+            inputs = jnp.where(kept, inputs / (1.0 - self.lora.dropout), 0.0).astype(self.dtype)
         return (inputs @ down.astype(self.dtype)) @ up.astype(self.dtype) * self.lora.scale
+
+    def _kept(self, number: int, channels: int, key: PRNGKeyArray) -> Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, number), 1.0 - self.lora.dropout, (channels,))
 
 
 def linear(
@@ -68,11 +75,12 @@ def linear(
     use_bias: bool,
     dtype: str,
     lora: LoraConfig | None = None,
+    dropout_keys: Key[Array, "*batch"] | None = None,
 ) -> Float[Array, "*batch features"]:
     """Applies the linear layer `name` of the module that calls, and its adapter if `lora` says it has one."""
     outputs = nn.Dense(features, use_bias=use_bias, dtype=dtype, name=name)(inputs)
     if lora and lora.rank and name in lora.targets:
-        outputs += Adapter(features, lora, dtype, name=name + SUFFIX)(inputs)
+        outputs += Adapter(features, lora, dtype, name=name + SUFFIX)(inputs, dropout_keys)
     return outputs
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from ilvr_jax.models.config import ModelConfig
 from ilvr_jax.models.decoder import Decoder, KeyValues
@@ -83,14 +83,10 @@ class Qwen2_5VL:
         positions: Int[Array, "rows 3 columns"],
         mask: Bool[Array, "rows columns keys"],
         past: Sequence[KeyValues] = (),
-        dropout_key: PRNGKeyArray | None = None,
+        dropout_keys: Key[Array, "rows columns"] | None = None,
     ) -> tuple[Float[Array, "rows columns channels"], KeyValues]:
-        """Returns final hidden states and these columns' keys and values; see `Decoder.__call__`.
-
-        Adapters drop inputs out where there is a `dropout_key`.
-        """
-        keys = {} if dropout_key is None or not self.config.lora.rank else {"dropout": dropout_key}
-        return self.decoder.apply({"params": decoder}, inputs, positions, mask, past, rngs=keys)
+        """Returns final hidden states and these columns' keys and values; see `Decoder.__call__`."""
+        return self.decoder.apply({"params": decoder}, inputs, positions, mask, past, dropout_keys)
 
     def logits(self, decoder: PyTree, hidden: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
         """Returns float32 logits."""

@@ -3,14 +3,15 @@
 import contextlib
 import functools
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
-import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
@@ -19,6 +20,7 @@ from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import model_config
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.sharding import one_device, placed_like
 from ilvr_jax.training.configuration import blame, is_checkpoint, read_config
 from ilvr_jax.training.pretrained import read_published
 
@@ -27,6 +29,14 @@ PRETRAINED = "pretrained"  # in a workdir: what describes the checkpoint that th
 
 class NoCheckpoint(ValueError):
     """There is nothing to restore; one sentence says where it was looked for."""
+
+
+class DamagedCheckpoint(NoCheckpoint):
+    """A checkpoint cannot be read, or none can be; one sentence says which."""
+
+
+class OtherCheckpoint(NoCheckpoint):
+    """A checkpoint is of another model; one sentence says what differs."""
 
 
 class DiskFull(OSError):
@@ -52,7 +62,10 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Returns the step of the newest complete checkpoint, None without one."""
-        return self._manager.latest_step()
+        return max(self._steps(), default=None)
+
+    def _steps(self) -> list[int]:
+        return [int(path.name) for path in self.folder.glob("*") if is_checkpoint(path)]
 
     def save(self, step: int, state: Any, iterator: grain.DatasetIterator) -> None:
         """Begins to save a state with `params` among its fields, and the iterator's place, unless it is there.
@@ -64,7 +77,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             training=ocp.args.StandardSave(state.replace(params=None)),
-            data=grain.checkpoint.CheckpointSave(iterator),
+            data=ocp.args.JsonSave(iterator.get_state()),
         )
         self.wait()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -74,6 +87,10 @@ class Checkpoints:
         with _say_disk_full(self.folder):
             self._manager.save(step, args=items, force=True)
 
+    def preempted(self, step: int) -> bool:
+        """Says, at the same step in every process, whether SIGTERM came to one of them; of one alone it says no."""
+        return jax.process_count() > 1 and self._manager.reached_preemption(step)
+
     def wait(self) -> None:
         """Waits until what was saved is complete; raises DiskFull if there was no room for it."""
         with _say_disk_full(self.folder):
@@ -82,28 +99,85 @@ class Checkpoints:
     def restore(self, step: int, like: Any) -> Any:
         """Returns the state of a step.
 
-        `like` has the shapes, dtypes and shardings to restore to: a state, or what jax.eval_shape says of one.
+        `like` has the shapes, dtypes and shardings to restore to: a state, or what jax.eval_shape says of one. Raises
+        DamagedCheckpoint and OtherCheckpoint, as the other ways to restore do.
         """
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(_abstract(like.params)),
             training=ocp.args.StandardRestore(_abstract(like.replace(params=None))),
         )
-        restored = self._manager.restore(step, args=items)
+        restored = self._read(step, items, params=like.params, training=like.replace(params=None))
         return restored["training"].replace(params=restored["params"])
 
     def restore_place(self, step: int, iterator: grain.DatasetIterator) -> None:
         """Moves the iterator to its place after a step."""
-        self._manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(iterator)))
+        iterator.set_state(self._read(step, ocp.args.Composite(data=ocp.args.JsonRestore()))["data"])
 
     def restore_params(self, step: int, like: Any) -> Any:
         """Returns the parameters alone; `like` as in `restore`."""
         items = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(like)))
-        return self._manager.restore(step, args=items)["params"]
+        return self._read(step, items, params=like)["params"]
 
     def restore_teacher(self, step: int) -> Any:
         """Returns the teacher as it was saved, None where there was none."""
-        saved = self._manager.restore(step, args=ocp.args.Composite(training=ocp.args.StandardRestore()))
+        saved = self._read(step, ocp.args.Composite(training=ocp.args.StandardRestore()))
         return saved["training"]["teacher"]
+
+    def restore_newest(
+        self, restore: Callable[[int], Any], say: Callable[[str], None], set_aside: bool = False
+    ) -> tuple[int, Any]:
+        """Returns the step of the newest checkpoint that `restore` can read, and what it returned.
+
+        One sentence is said for each that it could not, and with `set_aside` that folder gets a name which is no
+        checkpoint's, so that its step can be saved again. Raises DamagedCheckpoint if none can be read.
+        """
+        problems: dict[int, DamagedCheckpoint] = {}
+        for step in sorted(self._steps(), reverse=True):
+            try:
+                restored = restore(step)
+            except DamagedCheckpoint as error:
+                problems[step] = error
+                continue
+            for damaged, problem in problems.items():
+                kept = f", kept as {self._set_aside(damaged).name}" if set_aside else ""
+                say(f"{problem}{kept}; the one before, of step {step}, is used")
+            return step, restored
+        raise DamagedCheckpoint(
+            "; ".join(map(str, problems.values()))
+            + f"; there is none before it that can be read: delete {self.folder} to begin the stage anew"
+        )
+
+    def check_place(self, step: int) -> None:
+        """Raises DamagedCheckpoint if the place in the data after a step cannot be read."""
+        self._read(step, ocp.args.Composite(data=ocp.args.JsonRestore()))
+
+    def _set_aside(self, step: int) -> Path:
+        numbers = ("", *(f"_{number}" for number in range(2, 1000)))
+        names = (self.folder / f"{step}.damaged{number}" for number in numbers)
+        aside = next(path for path in names if not path.exists())
+        if jax.process_index() == 0:
+            (self.folder / str(step)).rename(aside)
+        self._manager.reload()
+        return aside
+
+    def _read(self, step: int, items: ocp.args.Composite, **like: Any) -> Any:
+        """Returns what orbax restores; `like` names the trees that are to have these paths and shapes."""
+        try:
+            return self._manager.restore(step, args=items)
+        except Exception as error:
+            # What orbax, tensorstore and grain raise for files that are missing, cut off or changed: arrays' data end
+            # in a plain Exception. Anything else, such as no memory, says nothing of the checkpoint.
+            if type(error) is not Exception and not isinstance(error, (ValueError, KeyError, FileNotFoundError)):
+                raise
+            folder = self.folder / str(step)
+            for item, tree in like.items():
+                if difference := _difference(folder / item, tree):
+                    raise OtherCheckpoint(
+                        f"the checkpoint {folder} is of another model or version: {item} has {difference}; a --workdir "
+                        "of this config's own is accepted"
+                    ) from error
+            reason = str(error.args[0] if isinstance(error, KeyError) else error).strip().partition("\n")[0]
+            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged ({reason[:120]})") from error
 
     def close(self) -> None:
         """Waits like `wait` and frees the background threads."""
@@ -134,20 +208,21 @@ def stages_with_checkpoints(workdir: Path, stages: Sequence[str]) -> list[str]:
 
 
 def restore_for_inference(
-    workdir: Path, config: ConfigDict | None = None, stage: str | None = None
+    workdir: Path, config: ConfigDict | None = None, stage: str | None = None, mesh: Mesh | None = None
 ) -> tuple[Qwen2_5VL, PyTree, PreTrainedTokenizerFast, SpecialTokens]:
     """Returns model, parameters, tokenizer and special tokens of a run, by default after the last stage it reached.
 
-    `config` is by default that of the workdir. Raises BadConfig if the workdir is no run, NoCheckpoint if it has
-    none, or none of `stage`.
+    `config` is by default that of the workdir, the mesh one device. A damaged checkpoint is named on stderr and the one
+    before it used. Raises BadConfig if the workdir is no run, NoCheckpoint if it has none that can be read, or none of
+    `stage`.
     """
     config = config or read_config(workdir)
     stage = choose_stage(workdir, config, stage)
     tokenizer = load_tokenizer(workdir / "tokenizer")
     model = build_model(config, workdir / PRETRAINED, tokenizer)
-    like = params_like(model, config)
+    like = params_like(model, config, mesh or one_device())
     with Checkpoints(stage_folder(workdir, stage)) as checkpoints:
-        params = checkpoints.restore_params(checkpoints.latest(), like)
+        _, params = checkpoints.restore_newest(lambda step: checkpoints.restore_params(step, like), _warn)
     return model, params, tokenizer, special_tokens(tokenizer)
 
 
@@ -166,7 +241,7 @@ def restore_teacher(workdir: Path, config: ConfigDict, stage: str | None = None)
     """Returns the parts that the teacher of a stage has of its own; raises NoCheckpoint if the stage has no teacher."""
     stage = choose_stage(workdir, config, stage)
     with Checkpoints(stage_folder(workdir, stage)) as checkpoints:
-        teacher = checkpoints.restore_teacher(checkpoints.latest())
+        _, teacher = checkpoints.restore_newest(checkpoints.restore_teacher, _warn)
     if teacher is None:
         raise NoCheckpoint(f"stage {stage!r} of {workdir} has no teacher; a stage of objective alignment has one")
     return teacher
@@ -179,15 +254,15 @@ def build_model(config: ConfigDict, folder: Path, tokenizer: PreTrainedTokenizer
         return Qwen2_5VL(model_config(config.model, len(tokenizer), published))
 
 
-def params_like(model: Qwen2_5VL, config: ConfigDict) -> PyTree:
-    """Returns shapes and dtypes of a run's parameters: parts that no stage trains may be kept narrower."""
+def params_like(model: Qwen2_5VL, config: ConfigDict, mesh: Mesh) -> PyTree:
+    """Returns shapes, dtypes and places of a run's parameters: parts that no stage trains may be kept narrower."""
     dtypes = part_dtypes(config)
 
     def like(part: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, dtypes[part])
 
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return {part: jax.tree.map(functools.partial(like, part), tree) for part, tree in shapes.items()}
+    return placed_like({part: jax.tree.map(functools.partial(like, part), tree) for part, tree in shapes.items()}, mesh)
 
 
 def part_dtypes(config: ConfigDict) -> dict[str, str]:
@@ -203,6 +278,41 @@ def _abstract(tree: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(shape, tree)
+
+
+def _difference(folder: Path, like: Any) -> str:
+    """Returns the first array that a saved tree and `like` do not share, empty if there is none or it is not known."""
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            saved = reader.metadata(folder).item_metadata
+    except (ValueError, KeyError, OSError):
+        return ""
+    if saved is None:
+        return ""
+    theirs, ours = _shapes(saved.tree), _shapes(like)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if name not in theirs or name not in ours:
+            return f"no {name}" if name in ours else f"{name}, which is none of this run's"
+        if None not in (theirs[name], ours[name]) and theirs[name] != ours[name]:
+            return f"{name} of shape {theirs[name]}, here it is {ours[name]}"
+    return ""
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...] | None]:
+    """Returns the shapes of a tree's arrays by path; None for a random key, which is saved as plain numbers."""
+
+    def name(key: Any) -> str:
+        return str(next(getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind)))
+
+    def shape(path: tuple[Any, ...], leaf: Any) -> tuple[int, ...] | None:
+        return None if name(path[-1]) == "rng" else leaf.shape
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(map(name, path)): shape(path, leaf) for path, leaf in leaves}
+
+
+def _warn(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 def _no_room(folder: Path, numbers: str = "") -> str:

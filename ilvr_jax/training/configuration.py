@@ -20,6 +20,7 @@ from ilvr_jax.latents.layout import Layout
 from ilvr_jax.latents.selection import LatentSettings
 from ilvr_jax.models.config import DTYPES, STORAGE, ModelConfig, VisionConfig
 from ilvr_jax.models.lora import LoraConfig
+from ilvr_jax.models.sharding import AXES
 from ilvr_jax.training.step import OBJECTIVES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -29,7 +30,9 @@ NO_EFFECT_ON_TRAINING = (
     "log_every",
     "checkpoint_every",
     "checkpoint_keep",
+    "max_skipped",  # it says when a run ends, and a higher one lets that run go on
     "eval",
+    "mesh",
     "data.workers",
     "data.feature_cache",
 )
@@ -187,7 +190,7 @@ def check_config(config: ConfigDict) -> None:
         _at_least(0, f"{name}.epochs", stage.epochs)
     for key in ("min_pixels", "max_pixels"):
         _at_least(0, f"data.{key}", config.data[key])
-    for key in ("log_every", "checkpoint_every", "checkpoint_keep"):
+    for key in ("log_every", "checkpoint_every", "checkpoint_keep", "max_skipped"):
         _at_least(1, key, config[key])
     _at_least(0, "seed", config.seed)
     _at_least(1, "data.records", config.data.records)
@@ -223,6 +226,7 @@ def check_keys(config: ConfigDict) -> None:
         _check_section(config[name], f"{name}.", list(base[base.stages[0]]))
     _check_section(config.data, "data.", list(base.data))
     _check_section(config.eval, "eval.", list(base.eval))
+    _check_section(config.mesh, "mesh.", AXES)
     sections = [
         ("latents.", config.latents, LatentSettings, ()),
         *((f"data.buckets.{name}.", bucket, Layout, ("latent_size",)) for name, bucket in config.data.buckets.items()),

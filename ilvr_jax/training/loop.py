@@ -5,7 +5,8 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import grain
 import jax
 import optax
-from jaxtyping import PyTree
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
@@ -23,13 +26,14 @@ from ilvr_jax.data.examples import ExampleSettings, build_example
 from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.data.frozen_lake import FrozenLakeSource, NoMap, frozen_lake_settings
 from ilvr_jax.data.ilvr import IlvrSource
-from ilvr_jax.data.pipeline import Source, make_iterator, skipped_records
+from ilvr_jax.data.pipeline import Share, Source, make_iterator, skipped_records
 from ilvr_jax.data.records import BadRecord, Record
 from ilvr_jax.data.tokenizer import load_tokenizer, record_texts, special_tokens, train_tokenizer
 from ilvr_jax.inference.evaluation import decode_settings, evaluate, prompt_settings, read_answers
 from ilvr_jax.latents.layout import NO_IMAGE, Layout, padded_tokens
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.sharding import check_mesh, local_rows, make_mesh, on_mesh, place_rows, placed_like, row_shards
 from ilvr_jax.models.tensor_files import BadCheckpoint
 from ilvr_jax.reports.pictures import draw_solutions
 from ilvr_jax.reports.tables import success_table
@@ -43,15 +47,19 @@ from ilvr_jax.training.checkpoints import (
     stages_with_checkpoints,
 )
 from ilvr_jax.training.configuration import blame, check_workdir, has_begun, resolve_path, to_json, write_config
-from ilvr_jax.training.interruption import Interrupted, stop_request
+from ilvr_jax.training.divergence import SkippedUpdates
+from ilvr_jax.training.interruption import Interrupted, StopRequest, stop_request
 from ilvr_jax.training.metrics import Metrics
 from ilvr_jax.training.optimizer import make_optimizer
 from ilvr_jax.training.pretrained import Pretrained, keep_description, load_params, open_pretrained
+from ilvr_jax.training.processes import is_main, open_exchange, wait_for_all
 from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.state import TrainState, create_state
 from ilvr_jax.training.step import make_train_step
 from ilvr_jax.training.vision_features import complete_features, open_features
+from ilvr_jax.training.watchdog import Watchdog
 
+UNLOGGED = ("skipped_in_row", "offending_record")  # metrics that sentences tell
 TOKENIZER_RECORDS = 2000  # as many records' texts make the tokenizer
 
 
@@ -66,12 +74,9 @@ class Run:
     tokenizer: PreTrainedTokenizerFast
     special: SpecialTokens
     model: Qwen2_5VL
+    mesh: Mesh
     steps: Mapping[str, tuple[optax.GradientTransformation, Callable]]  # each stage's optimizer and train step
     progress: Progress
-
-
-class Diverged(ArithmeticError):
-    """The loss is no longer a number; one sentence says where."""
 
 
 @blame("data", NoMap)
@@ -82,7 +87,8 @@ def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> 
     tensorboard/<stage>/, train.log, evaluations/<stage>.json, summary.json and solutions.png. The same call leaves
     finished stages as they are and goes on from the newest checkpoint, with the numbers of a run never stopped.
 
-    Raises BadConfig, BadRecord, DiskFull and Diverged, and Interrupted after a signal, when all is saved.
+    Raises BadConfig, BadRecord, DiskFull and Diverged, NoCheckpoint if those that are there cannot be read or are of
+    another model, and Interrupted after a signal, when all is saved.
     """
     source, evaluation_source = open_source(config), open_evaluation_source(config)
     config = with_steps(config, len(source))
@@ -94,19 +100,27 @@ def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> 
     else:
         tokenizer = pretrained.tokenizer if pretrained else make_tokenizer(config, source)
     model = build_model(config, pretrained.folder if pretrained else workdir / PRETRAINED, tokenizer)
-    steps = {name: make_step(config, name, model) for name in config.stages}
-    write_config(config, workdir)
-    if pretrained:
-        keep_description(pretrained, workdir / PRETRAINED)
-    with blame("model"):
-        params = start_params(config, workdir, model, pretrained)
-    tokenizer.save_pretrained(workdir / "tokenizer")
-    with Progress(workdir / "train.log", console) as progress:
+    with blame("mesh"):
+        mesh = make_mesh(config.mesh)
+        check_mesh(mesh, model.config)
+    steps = {name: make_step(config, name, model, mesh) for name in config.stages}
+    wait_for_all("the workdir is read")
+    if is_main():
+        write_config(config, workdir)
+        if pretrained:
+            keep_description(pretrained, workdir / PRETRAINED)
+        tokenizer.save_pretrained(workdir / "tokenizer")
+    with blame("model"), on_mesh(mesh):
+        params = start_params(config, workdir, model, pretrained, mesh)
+    wait_for_all("the workdir is written")
+    log = workdir / "train.log" if is_main() else Path(os.devnull)
+    with Progress(log, console or Console(quiet=not is_main())) as progress, on_mesh(mesh):
         special = special_tokens(tokenizer)
-        run = Run(config, workdir, source, evaluation_source, tokenizer, special, model, steps, progress)
+        run = Run(config, workdir, source, evaluation_source, tokenizer, special, model, mesh, steps, progress)
         for name in config.stages:
             params = train_stage(run, name, params)
             evaluate_stage(run, name, params)
+        wait_for_all("all stages are done")
         return finish(run)
 
 
@@ -133,22 +147,29 @@ def open_checkpoint(config: ConfigDict, weights: bool = True) -> Pretrained:
     return open_pretrained(path if path.is_dir() else config.model.init_from, weights)
 
 
-def start_params(config: ConfigDict, workdir: Path, model: Qwen2_5VL, pretrained: Pretrained | None) -> PyTree:
+def start_params(
+    config: ConfigDict, workdir: Path, model: Qwen2_5VL, pretrained: Pretrained | None, mesh: Mesh
+) -> PyTree:
     """Returns the parameters before the first stage: fresh ones, or a published checkpoint's.
 
     Where the first stage has a checkpoint already only their shapes are of use, and are returned.
     """
+    like = params_like(model, config, mesh)
     if stages_with_checkpoints(workdir, config.stages[:1]):
-        return params_like(model, config)
+        return like
     key = jax.random.key(config.seed)
     if pretrained:
-        return load_params(pretrained, model.config, part_dtypes(config), key)
-    like = params_like(model, config)
-    return jax.jit(lambda key: jax.tree.map(lambda leaf, kind: leaf.astype(kind.dtype), model.init(key), like))(key)
+        return load_params(pretrained, model.config, part_dtypes(config), key, mesh)
+
+    def init(key: PRNGKeyArray) -> PyTree:
+        return jax.tree.map(lambda leaf, kind: leaf.astype(kind.dtype), model.init(key), like)
+
+    return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(key)
 
 
 def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
-    """Trains a stage from `params`, or from its newest checkpoint, and returns its parameters."""
+    """Trains a stage from `params`, or from its newest whole checkpoint, and returns its parameters."""
+    began = time.monotonic()
     config, stage, number = run.config, run.config[name], run.config.stages.index(name)
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     optimizer, train_step = run.steps[name]
@@ -158,49 +179,69 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
         return create_state(params, optimizer, tuple(stage.train), stage.objective == "alignment", key)
 
     with Checkpoints(stage_folder(run.workdir, name), config.checkpoint_keep) as checkpoints:
-        first = checkpoints.latest() or 0
+        first, state = checkpoints.latest() or 0, None
+        like = placed_like(jax.eval_shape(start, params), run.mesh)
+
+        def restore(step: int) -> TrainState | PyTree:
+            if step == stage.steps and summary.exists():
+                return checkpoints.restore_params(step, params)
+            checkpoints.check_place(step)
+            return checkpoints.restore(step, like)
+
+        if first:
+            first, state = checkpoints.restore_newest(restore, run.progress.say, set_aside=True)
         if first == stage.steps:
             run.progress.say(f"{name}: finished earlier, after {first} steps")
             if summary.exists():
-                return checkpoints.restore_params(first, params)
+                return state
         else:  # what is said of the stage in these files was of other parameters
             for stale in (summary, *(run.workdir / "evaluations").glob(f"{name}.*")):
-                stale.unlink(missing_ok=True)
+                if is_main():
+                    stale.unlink(missing_ok=True)
             if first:
                 run.progress.say(f"{name}: goes on after step {first}")
-        if first:
-            state = checkpoints.restore(first, jax.eval_shape(start, params))
-        else:
-            state = start(params)
+        if state is None:
+            places = jax.tree.map(lambda leaf: leaf.sharding, like)
+            state = jax.jit(start, donate_argnums=0, out_shardings=places)(params)
         del params  # the step gives their buffers away
         with (
             contextlib.closing(open_iterator(run, name, config.seed + number, state.params["vision"])) as iterator,
-            Metrics(run.workdir, name, first) as metrics,
+            Metrics(run.workdir, name, first, is_main()) as metrics,
             run.progress.stage(name, first, stage.steps),
-            stop_request() as stop,
+            # Processes must stop at the same step: of several, jax tells each of a SIGTERM that came to one.
+            stop_request() if jax.process_count() == 1 else contextlib.nullcontext(StopRequest()) as stop,
+            Watchdog(name, run.progress.say) as watchdog,
         ):
             if first:
                 checkpoints.restore_place(first, iterator)
-            clock, values = Clock(stage.batch_size, first, metrics.seconds_before), {}
-            step = first
+            clock = Clock(stage.batch_size, first, metrics.seconds_before, metrics.seconds_in_steps_before, began)
+            skips = SkippedUpdates(name, config.max_skipped, checkpoints.folder, run.progress.say)
+            values, step, stopping = {}, first, False
             for step in range(first + 1, stage.steps + 1):
+                watchdog.step_begins(step)
                 with clock.waiting_for_data(values):
-                    batch = next(iterator)
+                    batch = place_rows(next(iterator), run.mesh, stage.batch_size)
+                watchdog.runs(batch.layout)
                 with clock.setting_compilation_apart(train_step):
                     before, (state, values) = values, train_step(state, batch)
                 jax.block_until_ready(before)  # one step ahead of the device at most, so that Ctrl-C acts soon
+                skips.look(step - 1, before)
                 run.progress.advance()
-                stopping, last = stop.signal_number is not None, step == stage.steps
+                last = step == stage.steps
+                stopping = stop.signal_number is not None or checkpoints.preempted(step)
                 log = step % config.log_every == 0 or last
                 save = step % config.checkpoint_every == 0 or last or stopping
-                if log or save:  # a diverged state must not take the place of a good one
-                    losses = finite(name, step, jax.device_get(values))
+                if log or save:
+                    skips.look(step, values)
+                watchdog.step_ends()
                 if log:
+                    losses = {key: value.item() for key, value in jax.device_get(values).items() if key not in UNLOGGED}
                     speed = clock.lap(step)
                     metrics.write(step, {**losses, **speed})
                     run.progress.report(losses, speed["samples_per_second"], clock.seconds_left(stage.steps))
                 if save:
-                    checkpoints.save(step, state, iterator)
+                    with clock.saving():
+                        checkpoints.save(step, state, iterator)
                 if stopping:
                     break
             checkpoints.wait()
@@ -210,16 +251,18 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
                     {
                         "steps": stage.steps,
                         "seconds": round(clock.seconds, 1),
+                        "goodput": round(clock.goodput, 3),
+                        "skipped_updates": int(state.skipped),
                         "compilations": train_step._cache_size(),
                         "compilation_seconds": round(clock.compilation_seconds, 1),
                         "skipped_records": skipped_records(iterator),
                     },
                 )
-        if stop.signal_number:
+        if stopping:
             raise Interrupted(
                 f"stopped in {name} after step {step} of {stage.steps}, saved in {checkpoints.folder}; the same "
                 "command goes on from there",
-                stop.signal_number,
+                stop.signal_number or signal.SIGTERM,
             )
     return state.params
 
@@ -257,7 +300,16 @@ def open_iterator(run: Run, stage: str, seed: int, vision: PyTree) -> grain.Data
             data.workers,
             data.on_bad_record,
             settings.features.no_image if settings.features else NO_IMAGE,
+            open_share(run.mesh, run.config[stage].batch_size),
         )
+
+
+def open_share(mesh: Mesh, batch_size: int) -> Share:
+    """Returns what this process loads and which rows of a batch its devices work on."""
+    rows, count = local_rows(mesh, batch_size), jax.process_count()
+    if count == 1:
+        return Share(rows)
+    return Share(rows, jax.process_index(), count, open_exchange())
 
 
 def with_features(
@@ -266,8 +318,12 @@ def with_features(
     """Returns settings with a store of the features of all images of the records, computed now where it lacks them."""
     store = open_features(Path(run.config.data.feature_cache).expanduser(), run.model, vision, settings)
     workers = run.config.data.workers
-    count = complete_features(store, run.model, vision, run.source, settings, buckets, workers, run.progress)
-    run.progress.say(f"{stage}: encoded {count} images; their features are in {store.folder}")
+    if jax.process_count() > 1:  # one of them encodes, with weights of its own
+        vision = multihost_utils.process_allgather(vision, tiled=True)
+    if is_main():
+        count = complete_features(store, run.model, vision, run.source, settings, buckets, workers, run.progress)
+        run.progress.say(f"{stage}: encoded {count} images; their features are in {store.folder}")
+    wait_for_all("features are there")
     return dataclasses.replace(settings, features=store)
 
 
@@ -318,11 +374,15 @@ def make_tokenizer(config: ConfigDict, source: Source) -> PreTrainedTokenizerFas
     return train_tokenizer(itertools.chain([config.data.system, config.eval.question], record_texts(records())))
 
 
-def make_step(config: ConfigDict, name: str, model: Qwen2_5VL) -> tuple[optax.GradientTransformation, Callable]:
+def make_step(
+    config: ConfigDict, name: str, model: Qwen2_5VL, mesh: Mesh
+) -> tuple[optax.GradientTransformation, Callable]:
     """Returns a stage's optimizer and jitted train step."""
+    stage = config[name]
     with blame(name):
-        optimizer = make_optimizer(config[name])
-        return optimizer, make_train_step(model, config[name], config.latents, optimizer)
+        optimizer = make_optimizer(stage)
+        train_step = make_train_step(model, stage, config.latents, optimizer, row_shards(mesh))
+    return optimizer, train_step
 
 
 def open_evaluation_source(config: ConfigDict) -> Source | None:
@@ -343,9 +403,10 @@ def evaluate_stage(run: Run, name: str, params: PyTree) -> None:
         return
     run.progress.say(f"{name}: evaluating on {len(run.evaluation_source)} maps of {run.config.eval.data}")
     evaluation = evaluate(
-        run.config, run.evaluation_source, run.model, params, run.tokenizer, run.special, run.progress.console
+        run.config, run.evaluation_source, run.model, params, run.tokenizer, run.special, run.progress.console, run.mesh
     )
-    evaluation.write(path)
+    if is_main():
+        evaluation.write(path)
     write_json(done, settings)
     summary = evaluation.summary()
     run.progress.say(
@@ -367,7 +428,8 @@ def finish(run: Run) -> dict[str, Any]:
     if evaluations:
         run.progress.console.print(success_table(evaluations))
         last = run.workdir / "evaluations" / f"{list(evaluations)[-1]}.json"
-        draw_solutions(read_answers(last), run.workdir / "solutions.png")
+        if is_main():
+            draw_solutions(read_answers(last), run.workdir / "solutions.png")
     summary = {
         "workdir": str(run.workdir),
         "device": jax.devices()[0].device_kind,
@@ -380,34 +442,40 @@ def finish(run: Run) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a file that is complete or not there."""
+    """Writes a file that is complete or not there, in the one process that writes."""
+    if not is_main():
+        return
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".partial")
     unfinished.write_text(json.dumps(value, indent=2) + "\n")
     unfinished.replace(path)
 
 
-def finite(stage: str, step: int, values: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the values as floats; raises Diverged if one is not a number."""
-    values = {name: float(value) for name, value in values.items()}
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise Diverged(
-                f"{name} is {value} at step {step} of {stage}: nothing was saved since the last checkpoint; a lower "
-                f"{stage}.learning_rate or {stage}.clip may help"
-            )
-    return values
-
-
 class Clock:
     """Measures the rate of a stage and how long the device stood idle because no batch was ready."""
 
-    def __init__(self, batch_size: int, first: int, seconds: float):
-        """`seconds` were spent on the stage before, up to step `first`."""
+    def __init__(self, batch_size: int, first: int, seconds: float, seconds_in_steps: float, began: float):
+        """`seconds` were spent on the stage before, up to step `first`, `seconds_in_steps` of them in steps.
+
+        The stage `began` at that monotonic time: what was done since, such as restoring, is no part of its rate.
+        """
         self.seconds, self.compilation_seconds = seconds, 0.0
+        self._seconds_in_steps = seconds_in_steps
         self._batch_size, self._step = batch_size, first
         self._steps_here, self._seconds_here = 0, 0.0  # without compilation
-        self._since, self._waited, self._compiled = time.monotonic(), 0.0, 0.0
+        self._since, self._waited, self._saved, self._apart = began, 0.0, 0.0, time.monotonic() - began
+
+    @property
+    def goodput(self) -> float:
+        """The share of the stage's time, up to the last lap, in steps: not compiling, saving or without data."""
+        return self._seconds_in_steps / self.seconds if self.seconds else 0.0
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Times what happens within it as no part of a step."""
+        began = time.monotonic()
+        yield
+        self._saved += time.monotonic() - began
 
     @contextlib.contextmanager
     def waiting_for_data(self, running: Mapping[str, jax.Array]) -> Iterator[None]:
@@ -423,22 +491,22 @@ class Clock:
         programs, began = function._cache_size(), time.monotonic()
         yield
         if function._cache_size() > programs:
-            self._compiled += time.monotonic() - began
+            self._apart += time.monotonic() - began
             self.compilation_seconds += time.monotonic() - began
 
     def lap(self, step: int) -> dict[str, float]:
-        """Returns the figures since the lap before: rate, share of time without data, seconds of the stage so far."""
+        """Returns rate and share of time without data since the lap before, and seconds and goodput so far."""
         taken = time.monotonic() - self._since
-        running = taken - self._compiled
+        running = taken - self._apart
         figures = {
             "samples_per_second": (step - self._step) * self._batch_size / running,
             "data_wait_share": self._waited / running,
-            "seconds": self.seconds + taken,
         }
         self._steps_here, self._seconds_here = self._steps_here + step - self._step, self._seconds_here + running
         self.seconds, self._step = self.seconds + taken, step
-        self._since, self._waited, self._compiled = time.monotonic(), 0.0, 0.0
-        return figures
+        self._seconds_in_steps += running - self._waited - self._saved
+        self._since, self._waited, self._saved, self._apart = time.monotonic(), 0.0, 0.0, 0.0
+        return {**figures, "seconds": self.seconds, "goodput": self.goodput}
 
     def seconds_left(self, steps: int) -> float:
         """Returns how long the stage will take from the last lap on, compilation aside."""

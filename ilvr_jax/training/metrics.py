@@ -1,6 +1,7 @@
 """What training measured: one JSON object a line, and TensorBoard."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,40 @@ class Metrics:
     """Writes the metrics of a stage to workdir/metrics.jsonl and workdir/tensorboard/<stage>.
 
     `after` is the step that the stage goes on from: lines of later steps, left by a run that was cut off before it
-    could save, are taken out first. `seconds_before` says how long the stage had taken by the last line kept.
+    could save, are taken out first. `seconds_before` says how long the stage had taken by the last line kept, and
+    `seconds_in_steps_before` how much of it was spent in steps. Of several processes one `writes`.
     """
 
-    def __init__(self, workdir: Path, stage: str, after: int):
+    def __init__(self, workdir: Path, stage: str, after: int, writes: bool = True):
         self.stage = stage
         self._path = workdir / "metrics.jsonl"
-        kept = _drop_later(self._path, stage, after)
-        self.seconds_before = max((line.get("seconds", 0.0) for line in kept if line["stage"] == stage), default=0.0)
+        self._writes = writes
+        kept = [line for line in read_metrics(workdir) if line["stage"] != stage or line["step"] <= after]
+        times = [(line.get("seconds", 0.0), line.get("goodput", 0.0)) for line in kept if line["stage"] == stage]
+        self.seconds_before, goodput = max(times, default=(0.0, 0.0))
+        self.seconds_in_steps_before = self.seconds_before * goodput
+        if not writes:
+            return
+        unfinished = self._path.with_suffix(".jsonl.partial")
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        unfinished.replace(self._path)
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=after + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one line, {"stage", "step", ...values}."""
-        self._file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+        """Adds one line, {"stage", "step", ...values}; null is a value that is not finite, since JSON has none such."""
+        if not self._writes:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"stage": self.stage, "step": step, **finite}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
     def __enter__(self) -> "Metrics":
         return self
@@ -47,12 +61,3 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-
-
-def _drop_later(path: Path, stage: str, after: int) -> list[dict[str, Any]]:
-    lines = read_metrics(path.parent)
-    kept = [line for line in lines if line["stage"] != stage or line["step"] <= after]
-    unfinished = path.with_suffix(".jsonl.partial")
-    unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    unfinished.replace(path)
-    return kept

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from transformers import PreTrainedTokenizerFast
 
@@ -20,6 +21,7 @@ from ilvr_jax.data.tokenizer import add_latent_tokens, read_tokenizer
 from ilvr_jax.models.checkpoint import is_nested, params_from_state_dict, put
 from ilvr_jax.models.config import CLIP_MEAN, CLIP_STD, ModelConfig, model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.sharding import one_device, placed_like, shardings
 from ilvr_jax.models.tensor_files import BadCheckpoint, TensorFolder
 
 # What is kept beside the weights; the tokenizer is saved by itself.
@@ -132,26 +134,31 @@ def keep_description(pretrained: Pretrained, folder: Path) -> None:
 
 
 def load_params(
-    pretrained: Pretrained, config: ModelConfig, dtype: str | Mapping[str, str], key: PRNGKeyArray
+    pretrained: Pretrained,
+    config: ModelConfig,
+    dtype: str | Mapping[str, str],
+    key: PRNGKeyArray,
+    mesh: Mesh | None = None,
 ) -> PyTree:
     """Returns the parameters, tensor by tensor, with rows for the latent tokens and fresh adapters if there are any.
 
-    `dtype` is that of all parts, or of each ("vision", "decoder"); adapters are float32. Raises BadCheckpoint as
-    `params_from_state_dict` does.
+    `dtype` is that of all parts, or of each ("vision", "decoder"); adapters are float32. They lie on the mesh, by
+    default one device. Raises BadCheckpoint as `params_from_state_dict` does.
     """
+    mesh = mesh or one_device()
     rows = model_config_from_hf(pretrained.published).vocab_size
     stored = dataclasses.replace(config, vocab_size=rows, lora=type(config.lora)())
     if (pretrained.folder / CONVERTED).is_dir():
-        params = _restore_converted(pretrained.folder, stored, pretrained.dtype, dtype)
+        params = _restore_converted(pretrained.folder, stored, pretrained.dtype, dtype, mesh)
     else:
-        params = params_from_state_dict(TensorFolder(pretrained.folder), stored, dtype)
+        params = params_from_state_dict(TensorFolder(pretrained.folder), stored, dtype, mesh)
     if pretrained.added:
         for name in {"embed_tokens", "lm_head"} & params["decoder"].keys():
             table = params["decoder"].pop(name)
             params["decoder"][name] = with_latent_rows(table, pretrained.added, config.vocab_size)
     if config.lora.rank:
         params["adapters"] = jax.jit(lambda key: Qwen2_5VL(config).init(key)["adapters"])(key)
-    return params
+    return jax.device_put(params, shardings(params, mesh))  # where they are not there already
 
 
 def with_latent_rows(
@@ -200,16 +207,17 @@ def write_published(published: dict[str, Any], vocabulary: int, folder: Path) ->
     (folder / "config.json").write_text(json.dumps(published, indent=2) + "\n")
 
 
-def _restore_converted(folder: Path, config: ModelConfig, stored: str, dtype: str | Mapping[str, str]) -> PyTree:
+def _restore_converted(
+    folder: Path, config: ModelConfig, stored: str, dtype: str | Mapping[str, str], mesh: Mesh
+) -> PyTree:
     """Returns the parameters of a converted folder that keeps them as `stored`."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def wanted(keys) -> str:
         return dtype if isinstance(dtype, str) else dtype[keys[0].key]
 
     def like(keys, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         narrower = min(stored, wanted(keys), key=lambda name: jnp.dtype(name).itemsize)
-        return jax.ShapeDtypeStruct(leaf.shape, narrower, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, narrower, sharding=leaf.sharding)
 
     def widen(keys, leaf: jax.Array) -> jax.Array:  # orbax would hold what it widens three times
         if leaf.dtype == wanted(keys):
@@ -218,7 +226,8 @@ def _restore_converted(folder: Path, config: ModelConfig, stored: str, dtype: st
         leaf.delete()
         return wide
 
-    shapes = jax.tree_util.tree_map_with_path(like, jax.eval_shape(Qwen2_5VL(config).init, jax.random.key(0)))
+    shapes = placed_like(jax.eval_shape(Qwen2_5VL(config).init, jax.random.key(0)), mesh)
+    shapes = jax.tree_util.tree_map_with_path(like, shapes)
     with _checkpointer(shapes) as reader:
         arguments = ocp.args.PyTreeRestore(shapes, ocp.checkpoint_utils.construct_restore_args(shapes))
         params = reader.restore((folder / CONVERTED).absolute(), arguments)

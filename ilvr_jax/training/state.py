@@ -17,6 +17,8 @@ class TrainState:
     # Moving averages, float32, of the trained parts; those it lacks are the student's. None in a stage without teacher.
     teacher: PyTree | None
     rng: PRNGKeyArray
+    skipped: Int[Array, ""]  # updates of the stage left out, since loss or gradient were not finite
+    skipped_in_row: Int[Array, ""]  # those of them since the last one that was not
 
 
 def create_state(
@@ -30,4 +32,4 @@ def create_state(
     trained, teacher = {name: params[name] for name in train}, None
     if with_teacher:  # a copy, since the step gives away the buffers of the state that it is called with
         teacher = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
-    return TrainState(jnp.int32(0), params, optimizer.init(trained), teacher, key)
+    return TrainState(jnp.int32(0), params, optimizer.init(trained), teacher, key, jnp.int32(0), jnp.int32(0))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 
 from ilvr_jax.latents.layout import Batch
@@ -13,6 +13,7 @@ from ilvr_jax.latents.objectives import Objective, alignment_objective, autonomy
 from ilvr_jax.latents.selection import LatentSettings
 from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.sharding import divide
 from ilvr_jax.training.state import TrainState
 
 OBJECTIVES = ("text", "alignment", "autonomy")
@@ -64,47 +65,91 @@ def loss_and_gradients(
     if accumulation == 1:
         gradients, rows = gradient(trained, batch)
         return rows, gradients
-    parts = jax.tree.map(lambda array: array.reshape(accumulation, len(array) // accumulation, *array.shape[1:]), batch)
+    parts = jax.tree.map(lambda array: _in_parts(array, accumulation), batch)
 
     def add(total: PyTree, part: Batch):
         gradients, rows = gradient(trained, part)
         return jax.tree.map(jnp.add, total, gradients), rows
 
     total, rows = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), parts)
-    rows = jax.tree.map(lambda array: array.reshape(-1), rows)
+    rows = jax.tree.map(lambda array: array.T.reshape(-1), rows)
     return rows, jax.tree.map(lambda leaf: leaf / accumulation, total)
 
 
+def _in_parts(array: Array, count: int) -> Array:
+    """Returns every count-th row as a part, so that each device finds rows of its own in every part."""
+    return jnp.swapaxes(array.reshape(len(array) // count, count, *array.shape[1:]), 0, 1)
+
+
+def accumulation_parts(batch_size: int, accumulation: int, devices: int) -> int:
+    """Returns how many parts a batch is worked on in, so that a device has no more rows at a time than one alone would.
+
+    One device has batch_size / accumulation of them. Raises ValueError if the rows cannot be shared out evenly.
+    """
+    if batch_size % accumulation:
+        raise ValueError(f"accumulation ({accumulation}) does not divide batch_size ({batch_size})")
+    if batch_size % devices:
+        raise ValueError(
+            f"batch_size ({batch_size}) is shared out over {devices} devices; a multiple of {devices} is accepted"
+        )
+    rows, at_a_time = batch_size // devices, batch_size // accumulation
+    return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= at_a_time)
+
+
+def offending_record(losses: Float[Array, " rows"], records: Int[Array, " rows"]) -> Int[Array, ""]:
+    """Returns the record of the first row whose loss is not finite, -1 if there is none."""
+    wrong = ~jnp.isfinite(losses)
+    return jnp.where(wrong.any(), records[jnp.argmax(wrong)], -1)
+
+
 def make_train_step(
-    model: Qwen2_5VL, stage: ConfigDict, latents: ConfigDict, optimizer: optax.GradientTransformation
+    model: Qwen2_5VL,
+    stage: ConfigDict,
+    latents: ConfigDict,
+    optimizer: optax.GradientTransformation,
+    devices: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Returns the stage's jitted step. It gives away the buffers of the state it is called with.
 
-    Raises ValueError for an unknown objective or a batch size that `accumulation` does not divide.
+    A loss or gradient that is not finite leaves parameters, optimizer and teacher as they were and is counted; the
+    metric `offending_record` is then the first record whose loss is at fault, -1 if none alone is.
+
+    Rows are shared out over `devices`. Raises ValueError for an unknown objective or a batch size that `accumulation`
+    or `devices` do not divide.
     """
     settings, train = LatentSettings(**latents), tuple(stage.train)
     if stage.objective not in OBJECTIVES:
         raise ValueError(f"objective is {stage.objective!r}; accepted are {', '.join(OBJECTIVES)}")
-    if stage.batch_size % stage.accumulation:
-        raise ValueError(f"accumulation ({stage.accumulation}) does not divide batch_size ({stage.batch_size})")
+    parts = accumulation_parts(stage.batch_size, stage.accumulation, devices)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         key = jax.random.fold_in(state.rng, state.step)
         rows, gradients = loss_and_gradients(
-            stage.objective, train, stage.accumulation, model, state.params, state.teacher, batch, settings, key
+            stage.objective, train, parts, model, state.params, state.teacher, batch, settings, key
         )
         trained = {part: state.params[part] for part in train}
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
-        params = {**state.params, **optax.apply_updates(trained, updates)}
-        teacher = state.teacher
+        student, teacher = optax.apply_updates(trained, updates), state.teacher
         if teacher is not None:
-            teacher = optax.incremental_update({part: params[part] for part in train}, teacher, 1.0 - settings.tau)
+            teacher = optax.incremental_update(student, teacher, 1.0 - settings.tau)
         metrics = {name: rows[name].mean() for name in ("loss", "cross_entropy")}
         metrics["gradient_norm"] = optax.tree.norm(gradients)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        # A select of each array, which is done where the new one is written: both sides are there anyway.
+        student, opt_state, teacher = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (student, opt_state, teacher),
+            (trained, state.opt_state, state.teacher),
+        )
+        params = {**state.params, **student}
+        metrics["skipped"] = jnp.where(finite, state.skipped, state.skipped + 1)
+        metrics["skipped_in_row"] = jnp.where(finite, 0, state.skipped_in_row + 1)
+        metrics["offending_record"] = offending_record(rows["loss"], batch.record)
         if stage.objective == "alignment":
             has_slots = rows["filled_slots"] > 0
             metrics["similarity"] = rows["similarity"].sum() / jnp.maximum(has_slots.sum(), 1)
             metrics["filled_slots"] = rows["filled_slots"].mean()
-        return TrainState(state.step + 1, params, opt_state, teacher, state.rng), metrics
+        counts = metrics["skipped"], metrics["skipped_in_row"]
+        return divide(TrainState(state.step + 1, params, opt_state, teacher, state.rng, *counts)), metrics
 
     return jax.jit(train_step, donate_argnums=0)

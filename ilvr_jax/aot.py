@@ -1,0 +1,222 @@
+"""Compiles a config for TPUs that are not here, and says whether it fits.
+
+python -m ilvr_jax.aot --config=configs/qwen2_5_vl_7b_stage1.py --topology=v5e:4x4 --config.stage1.batch_size=16
+python -m ilvr_jax.aot --sweep=docs/scale.jsonl
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from ilvr_jax.latents.layout import padded_tokens
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.tensor_files import BadCheckpoint
+from ilvr_jax.training.ahead_of_time import (
+    GIB,
+    Chip,
+    DoesNotFit,
+    Report,
+    compile_decoding,
+    compile_train_step,
+    open_model,
+    open_topology,
+)
+from ilvr_jax.training.configuration import REPOSITORY, BadConfig, blame, load_config, read_config_flags
+from ilvr_jax.training.loop import config_buckets
+
+SPARE = 0.05  # of a chip's memory, below which a program does not count as fitting
+# The cases of docs/scale.md: size, what learns and topology; a row a chip, everything divided over all.
+SWEEP = (
+    ("7b", "full", "v5e:4x4"),
+    ("7b", "lora", "v5e:2x4"),
+    ("72b", "full", "v5p:2x4x4"),
+    ("7b", "full", "v5e:8x8"),
+    ("3b", "full", "v5e:2x4"),
+    ("3b", "lora", "v5e:2x2"),
+    ("32b", "full", "v5p:2x2x4"),
+    ("72b", "lora", "v5p:2x2x2"),
+    ("32b", "lora", "v6e:2x4"),
+    ("7b", "full", "v6e:2x4"),
+    ("7b", "full", "v5p:2x2x1"),
+    ("72b", "full", "v6e:8x8"),
+)
+SWEEP_BUCKET = "few_looks"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0 all fits, 1 something does not, 2 bad input."""
+    jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, not to run
+    parser = argparse.ArgumentParser(prog="python -m ilvr_jax.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--topology", help="such as v5e:4x4, v5p:2x2x2 or v6e:4x4")
+    parser.add_argument("--sweep", type=Path, help="compiles the cases of docs/scale.md, each kept in this file")
+    parser.add_argument(
+        "--stage", help="the stage to compile, or decoding (default: the config's stages, then decoding)"
+    )
+    parser.add_argument("--bucket", help="of data.buckets (default: the one with the most tokens)")
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        options = read_config_flags(parser, arguments, REPOSITORY / "configs" / "base.py", without_data)
+        if options.sweep:
+            return sweep(options.sweep, console)
+        if options.config_file is None or options.topology is None:
+            raise BadConfig("--config and --topology are needed, or --sweep; --topology=v5e:4x4 is one")
+        config, model = options.config, open_model(options.config)
+        stages = [options.stage] if options.stage else [*config.stages, "decoding"]
+        known = (*config.stages, "decoding")
+        if stages[0] not in known:
+            raise BadConfig(f"--stage is {stages[0]!r}, one of {', '.join(known)} is accepted")
+        bucket = options.bucket or largest_bucket(config, model)
+        if bucket not in config.data.buckets:
+            raise BadConfig(f"--bucket is {bucket!r}, one of {', '.join(config.data.buckets)} is accepted")
+        chip, devices = open_topology(options.topology)
+        fits = True
+        for stage in stages:
+            try:
+                report = compile_stage(config, stage, bucket, model, chip, devices)
+            except DoesNotFit as error:
+                fits = False
+                console.print(f"[bold]{stage}, {bucket}[/]: does not fit: {error}; {advice(config, stage)}")
+                continue
+            fits &= report.spare >= SPARE
+            show(report, options.topology, console)
+            if report.spare < SPARE:
+                console.print(f"does not fit with {SPARE:.0%} to spare; {advice(config, stage)}")
+    except (BadConfig, BadCheckpoint) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0 if fits else 1
+
+
+def compile_stage(
+    config: ConfigDict, stage: str, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]
+) -> Report:
+    """Compiles a stage's train step, or decoding; raises as these do."""
+    if stage == "decoding":
+        return compile_decoding(config, bucket, model, chip, devices)
+    return compile_train_step(config, stage, bucket, model, chip, devices)
+
+
+def sweep(path: Path, console: Console) -> int:
+    """Compiles what is not yet in the file, adds a line for each to it, and prints all as a table for Markdown."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = {tuple(line["case"]): line for line in map(json.loads, lines)}
+    cases = [(*case, stage) for case in SWEEP for stage in ("stage1", "stage2")]
+    for case in cases:
+        if case not in found:
+            found[case] = sweep_case(*case)
+            with path.open("a") as file:
+                file.write(json.dumps(found[case]) + "\n")
+            console.print(f"{' '.join(case)}: {found[case]}")
+    print(sweep_table([found[case] for case in cases]))
+    return 0
+
+
+def sweep_case(size: str, learns: str, topology: str, stage: str) -> dict[str, Any]:
+    """Returns what compiling a case found, as an object of JSON."""
+    lora = "lora_" if learns == "lora" else ""
+    config = load_config(REPOSITORY / "configs" / f"qwen2_5_vl_{size}_{lora}{stage}.py").unlock()
+    chip, devices = open_topology(topology)
+    config[stage].batch_size = config[stage].accumulation = len(devices)  # a row a chip
+    case = {"case": [size, learns, topology, stage], "chips": len(devices), "libtpu": version("libtpu")}
+    try:
+        report = compile_train_step(config, stage, SWEEP_BUCKET, open_model(config), chip, devices)
+    except DoesNotFit as error:
+        return {**case, "fits": False, "wanted": str(error)}
+    return {
+        **case,
+        "fits": report.spare >= SPARE,
+        "spare": round(report.spare, 3),
+        "gib": {kind: round(size / GIB, 2) for kind, size in report.memory.items()},
+        "used_gib": round(report.used / GIB, 2),
+        "tflop": round(report.flops / 1e12, 1),
+        "least_ms": round(report.flops / report.chips / report.chip.flops * 1e3),
+        "collectives": {one.kind: [one.count, round(one.bytes / GIB, 2)] for one in report.collectives}
+        if report.collectives is not None
+        else None,
+        "compiled_s": round(report.seconds),
+    }
+
+
+def sweep_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a table for Markdown."""
+    rows = [
+        "| model | learns | stage | topology | weights | optimizer | teacher | temporaries | all, GiB a chip | spare | "
+        "arithmetic at peak, ms | sent a chip, GiB | compiled in, s |",
+        "| --- | --- | --- | --- " + "| ---: " * 9 + "|",
+    ]
+    for line in lines:
+        size, learns, topology, stage = line["case"]
+        head = f"| {size.upper()} | {learns} | {stage} | {topology} "
+        if "gib" not in line:
+            rows.append(head + f"| does not fit: {line['wanted']} " + "| " * 8 + "|")
+            continue
+        memory = [f"{line['gib'][kind]:.2f}" for kind in ("weights", "optimizer", "teacher", "temporaries")]
+        found = line["collectives"]
+        sent = "unknown" if found is None else f"{sum(size for _, size in found.values()):.0f}"
+        figures = [*memory, f"{line['used_gib']:.2f}", f"{line['spare']:.0%}"]
+        figures += [str(line["least_ms"]), sent, str(line["compiled_s"])]
+        rows.append(head + "".join(f"| {figure} " for figure in figures) + "|")
+    return "\n".join(rows)
+
+
+def largest_bucket(config: ConfigDict, model: Qwen2_5VL) -> str:
+    """Returns the name of the bucket with the most columns and vision tokens."""
+    units = model.config.vision.window_units
+    with blame("data"):
+        buckets = config_buckets(config, "latent", units)
+    return max(buckets, key=lambda name: padded_tokens(buckets[name], units))
+
+
+def without_data(options: argparse.Namespace) -> None:
+    """Names a data set, which every run needs: none is read."""
+    options.config.data.path = options.config.data.path or "not read"
+
+
+def show(report: Report, topology: str, console: Console) -> None:
+    """Prints what a program takes."""
+    table = Table("memory a chip", "GiB", title=f"{report.name} on {topology}", title_justify="left")
+    for kind, size in report.memory.items():
+        table.add_row(kind, f"{size / GIB:.2f}")
+    table.add_section()
+    table.add_row(f"of {report.chip.memory / GIB:.0f} GiB", f"{report.used / GIB:.2f}")
+    console.print(table)
+    sent = "; ".join(f"{one.count} {one.kind}, {one.bytes / GIB:.2f} GiB" for one in report.collectives or ())
+    if report.collectives is None:
+        sent = "unknown, since this jaxlib cannot read the program that libtpu compiled"
+    at_peak = report.flops / report.chips / report.chip.flops
+    at_bandwidth = report.traffic / report.chip.bandwidth
+    console.print(
+        f"{'fits' if report.spare >= SPARE else 'too tight'}: {report.spare:.0%} to spare\n"
+        f"model arithmetic {report.flops / 1e12:.1f} TFLOP, {at_peak * 1e3:.0f} ms on {report.chips} chips; "
+        f"weights and optimizer read and written {report.traffic / GIB:.1f} GiB a chip, {at_bandwidth * 1e3:.0f} ms\n"
+        f"communication a chip: {sent or 'none'}\n"
+        f"compiled in {report.seconds:.0f} s; not run"
+    )
+
+
+def advice(config: ConfigDict, stage: str) -> str:
+    """Returns what to change, most effective first."""
+    if stage == "decoding":
+        return "take more chips, divide weights further (mesh.fsdp, mesh.tensor) or lower eval.batch_size"
+    ways = ["take more chips"]
+    if config.mesh.fsdp == 1 and config.mesh.tensor == 1:
+        ways = ["divide parameters over the mesh (mesh.fsdp=-1, mesh.data=1)"]
+    if config.model.remat_policy != "full":
+        ways.append("set model.remat_policy=full")
+    if not config.model.lora.rank:
+        ways.append("train adapters (model.lora.rank)")
+    ways.append(f"give each chip fewer rows at a time ({stage}.batch_size, {stage}.accumulation) or smaller buckets")
+    return "; or ".join(ways)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""The device mesh, and where arrays lie on it: one table for parameters, one for the axes they are made of."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int, PyTree
+
+from ilvr_jax.models.config import ModelConfig
+
+# Slices are joined by the slower network between pods; rows alone are divided over them.
+AXES = ("slice", "data", "fsdp", "tensor")
+ROWS = ("slice", "data", "fsdp")  # the axes that share out the samples of a batch
+
+# Which mesh axes each axis of an array is divided over; an axis that is not named here is whole on every device.
+RULES = (
+    ("rows", ROWS),
+    ("few_rows", ("slice", "data")),  # of so few tokens that they travel to the weights: see decoder.DecoderLayer
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocabulary", "tensor"),
+)
+
+# The last axes of parameters, by the end of their names; those before them, stacked layers, are whole.
+PARAMETERS = (
+    (r"(embed_tokens|lm_head)", ("vocabulary", "embed")),
+    (r"[qkv]_proj/kernel", ("embed", "heads")),
+    (r"[qkv]_proj/bias", ("heads",)),
+    (r"o_proj/kernel", ("heads", "embed")),
+    (r"(gate|up)_proj/kernel", ("embed", "mlp")),
+    (r"(gate|up)_proj/bias", ("mlp",)),
+    (r"down_proj/kernel", ("mlp", "embed")),
+    (r"(qkv|merger_in)/kernel", (None, "embed")),
+    (r"(proj|merger_out)/kernel", ("embed", None)),
+    (r"[qkv]_proj_lora/a", ("embed", None)),
+    (r"[qkv]_proj_lora/b", (None, "heads")),
+    (r"o_proj_lora/a", ("heads", None)),
+    (r"o_proj_lora/b", (None, "embed")),
+    (r"(gate|up)_proj_lora/a", ("embed", None)),
+    (r"(gate|up)_proj_lora/b", (None, "mlp")),
+    (r"down_proj_lora/a", ("mlp", None)),
+    (r"down_proj_lora/b", (None, "embed")),
+)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh of a config's `mesh` section, one size an axis, where one may be -1: what the others leave.
+
+    Raises ValueError if the sizes do not fit the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    said = ", ".join(f"{axis} {sizes[axis]}" for axis in AXES)
+    if any(type(size) is not int or (size < 1 and size != -1) for size in sizes.values()):
+        raise ValueError(f"it is {said}; whole numbers from 1, or -1 for the rest, are accepted")
+    free = [axis for axis in AXES if sizes[axis] == -1]
+    if len(free) > 1:
+        raise ValueError(f"it is {said}; -1, for the rest, is accepted once")
+    used = int(np.prod([sizes[axis] for axis in AXES if axis not in free]))
+    if len(devices) % used or (not free and len(devices) != used):
+        wanted = f"a multiple of {used}" if free else str(used)
+        raise ValueError(f"it is {said}, which takes {wanted} devices, and there are {len(devices)}")
+    shape = [len(devices) // used if axis in free else sizes[axis] for axis in AXES]
+    # The compiler propagates where arrays lie, from where parameters and batches do.
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def one_device() -> Mesh:
+    """Returns the mesh of the first device alone."""
+    return make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1])
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+    """Within it the model's arrays are divided over the mesh by the rules."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def check_mesh(mesh: Mesh, config: ModelConfig) -> None:
+    """Raises ValueError if the mesh does not divide the model: heads over `tensor`, channels over `fsdp`."""
+    for name, size, axis in (
+        ("num_attention_heads", config.num_attention_heads, "tensor"),
+        ("num_key_value_heads", config.num_key_value_heads, "tensor"),
+        ("intermediate_size", config.intermediate_size, "tensor"),
+        ("vocab_size", config.vocab_size, "tensor"),
+        ("hidden_size", config.hidden_size, "fsdp"),
+    ):
+        if size % mesh.shape[axis]:
+            raise ValueError(f"{axis} is {mesh.shape[axis]}; a divisor of the model's {name} ({size}) is accepted")
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Returns over how many devices the rows of a batch are shared out."""
+    return int(np.prod([mesh.shape[axis] for axis in ROWS]))
+
+
+def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Returns where each array of a tree lies: parameters, or what an optimizer or a teacher keeps for each of them.
+
+    An axis that the mesh does not divide, as some of the vision tower's, is whole on every device.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path, leaf, mesh)), tree)
+
+
+def _spec(path: tuple[Any, ...], leaf: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    name = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+    axes = next((axes for pattern, axes in PARAMETERS if re.search(rf"(^|/){pattern}$", name)), ())
+    if leaf.ndim < len(axes):  # an optimizer's placeholder
+        return PartitionSpec()
+    spec = list(nn.logical_to_mesh_axes([None] * (leaf.ndim - len(axes)) + list(axes), RULES))
+    # In the form that the compiler gives it back in: another one would be another program's.
+    spec = [
+        axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(spec, leaf.shape, strict=True)
+    ]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return PartitionSpec(*spec)
+
+
+def divide(tree: PyTree) -> PyTree:
+    """Returns the tree, inside a compiled function, divided over the mesh that `on_mesh` named, if one was."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.lax.with_sharding_constraint(leaf, _spec(path, leaf, mesh)), tree
+    )
+
+
+def placed_like(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Returns shapes and dtypes of arrays with where they lie, for restoring them there."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
+def to_mesh(array: np.ndarray, place: NamedSharding) -> jax.Array:
+    """Returns an array that every process has, each device given its part of it."""
+    return jax.make_array_from_callback(array.shape, place, lambda part: array[part])
+
+
+def local_rows(mesh: Mesh, rows: int) -> Int[np.ndarray, " local_rows"]:
+    """Returns which rows of a batch this process's devices work on, in ascending order."""
+    parts = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[part] for part in parts]))
+
+
+def place_rows(tree: PyTree, mesh: Mesh, rows: int | None = None) -> PyTree:
+    """Returns a batch on the mesh, its rows, the first axis of every array, shared out.
+
+    The tree has all rows, or with `rows`, their number, the `local_rows` alone.
+    """
+    place = NamedSharding(mesh, PartitionSpec(ROWS))
+
+    def put(array: np.ndarray) -> jax.Array:
+        if rows is None:
+            return to_mesh(array, place)
+        here = local_rows(mesh, rows)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = np.arange(rows)[index[0]]
+            first = np.searchsorted(here, wanted[0])
+            return array[first : first + len(wanted)]
+
+        return jax.make_array_from_callback((rows, *array.shape[1:]), place, part)
+
+    return jax.tree.map(put, tree)
+
+
+def fill_rows(tree: PyTree, devices: int) -> PyTree:
+    """Returns a batch whose number of rows `devices` divides: its last row is repeated."""
+    return jax.tree.map(
+        lambda array: np.pad(array, [(0, -len(array) % devices)] + [(0, 0)] * (np.ndim(array) - 1), mode="edge"), tree
+    )

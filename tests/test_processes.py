@@ -1,0 +1,133 @@
+"""Several processes as one run: the losses of one process, and checkpoints that cross over."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ilvr_jax.data.__main__ import export
+from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.train import main
+from ilvr_jax.training.metrics import read_metrics
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIG = """
+from pathlib import Path
+
+from tests.test_train_command import tiny
+
+
+def get_config():
+    config = tiny(Path({data!r})).unlock()
+    config.stages = ("stage1", "stage2")
+    for name in config.stages:
+        config[name].update(batch_size=8, accumulation=2)
+    config.mesh.update(data=2, fsdp=-1)
+    return config.lock()
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    maps = FrozenLakeSource(FrozenLakeSettings(levels=(3,), max_moves=4), seed=5, count=4)
+    export([maps[index] for index in range(len(maps))], folder)
+    (folder / "config.py").write_text(CONFIG.format(data=str(folder / "train.jsonl")))
+    return folder / "config.py"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def train(config_file: Path, workdir: Path, processes: int) -> list[str]:
+    """Runs the training command in some processes, of eight devices together; returns what each printed."""
+    command = [sys.executable, "-m", "ilvr_jax.train", f"--config={config_file}", f"--workdir={workdir}"]
+    where = f"--coordinator=127.0.0.1:{free_port()}"
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}"}
+    environment |= {
+        "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / f"compiled_{processes}"),
+        "JAX_PLATFORMS": "cpu",
+    }
+    flags = [[where, f"--processes={processes}", f"--process={number}"] for number in range(processes)]
+    started = [
+        subprocess.Popen(
+            command + (flags[number] if processes > 1 else []),
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(processes)
+    ]
+    printed = [process.communicate(timeout=400)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * processes, "\n".join(printed)[-3000:]
+    return printed
+
+
+def curve(workdir: Path) -> np.ndarray:
+    return np.array([[line["loss"], line["gradient_norm"]] for line in read_metrics(workdir)])
+
+
+@pytest.fixture(scope="module")
+def one(config_file, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    train(config_file, workdir, 1)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def two(config_file, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    return workdir, train(config_file, workdir, 2)
+
+
+def test_two_processes_have_the_losses_of_one_and_one_of_them_writes(one, two):
+    workdir, printed = two
+    assert curve(one).shape == (12, 2)
+    np.testing.assert_allclose(curve(workdir), curve(one), atol=1e-4)
+    assert "everything is in" in printed[0] and "success" in printed[0]
+    assert "stage1" not in printed[1]
+    answers = [folder / "evaluations" / "stage2.samples.jsonl" for folder in (one, workdir)]
+    assert answers[0].read_text() == answers[1].read_text()
+
+
+@pytest.mark.parametrize(("begun_by", "ended_by"), [(1, 2), (2, 1)])
+def test_a_checkpoint_crosses_over(begun_by, ended_by, one, two, config_file, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(one if begun_by == 1 else two[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "stage2" / "6")
+    (workdir / "stages" / "stage2.json").unlink()
+    printed = train(config_file, workdir, ended_by)
+    assert "stage2: goes on after step 4" in printed[0]
+    np.testing.assert_allclose(curve(workdir), curve(one), atol=1e-4)
+
+
+BASE = f"--config={REPOSITORY / 'configs' / 'base.py'}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--processes=2"], "--processes and --process come with --coordinator=host:port"),
+        (["--coordinator=here", "--processes=2", "--process=0"], "host:port, how many and a number below that"),
+        (["--coordinator=localhost:1", "--processes=2", "--process=2"], "host:port, how many and a number below that"),
+        (
+            ["--coordinator=127.0.0.1:1", "--processes=2", "--process=1", "--timeout=1"],
+            "the coordinator 127.0.0.1:1 could not be reached in 1 seconds",
+        ),
+    ],
+)
+def test_bad_flags_get_one_sentence(flags, sentence, tmp_path, capsys):
+    assert main([BASE, f"--workdir={tmp_path / 'run'}", *flags]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
