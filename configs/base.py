@@ -76,6 +76,7 @@ def get_config() -> ConfigDict:
                 "rms_norm_eps": 1e-6,
                 "tie_word_embeddings": False,
                 "remat_policy": "dots_saveable",  # or "none", "full", and others of jax.checkpoint_policies
+                "attention": "auto",  # the platform's kernel; or "xla", "splash" (TPU), "cudnn" (NVIDIA)
                 "dtype": "float32",  # of activations, or "bfloat16"
                 # A published checkpoint to start from, a hub name or a folder: the shape is then its own, and the keys
                 # of it here are left out. Empty: fresh parameters of the shape said here.

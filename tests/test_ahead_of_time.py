@@ -6,11 +6,14 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ilvr_jax import aot
 from ilvr_jax.latents.layout import Layout
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
-from ilvr_jax.training.ahead_of_time import SHAPES, decoder_flops, open_model, train_flops, vision_flops
+from ilvr_jax.models.attention import causal_attention, causal_mask
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.sharding import ROWS, make_mesh, on_mesh
+from ilvr_jax.training.ahead_of_time import SHAPES, decoder_flops, open_model, open_topology, train_flops, vision_flops
 from ilvr_jax.training.configuration import REPOSITORY, load_config
 from tests.samples import CONFIG
 
@@ -104,6 +107,9 @@ def test_a_train_step_is_compiled_and_its_memory_told(capsys):
     assert aot.main([BASE, *flags]) == 0
     said = capsys.readouterr().out
     assert "warm_up, small_short on v5e:2x2" in said and "fits: 100% to spare" in said and "all-gather" in said
+    assert "kernels written in the program: 4" in said  # forward, again for the gradient, and two back
+    assert aot.main([BASE, *flags, "--config.model.attention=xla"]) == 0
+    assert "kernels written in the program: 0" in capsys.readouterr().out
 
 
 @needs_libtpu
@@ -118,3 +124,23 @@ def test_what_does_not_fit_is_said_with_what_to_change(capsys):
     said = capsys.readouterr().out
     assert "a chip of 16 GiB would hold weights 7.4, optimizer 14.2, teacher 7.1" in said
     assert "take more chips" in said and "model.lora.rank" in said
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("columns", [1500, 2080])
+def test_attention_of_a_published_size_keeps_no_scores(topology, columns):
+    _, devices = open_topology(topology)
+    mesh = make_mesh({"slice": 1, "data": 2, "fsdp": 1, "tensor": 2}, devices)
+    place = NamedSharding(mesh, PartitionSpec(ROWS))
+    query = jax.ShapeDtypeStruct((2, columns, 28, 128), "bfloat16", sharding=place)
+    key = jax.ShapeDtypeStruct((2, columns, 4, 128), "bfloat16", sharding=place)
+    valid = jax.ShapeDtypeStruct((2, columns), bool, sharding=place)
+
+    def total(query, key, value, valid):
+        return causal_attention(query, key, value, valid).astype("float32").sum()
+
+    with on_mesh(mesh):
+        lowered = jax.jit(jax.grad(total, (0, 1, 2))).lower(query, key, key, valid)
+    scores = 14 * 4 * columns**2
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < scores / 4

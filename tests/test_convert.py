@@ -15,9 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from ilvr_jax import convert
 from ilvr_jax.data.tokenizer import LATENT_TOKENS
+from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.checkpoint import nested_name
 from ilvr_jax.models.config import model_config_from_hf
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.tensor_files import BadCheckpoint, TensorToWrite, weight_files, write_tensors
 from ilvr_jax.training.pretrained import load_params, open_pretrained
 from tests.published import VOCABULARY, read_all, save_published

@@ -10,7 +10,8 @@ import pytest
 from ilvr_jax.inference.decode import DecodeSettings, generate
 from ilvr_jax.inference.sampling import sample_tokens
 from ilvr_jax.latents.layout import collate, merge_layouts, required_layout
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
+from ilvr_jax.models.attention import causal_mask
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, prompt_of, random_sample
 
 MODEL = Qwen2_5VL(CONFIG)

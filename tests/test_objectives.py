@@ -19,7 +19,8 @@ from ilvr_jax.latents.objectives import (
     text_objective,
 )
 from ilvr_jax.latents.selection import LatentSettings, group_neighbours, pick
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
+from ilvr_jax.models.attention import causal_mask
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, random_sample
 
 MODEL = Qwen2_5VL(CONFIG)

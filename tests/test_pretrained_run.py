@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from ilvr_jax import convert
 from ilvr_jax.data.mirage import MirageSource
 from ilvr_jax.data.tokenizer import record_texts
+from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.lora import decoder_params
-from ilvr_jax.models.qwen2_5_vl import causal_mask
 from ilvr_jax.training.checkpoints import restore_for_inference
 from ilvr_jax.training.configuration import BadConfig, load_config
 from ilvr_jax.training.interruption import Interrupted
@@ -52,6 +52,22 @@ def curve(workdir):
     return [{key: value for key, value in line.items() if key not in timing} for line in read_metrics(workdir)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_well_and_once(tmp_path_factory):
+    """Steps over a whole vocabulary take longer than compiling them well, and each is met again after a stop."""
+    compiled = str(tmp_path_factory.mktemp("compiled"))
+    options = {  # here, and as the other files have them
+        "jax_disable_most_optimizations": (False, os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "true"),
+        "jax_compilation_cache_dir": (compiled, jax.config.jax_compilation_cache_dir),
+        "jax_persistent_cache_min_compile_time_secs": (0.0, jax.config.jax_persistent_cache_min_compile_time_secs),
+    }
+    for name, (here, _) in options.items():
+        jax.config.update(name, here)
+    yield
+    for name, (_, elsewhere) in options.items():
+        jax.config.update(name, elsewhere)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A checkpoint with a small tokenizer, and three of the examples."""
@@ -76,9 +92,9 @@ def checkpoint(small, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
-def finished(request, checkpoint, tmp_path_factory):
+def finished(request, checkpoint, small, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    config = tiny_run(*checkpoint, request.param)
+    config = tiny_run(*(small if request.param else checkpoint), request.param)  # one pass with a large vocabulary
     train(config, workdir)
     return config, workdir
 

@@ -7,10 +7,11 @@ import pytest
 
 from ilvr_jax.latents.layout import build_sample, collate, required_layout
 from ilvr_jax.latents.tokens import SpecialTokens
+from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.checkpoint import params_from_state_dict
 from ilvr_jax.models.config import model_config_from_hf
 from ilvr_jax.models.images import PatchedImage
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, random_sample
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers' PyTorch model (requirements-dev.txt)")

@@ -32,8 +32,8 @@ def lay_out(rows):
     return collate(rows, layout, SPECIAL, WINDOW_UNITS)
 
 
-def gradients(name, batch, accumulation=1, remat_policy="none"):
-    model = Qwen2_5VL(dataclasses.replace(CONFIG, remat_policy=remat_policy))
+def gradients(name, batch, accumulation=1, **changes):
+    model = Qwen2_5VL(dataclasses.replace(CONFIG, **changes))
     params = model.init(jax.random.key(0))
     teacher = {"decoder": model.init(jax.random.key(1))["decoder"]}
     train = ("vision", "decoder")

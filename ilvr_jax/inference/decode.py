@@ -12,7 +12,7 @@ from ilvr_jax.inference.sampling import sample_tokens
 from ilvr_jax.latents.layout import Batch
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.lora import decoder_params
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def generate(
     decoder = decoder_params(params)
     features = model.encode_images(params["vision"], batch.images)
     inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
-    hidden, prompt_cache = model.decode(decoder, inputs, batch.positions, causal_mask(batch.valid))
+    hidden, prompt_cache = model.decode(decoder, inputs, batch.positions, batch.valid)
     hidden = hidden[:, -1]  # prompts end in the last column
     rows, prefix = batch.tokens.shape
     next_position = batch.positions.max((1, 2)) + 1

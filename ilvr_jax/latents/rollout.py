@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from ilvr_jax.latents.layout import Batch
+from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.decoder import KeyValues
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 
 Hidden = Float[Array, "rows columns channels"]
 Keys = Key[Array, "rows columns"] | None
@@ -39,7 +40,7 @@ def _forward(model: Qwen2_5VL, decoder: PyTree, inputs: Hidden, batch: Batch, dr
         decoder,
         inputs[:, :end],
         batch.positions[..., :end],
-        causal_mask(batch.valid[:, :end]),
+        batch.valid[:, :end],
         dropout_keys=_columns(dropout_keys, 0, end),
     )
     no_change = jnp.zeros((*inputs[:, batch.layout.slot_columns].shape,), prefix.dtype)
@@ -61,8 +62,7 @@ def _backward(model: Qwen2_5VL, kept: tuple, gradient: Hidden):
         inputs = inputs.at[:, slots].set(hidden[:, slots - 1].astype(inputs.dtype))
 
     def in_parallel(decoder: PyTree, inputs: Array) -> Array:
-        mask = causal_mask(batch.valid)
-        return model.decode(decoder, inputs, batch.positions, mask, dropout_keys=dropout_keys)[0]
+        return model.decode(decoder, inputs, batch.positions, batch.valid, dropout_keys=dropout_keys)[0]
 
     _, by_parameters = jax.vjp(in_parallel, decoder, inputs)
     of_decoder, of_inputs = by_parameters(gradient)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ilvr_jax.latents.layout import Batch
 from ilvr_jax.latents.tokens import Role
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 
 NORM_FLOOR = 1e-8  # as torch.cosine_similarity
 
@@ -163,7 +163,7 @@ def select(
     teacher's; the features come from its vision tower.
     """
     inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
-    hidden, _ = model.decode(decoder, inputs, batch.positions, causal_mask(batch.valid))
+    hidden, _ = model.decode(decoder, inputs, batch.positions, batch.valid)
     user = user_query(model, decoder, batch, hidden)
     candidates, candidate_valid = group_neighbours(
         helper_features, batch.helper_images.unit_valid, settings.candidates, settings.grouping

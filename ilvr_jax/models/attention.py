@@ -1,10 +1,24 @@
-"""Attention over keys and values that may come in several parts, such as a cache and the present tokens."""
+"""Attention: over parts of keys and values, such as a cache and the present tokens, and over whole sequences.
+
+A whole sequence goes through a library's kernel where the platform has one, since its scores would fill the memory.
+"""
 
 from collections.abc import Sequence
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    CausalMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha,
+)
 from jaxtyping import Array, Bool, Float
+
+KERNELS = ("auto", "xla", "splash", "cudnn")
+BLOCKS = (512, 384, 256)  # columns that a kernel takes at a time, multiples of a TPU's 128 lanes
 
 
 def attention(
@@ -36,3 +50,66 @@ def attention(
         start += part.shape[1]
     output = output.reshape(batch, shared, -1, queries, head_dim).transpose(0, 3, 1, 2, 4)
     return output.reshape(batch, queries, heads, head_dim)
+
+
+def causal_mask(valid: Bool[Array, "rows columns"]) -> Bool[Array, "rows columns columns"]:
+    """Returns who sees whom when columns are in order: earlier or the same column, never padding."""
+    columns = jnp.arange(valid.shape[1])
+    return valid[:, None, :] & (columns[None, :, None] >= columns[None, None, :])
+
+
+def causal_attention(
+    query: Float[Array, "rows columns heads head_dim"],
+    key: Float[Array, "rows columns key_value_heads head_dim"],
+    value: Float[Array, "rows columns key_value_heads head_dim"],
+    valid: Bool[Array, "rows columns"],
+    kernel: str = "auto",
+) -> Float[Array, "rows columns heads head_dim"]:
+    """Returns grouped-query attention of columns in order, as `causal_mask` says; padding gets meaningless numbers.
+
+    `kernel` is one of KERNELS: "splash" is JAX's for TPU (interpreted elsewhere, slowly), "cudnn" NVIDIA's for half
+    precision, "xla" is `attention`, and "auto" is the one of the platform that this is compiled for.
+    """
+    platform = _platform()
+    if kernel == "auto":
+        taken = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0  # by cuDNN
+        kernel = "splash" if platform == "tpu" else "cudnn" if platform in ("cuda", "gpu") and taken else "xla"
+    if kernel == "xla":
+        return attention(query, [key], [value], causal_mask(valid))
+    columns = query.shape[1]
+    block = min(BLOCKS, key=lambda block: -columns % block)
+
+    def pad(array: Array) -> Array:
+        return jnp.pad(array, [(0, 0), (0, -columns % block)] + [(0, 0)] * (array.ndim - 2))
+
+    def run(query: Array, key: Array, value: Array, valid: Array) -> Array:
+        if kernel == "cudnn":
+            mask = causal_mask(valid)[:, None]
+            return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+        return _splash(query, key, value, valid, block, interpret=platform != "tpu")
+
+    if not jax.sharding.get_abstract_mesh().empty:  # the compiler cannot look into a kernel to divide it
+        heads = nn.logical_to_mesh_axes(("rows", None, "heads", None))
+        rows = nn.logical_to_mesh_axes(("rows", None))
+        run = jax.shard_map(run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return run(pad(query), pad(key), pad(value), pad(valid))[:, :columns]
+
+
+def _platform() -> str:
+    """Returns the platform of the mesh that is compiled for, or the default one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def _splash(query: Array, key: Array, value: Array, valid: Array, block: int, interpret: bool) -> Array:
+    columns, heads, head_dim = query.shape[1:]
+    blocks = BlockSizes(*[block] * 8)
+    mask = MultiHeadMask([CausalMask((columns, columns))] * heads)
+    kernel = make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
+
+    def of_row(query: Array, key: Array, value: Array, valid: Array) -> Array:
+        query, key, value = (array.swapaxes(0, 1) for array in (query * head_dim**-0.5, key, value))
+        segments = valid.astype(jnp.int32)  # padding sees padding, so that no query sees nothing
+        return kernel(query, key, value, SegmentIds(segments, segments)).swapaxes(0, 1)
+
+    return jax.vmap(of_row)(query, key, value, valid)

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ilvr_jax.models.attention import KERNELS
 from ilvr_jax.models.lora import LoraConfig
 
 # Mean and deviation of the pixels that Qwen2.5-VL's image processor assumes (CLIP's), in units of 0..1.
@@ -94,6 +95,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     dtype: str = "float32"  # of activations, one of DTYPES; parameters are float32
     remat_policy: str = "none"  # one of REMAT_POLICIES
+    attention: str = "auto"  # over whole sequences, one of attention.KERNELS
     lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
@@ -112,6 +114,8 @@ class ModelConfig:
             raise _bad("model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         if self.remat_policy not in REMAT_POLICIES:
             raise _bad("model.remat_policy", self.remat_policy, f"one of {', '.join(REMAT_POLICIES)}")
+        if self.attention not in KERNELS:
+            raise _bad("model.attention", self.attention, f"one of {', '.join(KERNELS)}")
 
     @property
     def head_dim(self) -> int:

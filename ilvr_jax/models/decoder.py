@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ilvr_jax.models.attention import attention
+from ilvr_jax.models.attention import attention, causal_attention
 from ilvr_jax.models.config import ModelConfig
 from ilvr_jax.models.layers import GatedMLP, RMSNorm
 from ilvr_jax.models.lora import SUFFIX, linear
@@ -38,7 +38,7 @@ class DecoderLayer(nn.Module):
         hidden: Float[Array, "batch time channels"],
         past: Sequence[tuple[Array, Array]],
         angles: Float[Array, "batch time half"],
-        mask: Bool[Array, "batch time keys"],
+        mask: Bool[Array, "batch time"] | Bool[Array, "batch time keys"],
         number: Int[Array, ""],
         dropout_keys: Key[Array, "batch time"] | None,
     ) -> tuple[Float[Array, "batch time channels"], tuple[Array, Array]]:
@@ -58,8 +58,12 @@ class DecoderLayer(nn.Module):
         query = rotate(project("q_proj", config.num_attention_heads), angles)
         key = rotate(project("k_proj", config.num_key_value_heads), angles)
         value = project("v_proj", config.num_key_value_heads)
-        keys, values = [*(part[0] for part in past), key], [*(part[1] for part in past), value]
-        mixed = attention(query, keys, values, mask).reshape(hidden.shape)
+        if mask.ndim == 2:
+            mixed = causal_attention(query, key, value, mask, config.attention)
+        else:
+            keys, values = [*(part[0] for part in past), key], [*(part[1] for part in past), value]
+            mixed = attention(query, keys, values, mask)
+        mixed = mixed.reshape(hidden.shape)
         mixed = nn.with_logical_constraint(mixed, (rows, None, "heads"))
         hidden += linear(mixed, config.hidden_size, "o_proj", False, config.dtype, config.lora, dropout_keys)
         mlp = GatedMLP(config.intermediate_size, use_bias=False, dtype=config.dtype, lora=config.lora, name="mlp")
@@ -103,14 +107,15 @@ class Decoder(nn.Module):
         self,
         inputs: Float[Array, "batch time channels"],
         positions: Int[Array, "batch 3 time"],
-        mask: Bool[Array, "batch time keys"],
+        mask: Bool[Array, "batch time"] | Bool[Array, "batch time keys"],
         past: Sequence[KeyValues] = (),
         dropout_keys: Key[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time channels"], KeyValues]:
         """Returns the hidden states after the last norm, and the keys and values of these columns.
 
-        `keys` counts the columns of every part of `past`, in order, and then the present ones; the caller
-        keeps the cache and says through `mask` who sees whom. Adapters drop inputs out where there are keys.
+        Without a past, `mask` says which columns are not padding, and each sees itself and those before it. With one,
+        which the caller keeps, it says who sees whom: `keys` counts the columns of every part of `past`, in order, and
+        then the present ones. Adapters drop inputs out where there are keys.
         """
         config = self.config
         angles = decoder_angles(positions, config.head_dim, config.rope_theta, config.mrope_section)

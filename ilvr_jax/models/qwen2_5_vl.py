@@ -81,7 +81,7 @@ class Qwen2_5VL:
         decoder: PyTree,
         inputs: Float[Array, "rows columns channels"],
         positions: Int[Array, "rows 3 columns"],
-        mask: Bool[Array, "rows columns keys"],
+        mask: Bool[Array, "rows columns"] | Bool[Array, "rows columns keys"],
         past: Sequence[KeyValues] = (),
         dropout_keys: Key[Array, "rows columns"] | None = None,
     ) -> tuple[Float[Array, "rows columns channels"], KeyValues]:
@@ -95,9 +95,3 @@ class Qwen2_5VL:
     def last_projections(self, decoder: PyTree, hidden: Float[Array, "rows columns channels"]) -> tuple[Array, Array]:
         """Returns `hidden` under the last layer's query and key projections."""
         return self.decoder.apply({"params": decoder}, hidden, method="last_projections")
-
-
-def causal_mask(valid: Bool[Array, "rows columns"]) -> Bool[Array, "rows columns columns"]:
-    """Returns who sees whom when columns are in order: earlier or the same column, never padding."""
-    columns = jnp.arange(valid.shape[1])
-    return valid[:, None, :] & (columns[None, :, None] >= columns[None, None, :])

@@ -81,6 +81,7 @@ class Report:
     memory: Mapping[str, int]  # bytes by kind
     flops: float  # of the model, all chips together, without what rematerialisation does twice
     traffic: float  # bytes between a chip and its memory, at the least
+    kernels: int  # calls of Pallas kernels that the program is written with
     collectives: Sequence[Collective] | None  # None if jaxlib cannot read what libtpu wrote
     seconds: float  # of compilation
 
@@ -233,7 +234,8 @@ def _compile(
     others = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     memory["temporaries"] = found.temp_size_in_bytes + max(0, others - sum(memory.values()))
     memory["program"] = found.generated_code_size_in_bytes
-    return Report(name, chip, mesh.size, memory, flops, traffic, _communication(compiled), seconds)
+    kernels = lowered.as_text().count("@tpu_custom_call")
+    return Report(name, chip, mesh.size, memory, flops, traffic, kernels, _communication(compiled), seconds)
 
 
 def _communication(compiled: jax.stages.Compiled) -> list[Collective] | None:

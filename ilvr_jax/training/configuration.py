@@ -234,7 +234,7 @@ def check_keys(config: ConfigDict) -> None:
     fields = [field for field in dataclasses.fields(ModelConfig) if field.name != "vocab_size"]
     _check_section(config.model, "model.", STORAGE, [field.name for field in fields])
     if config.model.init_from:  # the rest of the shape is the checkpoint's own
-        _check_section(config.model, "model.", STORAGE, ("dtype", "remat_policy", "lora"))
+        _check_section(config.model, "model.", STORAGE, ("dtype", "remat_policy", "attention", "lora"))
     else:
         required = [field.name for field in fields if field.default is dataclasses.MISSING]
         _check_section(config.model, "model.", required, [*STORAGE, *(field.name for field in fields)])
