@@ -1,10 +1,13 @@
 """Several processes as one run: the losses of one process, and checkpoints that cross over."""
 
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +50,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def train(config_file: Path, workdir: Path, processes: int) -> list[str]:
-    """Runs the training command in some processes, of eight devices together; returns what each printed."""
+def start(config_file: Path, workdir: Path, processes: int) -> list[subprocess.Popen]:
+    """Starts the training command in some processes, of eight devices together."""
     command = [sys.executable, "-m", "ilvr_jax.train", f"--config={config_file}", f"--workdir={workdir}"]
     where = f"--coordinator=127.0.0.1:{free_port()}"
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}"}
@@ -57,7 +60,7 @@ def train(config_file: Path, workdir: Path, processes: int) -> list[str]:
         "JAX_PLATFORMS": "cpu",
     }
     flags = [[where, f"--processes={processes}", f"--process={number}"] for number in range(processes)]
-    started = [
+    return [
         subprocess.Popen(
             command + (flags[number] if processes > 1 else []),
             cwd=REPOSITORY,
@@ -68,7 +71,12 @@ def train(config_file: Path, workdir: Path, processes: int) -> list[str]:
         )
         for number in range(processes)
     ]
-    printed = [process.communicate(timeout=400)[0] for process in started]
+
+
+def train(config_file: Path, workdir: Path, processes: int) -> list[str]:
+    """Runs the training command to its end; returns what each process printed."""
+    started = start(config_file, workdir, processes)
+    printed = [process.communicate(timeout=240)[0] for process in started]
     assert [process.returncode for process in started] == [0] * processes, "\n".join(printed)[-3000:]
     return printed
 
@@ -109,6 +117,26 @@ def test_a_checkpoint_crosses_over(begun_by, ended_by, one, two, config_file, tm
     printed = train(config_file, workdir, ended_by)
     assert "stage2: goes on after step 4" in printed[0]
     np.testing.assert_allclose(curve(workdir), curve(one), atol=1e-4)
+
+
+def test_what_one_process_cannot_read_is_damaged_for_all(tmp_path):
+    command = [sys.executable, "-m", "tests.shared_checkpoint", str(tmp_path), str(free_port())]
+    started = [subprocess.Popen([*command, str(process)], cwd=REPOSITORY) for process in range(2)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    said = [(tmp_path / f"said_{process}.txt").read_text() for process in range(2)]
+    assert said[0] == said[1] and said[0].endswith("; restored 1: 1")
+    assert "2 is damaged" in said[0] and "kept as 2.damaged; the one before, of step 1, is used" in said[0]
+
+
+def test_sigterm_to_one_stops_all_at_the_same_step(config_file, tmp_path):
+    started = start(config_file, tmp_path, 2)
+    while all(process.poll() is None for process in started) and not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    started[1].send_signal(signal.SIGTERM)
+    printed = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started] == [128 + signal.SIGTERM] * 2, "\n".join(printed)[-3000:]
+    ((stage, step),) = set(re.findall(r"stopped in (\S+) after step (\d+) of 6", "".join(printed)))
+    assert (tmp_path / "checkpoints" / stage / step).is_dir()
 
 
 BASE = f"--config={REPOSITORY / 'configs' / 'base.py'}"

@@ -23,6 +23,7 @@ from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.sharding import one_device, placed_like
 from ilvr_jax.training.configuration import blame, is_checkpoint, read_config
 from ilvr_jax.training.pretrained import read_published
+from ilvr_jax.training.processes import open_exchange, wait_for_all
 
 PRETRAINED = "pretrained"  # in a workdir: what describes the checkpoint that the run began from
 
@@ -53,12 +54,18 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int | None = None):
         """Opens the folder, to write into it and keep the newest `keep`, or without `keep` to read alone."""
         self.folder = folder.absolute()
-        if keep is None:
-            options = ocp.CheckpointManagerOptions(read_only=True)
-        else:  # what a process that died left half written is removed: it could fill the disk
+        if keep is not None:  # what a process that died left half written is removed: it could fill the disk
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-        with _say_disk_full(self.folder):
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            with _say_disk_full(self.folder):
+                self._manager = ocp.CheckpointManager(self.folder, options=options)
+        # Each process reads by itself and tells the others how it went: one that could not would keep them waiting.
+        process = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(process, {process}, f"reader_{process}")
+        options = ocp.CheckpointManagerOptions(read_only=keep is None, create=False, multiprocessing_options=alone)
+        self._reader = ocp.CheckpointManager(self.folder, options=options)
+        self._tell_all = open_exchange()
+        if keep is None:
+            self._manager = self._reader
 
     def latest(self) -> int | None:
         """Returns the step of the newest complete checkpoint, None without one."""
@@ -128,22 +135,26 @@ class Checkpoints:
     ) -> tuple[int, Any]:
         """Returns the step of the newest checkpoint that `restore` can read, and what it returned.
 
-        One sentence is said for each that it could not, and with `set_aside` that folder gets a name which is no
-        checkpoint's, so that its step can be saved again. Raises DamagedCheckpoint if none can be read.
+        What one of several processes cannot read is damaged for all of them. One sentence is said for each, and with
+        `set_aside` that folder gets a name which is no checkpoint's, so that its step can be saved again. Raises
+        DamagedCheckpoint if none can be read.
         """
-        problems: dict[int, DamagedCheckpoint] = {}
+        problems: dict[int, str] = {}
         for step in sorted(self._steps(), reverse=True):
+            restored, problem = None, None
             try:
                 restored = restore(step)
             except DamagedCheckpoint as error:
-                problems[step] = error
+                problem = str(error)
+            if problem := next(filter(None, self._tell_all(problem)), None):
+                problems[step] = problem
                 continue
             for damaged, problem in problems.items():
                 kept = f", kept as {self._set_aside(damaged).name}" if set_aside else ""
                 say(f"{problem}{kept}; the one before, of step {step}, is used")
             return step, restored
         raise DamagedCheckpoint(
-            "; ".join(map(str, problems.values()))
+            "; ".join(problems.values())
             + f"; there is none before it that can be read: delete {self.folder} to begin the stage anew"
         )
 
@@ -157,13 +168,14 @@ class Checkpoints:
         aside = next(path for path in names if not path.exists())
         if jax.process_index() == 0:
             (self.folder / str(step)).rename(aside)
+        wait_for_all("a checkpoint is set aside")
         self._manager.reload()
         return aside
 
     def _read(self, step: int, items: ocp.args.Composite, **like: Any) -> Any:
         """Returns what orbax restores; `like` names the trees that are to have these paths and shapes."""
         try:
-            return self._manager.restore(step, args=items)
+            return self._reader.restore(step, args=items)
         except Exception as error:
             # What orbax, tensorstore and grain raise for files that are missing, cut off or changed: arrays' data end
             # in a plain Exception. Anything else, such as no memory, says nothing of the checkpoint.

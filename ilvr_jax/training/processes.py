@@ -91,6 +91,8 @@ def open_exchange() -> Callable[[Any], list[Any]]:
     It goes through the coordinator and not through devices, so that it may be called while these are busy, from
     another thread. Values are JSON.
     """
+    if jax.process_count() == 1:
+        return lambda value: [value]
     from jax._src.distributed import global_state  # jax has no public way to the coordinator's values
 
     exchange, calls = next(_exchanges), itertools.count()
