@@ -3,21 +3,26 @@
 A process of its own, since the number of devices is fixed when jax starts.
 """
 
+import dataclasses
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from ilvr_jax.inference.decode import DecodeSettings, generate  # noqa: E402
+from ilvr_jax.latents.objectives import cross_entropy  # noqa: E402
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL  # noqa: E402
 from ilvr_jax.models.sharding import AXES, make_mesh, on_mesh, place_rows, placed_like, row_shards  # noqa: E402
 from ilvr_jax.reports.hlo import collectives  # noqa: E402
+from ilvr_jax.training.checkpoints import Checkpoints  # noqa: E402
 from ilvr_jax.training.optimizer import make_optimizer  # noqa: E402
 from ilvr_jax.training.state import create_state  # noqa: E402
 from ilvr_jax.training.step import OBJECTIVES, make_train_step  # noqa: E402
@@ -31,28 +36,66 @@ MESHES = ((1, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 2, 2, 2), (2, 2, 2, 1))
 MODEL = Qwen2_5VL(CONFIG)
 
 
-def losses(objective: str, mesh: jax.sharding.Mesh) -> list[list[float]]:
-    """Returns losses and gradient norms of a few steps, in two parts where the devices leave rows for them."""
+def open_stage(objective: str, mesh: Mesh, attention: str = "auto"):
+    """Returns a fresh state, where each part of one lies, and a step in two parts if the devices leave rows for them.
+
+    The step takes and returns a state, and returns its loss and gradient norm.
+    """
+    model = Qwen2_5VL(dataclasses.replace(CONFIG, attention=attention))
     settings = stage(objective=objective, batch_size=16, accumulation=2, learning_rate=3e-3)
     optimizer = make_optimizer(settings)
-    with on_mesh(mesh):
 
-        def start(key):
-            return create_state(MODEL.init(key), optimizer, ("decoder",), objective == "alignment", jax.random.key(7))
+    def start(key):
+        return create_state(model.init(key), optimizer, ("decoder",), objective == "alignment", jax.random.key(7))
 
-        places = jax.tree.map(lambda leaf: leaf.sharding, placed_like(jax.eval_shape(start, jax.random.key(0)), mesh))
-        state = jax.jit(start, out_shardings=places)(jax.random.key(0))
-        step = make_train_step(MODEL, settings, ConfigDict(vars(LATENTS)), optimizer, row_shards(mesh))
-        found = []
-        for _ in range(STEPS):
-            state, values = step(state, place_rows(lay_out(samples() * 4), mesh))
-            found.append([float(values["loss"]), float(values["gradient_norm"])])
+    like = placed_like(jax.eval_shape(start, jax.random.key(0)), mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    train_step = make_train_step(model, settings, ConfigDict(vars(LATENTS)), optimizer, row_shards(mesh))
+
+    def step(state):
+        with on_mesh(mesh):
+            state, values = train_step(state, place_rows(lay_out(samples() * 4), mesh))
         same = jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), state, places)
         assert all(jax.tree.leaves(same)), "the step moved its state"
+        return state, [float(values["loss"]), float(values["gradient_norm"])]
+
+    with on_mesh(mesh):
+        return jax.jit(start, out_shardings=places)(jax.random.key(0)), like, step
+
+
+def losses(objective: str, mesh: Mesh, attention: str = "auto") -> list[list[float]]:
+    """Returns losses and gradient norms of a few steps."""
+    state, _, step = open_stage(objective, mesh, attention)
+    found = []
+    for _ in range(STEPS):
+        state, values = step(state)
+        found.append(values)
     return found
 
 
-def tokens(mesh: jax.sharding.Mesh) -> np.ndarray:
+def losses_on_changing_meshes(objective: str) -> list[list[float]]:
+    """Returns the same of a run that is saved after every step and goes on on another mesh."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder), keep=1) as checkpoints:
+        for number, sizes in enumerate((MESHES[0], (1, 2, 4, 1), (1, 1, 8, 1), MESHES[0], (1, 2, 2, 2)), 1):
+            state, like, step = open_stage(objective, mesh_of(sizes))
+            if found:
+                state = checkpoints.restore(number - 1, like)
+            state, values = step(state)
+            found.append(values)
+            checkpoints.save(number, state, NoData())
+            checkpoints.wait()
+    return found
+
+
+class NoData:
+    """A place in the data for a checkpoint that needs none."""
+
+    def get_state(self):
+        return {}
+
+
+def tokens(mesh: Mesh) -> np.ndarray:
     """Returns what is decoded for eight prompts."""
     rows = [*prompts(), *prompts()[:3]]
     with on_mesh(mesh):
@@ -79,14 +122,43 @@ def collectives_of_a_loop() -> list[int]:
     return [found.kind == "all-reduce", found.count, found.bytes]
 
 
+def sent_by_the_loss() -> list[float]:
+    """Returns what the loss and its gradient send in 16 chunks, in sizes of the output head."""
+    rows, columns, chunks = 8, 64, 16
+    model = Qwen2_5VL(dataclasses.replace(CONFIG, vocab_size=4096))
+    head = 4 * model.config.vocab_size * CONFIG.hidden_size
+    mesh = mesh_of((1, 1, 8, 1))
+    decoder = placed_like(jax.eval_shape(model.init, jax.random.key(0)), mesh)["decoder"]
+    place = NamedSharding(mesh, PartitionSpec("fsdp"))
+    hidden = jax.ShapeDtypeStruct((rows, columns, CONFIG.hidden_size), np.float32, sharding=place)
+    targets = jax.ShapeDtypeStruct((rows, columns), np.int32, sharding=place)
+
+    def loss(decoder, hidden, targets):
+        at_a_time = model.config.vocab_size * columns // chunks
+        return cross_entropy(model, decoder, hidden, targets, chunk_logits=at_a_time).mean()
+
+    with on_mesh(mesh):
+        program = jax.jit(jax.grad(loss, (0, 1))).lower(decoder, hidden, targets).compile().as_text()
+    return [sum(found.bytes for found in collectives(program)) / head]
+
+
+def mesh_of(sizes: tuple[int, ...]) -> Mesh:
+    return make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
+
+
 def main(out: str) -> None:
+    jax.config.update("jax_compilation_cache_dir", f"{out}.compiled")  # a mesh's step is met more than once
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     results = {}
     for sizes in MESHES:
-        count = int(np.prod(sizes))
-        mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:count])
+        mesh = mesh_of(sizes)
         for objective in OBJECTIVES:
             results[f"{objective} {sizes}"] = np.array(losses(objective, mesh))
         results[f"tokens {sizes}"] = tokens(mesh)
+        if sizes == (1, 2, 2, 2):
+            results[f"alignment {sizes} with splash"] = np.array(losses("alignment", mesh, "splash"))
+    results["alignment on changing meshes"] = np.array(losses_on_changing_meshes("alignment"))
+    results["sent by_the_loss"] = np.array(sent_by_the_loss())
     results["collectives (1, 1, 8, 1)"] = np.array(collectives_of_a_loop())
     np.savez(out, **results)
 

@@ -1,5 +1,6 @@
 """What each stage minimises. Losses are per row, so a batch is the mean of its rows however it is cut."""
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ from ilvr_jax.latents.layout import Batch
 from ilvr_jax.latents.rollout import roll_out
 from ilvr_jax.latents.selection import LatentSettings, Selection, cosine, select
 from ilvr_jax.models.lora import decoder_params
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL, causal_mask
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.sharding import divisor
 
-CHUNK_LOGITS = 2**26  # logits that exist at a time: 256 MB in float32
+CHUNK_LOGITS = 2**26  # logits that exist at a time on a device: 256 MB in float32
 
 
 @flax.struct.dataclass
@@ -34,20 +36,32 @@ def cross_entropy(
 ) -> Float[Array, " rows"]:
     """Returns each row's mean cross-entropy over the columns that carry loss (targets other than -100).
 
-    Logits are made for labelled columns, at most `chunk_logits` of them at a time (or one column's), and once more
-    for the gradient: an array of columns times vocabulary never exists.
+    Logits are made for labelled columns, at most `chunk_logits` of them at a time on a device (or one column's), and
+    once more for the gradient: an array of columns times vocabulary never exists. Of several devices, each has a part
+    of the vocabulary, if they divide it, for all tokens: no chunk fetches the head or makes a gradient of all of it.
     """
     rows, columns = targets.shape
-    width = min(columns, max(1, chunk_logits // (rows * model.config.vocab_size)))
+    vocabulary, channels = model.config.vocab_size, model.config.hidden_size
+    spread = vocabulary % divisor("spread_vocabulary") == 0
+    at_once = max(rows * vocabulary // divisor("rows"), rows * channels // divisor("few_rows" if spread else "rows"))
+    width = min(columns, max(1, chunk_logits // at_once))
     # Labelled columns go first, so that whole chunks have none and are not worked on.
     order = jnp.argsort(targets < 0, axis=1, stable=True)
     order = jnp.pad(order, ((0, 0), (0, -columns % width)))
     chunks = jnp.swapaxes(order.reshape(rows, -1, width), 0, 1)
     in_chunk = jnp.arange(chunks.size // rows).reshape(-1, 1, width) < (targets >= 0).sum(1)[:, None]
 
+    def divide(array: Array, *axes: str | None) -> Array:
+        return nn.with_logical_constraint(array, axes) if spread else array
+
+    head = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
+    decoder = {**decoder, head: divide(decoder[head], "spread_vocabulary", None)}
+
     def losses(hidden: Array, targets: Array, labelled: Array) -> Array:
-        logits = model.logits(decoder, hidden)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        logits = model.logits(decoder, divide(hidden, "few_rows", None, None))
+        logits = divide(logits, "few_rows", None, "spread_vocabulary")
+        is_target = jnp.arange(vocabulary) == targets[..., None]  # compared, since looking up would gather all logits
+        picked = jnp.sum(logits, axis=-1, where=is_target)
         return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * labelled, axis=1)
 
     @jax.checkpoint  # around the condition too: it would keep what is computed inside
@@ -68,7 +82,7 @@ def text_objective(model: Qwen2_5VL, params: PyTree, batch: Batch, key: PRNGKeyA
     features = model.encode_images(params["vision"], batch.images)
     inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
     keys = dropout_keys(model, key, batch)
-    hidden, _ = model.decode(decoder, inputs, batch.positions, causal_mask(batch.valid), dropout_keys=keys)
+    hidden, _ = model.decode(decoder, inputs, batch.positions, batch.valid, dropout_keys=keys)
     return _objective(model, decoder, batch, hidden)
 
 
@@ -95,7 +109,7 @@ def alignment_objective(
     filled = jnp.where(selection.valid[..., None], selection.targets.astype(inputs.dtype), inputs[:, slots])
     inputs = inputs.at[:, slots].set(filled)
     keys = dropout_keys(model, key, batch)
-    hidden, _ = model.decode(decoder, inputs, batch.positions, causal_mask(batch.valid), dropout_keys=keys)
+    hidden, _ = model.decode(decoder, inputs, batch.positions, batch.valid, dropout_keys=keys)
     targets = selection.targets + settings.target_noise * slot_noise(key, batch.record, selection.targets.shape)
     cosines = cosine(hidden[:, slots - 1], targets) * selection.valid
     count = selection.valid.sum((1, 2))

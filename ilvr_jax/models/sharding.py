@@ -25,6 +25,7 @@ RULES = (
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("vocabulary", "tensor"),
+    ("spread_vocabulary", ("fsdp", "tensor")),  # of the loss: few_rows travel to it
 )
 
 # The last axes of parameters, by the end of their names; those before them, stacked layers, are whole.
@@ -95,9 +96,15 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> None:
             raise ValueError(f"{axis} is {mesh.shape[axis]}; a divisor of the model's {name} ({size}) is accepted")
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Returns over how many devices the rows of a batch are shared out."""
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))
+
+
+def divisor(axis: str) -> int:
+    """Returns over how many devices the mesh that `on_mesh` named divides an axis of RULES; 1 without a mesh."""
+    mesh, (axes,) = jax.sharding.get_abstract_mesh(), nn.logical_to_mesh_axes((axis,), RULES)
+    return 1 if mesh.empty else int(np.prod([mesh.shape[name] for name in ((axes,) if type(axes) is str else axes)]))
 
 
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
