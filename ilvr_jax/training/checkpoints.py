@@ -166,6 +166,7 @@ class Checkpoints:
         numbers = ("", *(f"_{number}" for number in range(2, 1000)))
         names = (self.folder / f"{step}.damaged{number}" for number in numbers)
         aside = next(path for path in names if not path.exists())
+        wait_for_all("all have chosen the same name")
         if jax.process_index() == 0:
             (self.folder / str(step)).rename(aside)
         wait_for_all("a checkpoint is set aside")
