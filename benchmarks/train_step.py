@@ -12,17 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from jaxtyping import PyTree
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
 from ilvr_jax.data.tokenizer import special_tokens
-from ilvr_jax.models.sharding import on_mesh, one_device, place_rows, shardings
+from ilvr_jax.models.sharding import on_mesh, one_device, place_rows
+from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source
+from ilvr_jax.training.checkpoints import build_model
 from ilvr_jax.training.configuration import read_config_flags
-from ilvr_jax.training.loop import Run, build_model, make_step, make_tokenizer, open_iterator, open_source, start_params
+from ilvr_jax.training.loop import make_step, start_params
 from ilvr_jax.training.progress import Progress
-from ilvr_jax.training.state import TrainState, create_state
+from ilvr_jax.training.run import Run
+from ilvr_jax.training.state import first_state
 
 BATCHES = 32  # kept in memory and given to the step in turn, so that it never waits
 
@@ -39,13 +41,8 @@ def rates(run: Run, stage: str, seconds: float) -> tuple[float, float]:
     """Returns the samples a second of the pipeline without a step, and of the step without the pipeline."""
     optimizer, step = run.steps[stage]
     params = start_params(run.config, run.workdir, run.model, None, run.mesh)
-    with_teacher = run.config[stage].objective == "alignment"
-
-    def start(params: PyTree) -> TrainState:
-        return create_state(params, optimizer, tuple(run.config[stage].train), with_teacher, jax.random.key(0))
-
-    state = jax.jit(start, out_shardings=shardings(jax.eval_shape(start, params), run.mesh))(params)
-    with contextlib.closing(open_iterator(run, stage, 0, params["vision"])) as iterator:
+    state = first_state(params, optimizer, run.config[stage], jax.random.key(0), run.mesh)
+    with contextlib.closing(open_iterator(run, stage, 0, state.params["vision"])) as iterator:
         batches = [place_rows(batch, run.mesh) for batch in itertools.islice(iterator, BATCHES)]
         made = samples_per_second(lambda: len(next(iterator).record), seconds)
     for batch in {batch.layout: batch for batch in batches}.values():  # compiles each bucket's step

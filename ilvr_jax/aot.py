@@ -30,8 +30,8 @@ from ilvr_jax.training.ahead_of_time import (
     open_model,
     open_topology,
 )
+from ilvr_jax.training.batches import config_buckets
 from ilvr_jax.training.configuration import REPOSITORY, BadConfig, blame, load_config, read_config_flags
-from ilvr_jax.training.loop import config_buckets
 
 SPARE = 0.05  # of a chip's memory, below which a program does not count as fitting
 # The cases of docs/scale.md: size, what learns and topology; a row a chip, everything divided over all.

@@ -1,14 +1,19 @@
-"""Small random models and samples that several tests share."""
+"""Small random models, samples and runs that several tests share."""
 
 import dataclasses
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from ilvr_jax.data.__main__ import export
+from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
 from ilvr_jax.latents.layout import Sample, build_sample
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import ModelConfig, VisionConfig
 from ilvr_jax.models.images import PatchedImage
+from ilvr_jax.training.configuration import REPOSITORY, load_config
 from ilvr_jax.training.step import objective
 
 SPECIAL = SpecialTokens(
@@ -98,3 +103,37 @@ def poisoned_objective(name, model, params, teacher, batch, *others):
     """Stands in for the train step's objective: the loss of poisoned records and its gradient are no numbers."""
     result = objective(name, model, params, teacher, batch, *others)
     return dataclasses.replace(result, loss=result.loss * jnp.where(batch.record >= POISON, jnp.nan, 1.0))
+
+
+def tiny_config(eval_data: Path | None = None) -> ConfigDict:
+    """Returns the base config with a model, batches and a bucket so small that a run takes seconds."""
+    config = load_config(REPOSITORY / "configs" / "base.py").unlock()
+    config.model.update(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    config.model.mrope_section = (1, 1, 2)
+    config.model.vision.update(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, fullatt_block_indexes=(0,))
+    exclude = (str(eval_data),) if eval_data else ()
+    config.data.update(source="frozen_lake", image_scale=1.0, records=200, workers=0)
+    config.data.frozen_lake = ConfigDict(dict(levels=(3,), max_moves=4, cell_pixels=28, exclude=exclude))
+    bucket = dict(prefix=120, segments=2, text=30, tail=30, images=1, image_windows=4, helper_windows=4)
+    config.data.buckets = ConfigDict(dict(small=bucket))
+    for name in config.stages:
+        config[name].update(steps=6, batch_size=4, accumulation=1)
+    config.eval.update(data=str(eval_data or ""), max_new_tokens=8, batch_size=8)
+    config.update(log_every=1, checkpoint_every=4, checkpoint_keep=2)
+    return config.lock()
+
+
+def export_maps(folder: Path, count: int = 4) -> Path:
+    """Returns a file of maps with plans and pictures, as `python -m ilvr_jax.data export` writes them."""
+    maps = FrozenLakeSource(FrozenLakeSettings(levels=(3,), max_moves=4), seed=5, count=count)
+    export([maps[index] for index in range(len(maps))], folder)
+    return folder / "train.jsonl"
+
+
+class NoData:
+    """A place in the data for a checkpoint that needs none."""
+
+    def get_state(self):
+        return {}

@@ -20,12 +20,13 @@ from ml_collections import ConfigDict  # noqa: E402
 from ilvr_jax.inference.decode import DecodeSettings, generate  # noqa: E402
 from ilvr_jax.latents.objectives import cross_entropy  # noqa: E402
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL  # noqa: E402
-from ilvr_jax.models.sharding import AXES, make_mesh, on_mesh, place_rows, placed_like, row_shards  # noqa: E402
+from ilvr_jax.models.sharding import AXES, divisor, make_mesh, on_mesh, place_rows, placed_like, shardings  # noqa: E402
 from ilvr_jax.reports.hlo import collectives  # noqa: E402
 from ilvr_jax.training.checkpoints import Checkpoints  # noqa: E402
 from ilvr_jax.training.optimizer import make_optimizer  # noqa: E402
-from ilvr_jax.training.state import create_state  # noqa: E402
+from ilvr_jax.training.state import first_state, state_like  # noqa: E402
 from ilvr_jax.training.step import OBJECTIVES, make_train_step  # noqa: E402
+from tests.samples import NoData  # noqa: E402
 from tests.test_decode import PARAMS, prompts  # noqa: E402
 from tests.test_decode import lay_out as lay_out_prompts  # noqa: E402
 from tests.test_step import CONFIG, LATENTS, SPECIAL, lay_out, samples, stage  # noqa: E402
@@ -44,23 +45,22 @@ def open_stage(objective: str, mesh: Mesh, attention: str = "auto"):
     model = Qwen2_5VL(dataclasses.replace(CONFIG, attention=attention))
     settings = stage(objective=objective, batch_size=16, accumulation=2, learning_rate=3e-3)
     optimizer = make_optimizer(settings)
-
-    def start(key):
-        return create_state(model.init(key), optimizer, ("decoder",), objective == "alignment", jax.random.key(7))
-
-    like = placed_like(jax.eval_shape(start, jax.random.key(0)), mesh)
-    places = jax.tree.map(lambda leaf: leaf.sharding, like)
-    train_step = make_train_step(model, settings, ConfigDict(vars(LATENTS)), optimizer, row_shards(mesh))
+    params = model.init(jax.random.key(0))
+    params = jax.device_put(params, shardings(params, mesh))
+    like = state_like(params, optimizer, settings, mesh)
+    train_step = make_train_step(model, settings, ConfigDict(vars(LATENTS)), optimizer, divisor("rows", mesh))
 
     def step(state):
         with on_mesh(mesh):
             state, values = train_step(state, place_rows(lay_out(samples() * 4), mesh))
-        same = jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), state, places)
+        same = jax.tree.map(
+            lambda leaf, wanted: leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), state, like
+        )
         assert all(jax.tree.leaves(same)), "the step moved its state"
         return state, [float(values["loss"]), float(values["gradient_norm"])]
 
     with on_mesh(mesh):
-        return jax.jit(start, out_shardings=places)(jax.random.key(0)), like, step
+        return first_state(params, optimizer, settings, jax.random.key(7), mesh), like, step
 
 
 def losses(objective: str, mesh: Mesh, attention: str = "auto") -> list[list[float]]:
@@ -88,19 +88,11 @@ def losses_on_changing_meshes(objective: str) -> list[list[float]]:
     return found
 
 
-class NoData:
-    """A place in the data for a checkpoint that needs none."""
-
-    def get_state(self):
-        return {}
-
-
 def tokens(mesh: Mesh) -> np.ndarray:
     """Returns what is decoded for eight prompts."""
     rows = [*prompts(), *prompts()[:3]]
     with on_mesh(mesh):
-        like = placed_like(jax.eval_shape(lambda: PARAMS), mesh)
-        params = jax.device_put(PARAMS, jax.tree.map(lambda leaf: leaf.sharding, like))
+        params = jax.device_put(PARAMS, shardings(PARAMS, mesh))
         batch, seeds = place_rows((lay_out_prompts(rows), np.arange(8, dtype=np.uint32)), mesh)
         return np.asarray(generate(MODEL, params, batch, seeds, DecodeSettings(24, 3), SPECIAL).tokens)
 

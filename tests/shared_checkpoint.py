@@ -18,19 +18,13 @@ from jaxtyping import PyTree  # noqa: E402
 from ilvr_jax.models.sharding import make_mesh, placed_like, to_mesh  # noqa: E402
 from ilvr_jax.training.checkpoints import Checkpoints  # noqa: E402
 from ilvr_jax.training.processes import wait_for_all  # noqa: E402
+from tests.samples import NoData  # noqa: E402
 
 
 @flax.struct.dataclass
 class State:
     params: PyTree
     step: None
-
-
-class NoData:
-    """A place in the data for a checkpoint that needs none."""
-
-    def get_state(self):
-        return {}
 
 
 def main(folder: Path, port: str, process: int) -> None:

@@ -14,10 +14,12 @@ from ilvr_jax.inference.decode import generate
 from ilvr_jax.inference.evaluation import evaluate
 from ilvr_jax.latents.layout import Layout
 from ilvr_jax.models.sharding import one_device
+from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source
 from ilvr_jax.training.checkpoints import build_model
 from ilvr_jax.training.configuration import REPOSITORY, load_config, override
-from ilvr_jax.training.loop import Run, make_step, make_tokenizer, open_evaluation_source, open_iterator, open_source
-from ilvr_jax.training.state import create_state
+from ilvr_jax.training.loop import make_step, open_evaluation_source
+from ilvr_jax.training.run import Run
+from ilvr_jax.training.state import first_state
 
 CONFIGS = REPOSITORY / "configs"
 BUCKETS_MET = {
@@ -74,9 +76,7 @@ def test_each_step_compiles_once_a_bucket(run, stage):
         layout = Layout(latent_size=size, **bucket)
         names |= {layout: name, dataclasses.replace(layout, helper_windows=0): name}
     optimizer, step = run.steps[stage]
-    params = run.model.init(jax.random.key(0))
-    with_teacher = run.config[stage].objective == "alignment"
-    state = create_state(params, optimizer, tuple(run.config[stage].train), with_teacher, jax.random.key(1))
+    state = first_state(run.model.init(jax.random.key(0)), optimizer, run.config[stage], jax.random.key(1), run.mesh)
     met, repeated = set(), 0
     with contextlib.closing(open_iterator(run, stage, seed=0, vision={})) as iterator:
         for batch in itertools.islice(iterator, 600):

@@ -30,8 +30,8 @@ from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenize
 from ilvr_jax.latents.layout import fits, merge_layouts, padded_tokens, required_layout
 from ilvr_jax.models.images import PatchedImage
 from ilvr_jax.reports.data_check import bucket_table, config_lines, histogram, laid_out, pieces, quantile
+from ilvr_jax.training.batches import config_buckets, example_settings
 from ilvr_jax.training.configuration import REPOSITORY, load_config
-from ilvr_jax.training.loop import config_buckets, example_settings
 from tests.samples import WINDOW_UNITS, random_sample
 
 MIRAGE = REPOSITORY / "tests" / "data" / "mirage" / "sample.jsonl"

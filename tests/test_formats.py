@@ -9,8 +9,8 @@ from PIL import Image
 
 from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.data.records import BadRecord, Look, Text
+from ilvr_jax.training.batches import open_source
 from ilvr_jax.training.configuration import BadConfig, check_config, load_config
-from ilvr_jax.training.loop import open_source
 
 REPOSITORY = Path(__file__).parents[1]
 BLOCK = re.compile(r"```(?:json|python)\n(.*?)```", re.DOTALL)

@@ -12,29 +12,18 @@ import pytest
 from ml_collections import ConfigDict
 
 from ilvr_jax.train import main
-from ilvr_jax.training.configuration import load_config
 from ilvr_jax.training.metrics import read_metrics
+from tests.samples import tiny_config
 
-BASE = Path(__file__).parents[1] / "configs" / "base.py"
 STAGES, STEPS, KILLS = ("stage1", "stage2"), 20, 10
 
 
 def tiny() -> ConfigDict:
-    config = load_config(BASE).unlock()
-    config.model.update(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
-    )
-    config.model.mrope_section = (1, 1, 2)
-    config.model.vision.update(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, fullatt_block_indexes=(0,))
+    config = tiny_config().unlock()
     config.stages = STAGES
-    config.data.frozen_lake.update(levels=(3,), max_moves=4)
-    config.data.records = 200
-    bucket = dict(prefix=120, segments=2, text=30, tail=30, images=1, image_windows=4, helper_windows=4)
-    config.data.buckets = ConfigDict(dict(small=bucket))
     for name in STAGES:
-        config[name].update(steps=STEPS, batch_size=4)
-    config.eval.data = ""
-    config.update(log_every=1, checkpoint_every=2, checkpoint_keep=2)
+        config[name].steps = STEPS
+    config.checkpoint_every = 2
     return config.lock()
 
 

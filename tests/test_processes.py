@@ -13,20 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ilvr_jax.data.__main__ import export
-from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
 from ilvr_jax.train import main
 from ilvr_jax.training.metrics import read_metrics
+from tests.samples import export_maps
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = """
 from pathlib import Path
 
-from tests.test_train_command import tiny
+from tests.samples import tiny_config
 
 
 def get_config():
-    config = tiny(Path({data!r})).unlock()
+    config = tiny_config(Path({data!r})).unlock()
+    config.data.update(source="ilvr", path={data!r}, image_scale=28 / 64)
     config.stages = ("stage1", "stage2")
     for name in config.stages:
         config[name].update(batch_size=8, accumulation=2)
@@ -38,9 +38,7 @@ def get_config():
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    maps = FrozenLakeSource(FrozenLakeSettings(levels=(3,), max_moves=4), seed=5, count=4)
-    export([maps[index] for index in range(len(maps))], folder)
-    (folder / "config.py").write_text(CONFIG.format(data=str(folder / "train.jsonl")))
+    (folder / "config.py").write_text(CONFIG.format(data=str(export_maps(folder, 12))))
     return folder / "config.py"
 
 
@@ -53,6 +51,7 @@ def free_port() -> int:
 def start(config_file: Path, workdir: Path, processes: int) -> list[subprocess.Popen]:
     """Starts the training command in some processes, of eight devices together."""
     command = [sys.executable, "-m", "ilvr_jax.train", f"--config={config_file}", f"--workdir={workdir}"]
+    command.append(f"--config.data.feature_cache={workdir / 'features'}")
     where = f"--coordinator=127.0.0.1:{free_port()}"
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}"}
     environment |= {
@@ -104,6 +103,7 @@ def test_two_processes_have_the_losses_of_one_and_one_of_them_writes(one, two):
     np.testing.assert_allclose(curve(workdir), curve(one), atol=1e-4)
     assert "everything is in" in printed[0] and "success" in printed[0]
     assert "stage1" not in printed[1]
+    assert "stage1: encoded" in printed[0] and "stage2: encoded 0 images" in printed[0]
     answers = [folder / "evaluations" / "stage2.samples.jsonl" for folder in (one, workdir)]
     assert answers[0].read_text() == answers[1].read_text()
 

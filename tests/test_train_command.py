@@ -9,56 +9,32 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from ilvr_jax.data.__main__ import export
-from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
 from ilvr_jax.latents.layout import Layout, padded_tokens
 from ilvr_jax.train import main
 from ilvr_jax.training.checkpoints import NoCheckpoint, restore_for_inference
-from ilvr_jax.training.configuration import load_config
+from ilvr_jax.training.clock import Clock
 from ilvr_jax.training.divergence import Diverged
 from ilvr_jax.training.interruption import Interrupted
-from ilvr_jax.training.loop import Clock, make_step, train
+from ilvr_jax.training.loop import make_step, train
 from ilvr_jax.training.metrics import read_metrics
 from ilvr_jax.training.progress import Progress
-from tests.samples import POISON, poisoned_objective
+from tests.samples import POISON, export_maps, poisoned_objective, tiny_config
 
 BASE = Path(__file__).parents[1] / "configs" / "base.py"
 STAGES = ("warm_up", "stage1", "stage2")
 STEPS = 6
 
 
-def tiny(eval_data: Path) -> ConfigDict:
-    config = load_config(BASE).unlock()
-    config.model.update(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
-    )
-    config.model.mrope_section = (1, 1, 2)
-    config.model.vision.update(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, fullatt_block_indexes=(0,))
-    config.stages = STAGES
-    config.data.update(source="frozen_lake", image_scale=1.0, records=200, workers=0)
-    config.data.frozen_lake = ConfigDict(dict(levels=(3,), max_moves=4, cell_pixels=28, exclude=(str(eval_data),)))
-    bucket = dict(prefix=120, segments=2, text=30, tail=30, images=1, image_windows=4, helper_windows=4)
-    config.data.buckets = ConfigDict(dict(small=bucket))
-    for name in STAGES:
-        config[name].update(steps=STEPS, batch_size=4, accumulation=1)
-    config.eval.update(data=str(eval_data), max_new_tokens=8, batch_size=8)
-    config.update(log_every=1, checkpoint_every=4, checkpoint_keep=2)
-    return config.lock()
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """The tiny config; compiled programs are kept, since every call of `train` would compile them again."""
     folder = tmp_path_factory.mktemp("train")
-    maps = FrozenLakeSource(FrozenLakeSettings(levels=(3,), max_moves=4), seed=5, count=4)
-    export([maps[index] for index in range(len(maps))], folder)
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_disable_most_optimizations", True)
-    yield tiny(folder / "train.jsonl")
+    yield tiny_config(export_maps(folder))
     jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_compilation_cache_dir", before[0])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])

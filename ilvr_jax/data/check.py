@@ -27,8 +27,9 @@ from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import model_config
 from ilvr_jax.models.tensor_files import BadCheckpoint
 from ilvr_jax.reports.data_check import config_lines, laid_out, sections, write_page
+from ilvr_jax.training.batches import config_buckets, example_settings, make_tokenizer, open_source
 from ilvr_jax.training.configuration import REPOSITORY, BadConfig, blame, read_config_flags
-from ilvr_jax.training.loop import config_buckets, example_settings, make_tokenizer, open_checkpoint, open_source
+from ilvr_jax.training.loop import open_checkpoint
 
 DEFAULT = REPOSITORY / "configs" / "base.py"
 TREATMENTS = ("latent", "encode", "slots", "omit")  # of helper images, those that show them first

@@ -28,7 +28,7 @@ from ilvr_jax.inference.decode import Decoded, DecodeSettings, generate
 from ilvr_jax.latents.layout import Batch, Sample, collate, merge_layouts, required_layout
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
-from ilvr_jax.models.sharding import fill_rows, place_rows, row_shards
+from ilvr_jax.models.sharding import divisor, fill_rows, place_rows
 from ilvr_jax.tasks.vsp_planning import (
     Outcome,
     Rates,
@@ -158,7 +158,7 @@ def evaluate(
 
     def decode(batch: Batch, seeds: Int[np.ndarray, " rows"]) -> Decoded:
         if mesh is not None:
-            batch, seeds = place_rows(fill_rows((batch, seeds), row_shards(mesh)), mesh)
+            batch, seeds = place_rows(fill_rows((batch, seeds), divisor("rows", mesh)), mesh)
         decoded = generate(model, params, batch, seeds, decoding, special)
         return decoded if jax.process_count() == 1 else multihost_utils.process_allgather(decoded, tiled=True)
 

@@ -49,31 +49,33 @@ def cross_entropy(
     order = jnp.argsort(targets < 0, axis=1, stable=True)
     order = jnp.pad(order, ((0, 0), (0, -columns % width)))
     chunks = jnp.swapaxes(order.reshape(rows, -1, width), 0, 1)
-    in_chunk = jnp.arange(chunks.size // rows).reshape(-1, 1, width) < (targets >= 0).sum(1)[:, None]
+    starts, counts = jnp.arange(0, columns, width), (targets >= 0).sum(1)
+    most = counts.max()  # once, since it asks all devices
 
-    def divide(array: Array, *axes: str | None) -> Array:
+    def placed(array: Array, *axes: str | None) -> Array:
         return nn.with_logical_constraint(array, axes) if spread else array
 
     head = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
-    decoder = {**decoder, head: divide(decoder[head], "spread_vocabulary", None)}
+    decoder = {**decoder, head: placed(decoder[head], "spread_vocabulary", None)}
 
     def losses(hidden: Array, targets: Array, labelled: Array) -> Array:
-        logits = model.logits(decoder, divide(hidden, "few_rows", None, None))
-        logits = divide(logits, "few_rows", None, "spread_vocabulary")
+        logits = model.logits(decoder, placed(hidden, "few_rows", None, None))
+        logits = placed(logits, "few_rows", None, "spread_vocabulary")
         is_target = jnp.arange(vocabulary) == targets[..., None]  # compared, since looking up would gather all logits
         picked = jnp.sum(logits, axis=-1, where=is_target)
         return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * labelled, axis=1)
 
     @jax.checkpoint  # around the condition too: it would keep what is computed inside
     def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
-        place, labelled = chunk
+        place, start = chunk
+        labelled = start + jnp.arange(width) < counts[:, None]
         here = jnp.take_along_axis(hidden, place[..., None], axis=1)
         words = jnp.maximum(jnp.take_along_axis(targets, place, axis=1), 0)
         nothing = jnp.zeros_like(total)
-        return total + jax.lax.cond(labelled.any(), losses, lambda *_: nothing, here, words, labelled), None
+        return total + jax.lax.cond(start < most, losses, lambda *_: nothing, here, words, labelled), None
 
-    total, _ = jax.lax.scan(add, jnp.zeros(rows, jnp.float32), (chunks, in_chunk))
-    return total / jnp.maximum((targets >= 0).sum(1), 1)
+    total, _ = jax.lax.scan(add, jnp.zeros(rows, jnp.float32), (chunks, starts))
+    return total / jnp.maximum(counts, 1)
 
 
 def text_objective(model: Qwen2_5VL, params: PyTree, batch: Batch, key: PRNGKeyArray) -> Objective:

@@ -1,6 +1,7 @@
 """The device mesh, and where arrays lie on it: one table for parameters, one for the axes they are made of."""
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -96,15 +97,13 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> None:
             raise ValueError(f"{axis} is {mesh.shape[axis]}; a divisor of the model's {name} ({size}) is accepted")
 
 
-def row_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Returns over how many devices the rows of a batch are shared out."""
-    return int(np.prod([mesh.shape[axis] for axis in ROWS]))
+def divisor(axis: str, mesh: Mesh | None = None) -> int:
+    """Returns over how many devices a mesh, by default the one that `on_mesh` named, divides an axis of RULES.
 
-
-def divisor(axis: str) -> int:
-    """Returns over how many devices the mesh that `on_mesh` named divides an axis of RULES; 1 without a mesh."""
-    mesh, (axes,) = jax.sharding.get_abstract_mesh(), nn.logical_to_mesh_axes((axis,), RULES)
-    return 1 if mesh.empty else int(np.prod([mesh.shape[name] for name in ((axes,) if type(axes) is str else axes)]))
+    That is 1 outside of any mesh.
+    """
+    mesh, axes = mesh or jax.sharding.get_abstract_mesh(), dict(RULES)[axis]
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in ((axes,) if type(axes) is str else axes))
 
 
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -118,7 +117,7 @@ def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
 def _spec(path: tuple[Any, ...], leaf: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     name = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
     axes = next((axes for pattern, axes in PARAMETERS if re.search(rf"(^|/){pattern}$", name)), ())
-    if leaf.ndim < len(axes):  # an optimizer's placeholder
+    if leaf.ndim < len(axes):  # an optimizer's state has the tree of the parameters, and scalars for some of them
         return PartitionSpec()
     spec = list(nn.logical_to_mesh_axes([None] * (leaf.ndim - len(axes)) + list(axes), RULES))
     # In the form that the compiler gives it back in: another one would be another program's.
@@ -142,12 +141,17 @@ def divide(tree: PyTree) -> PyTree:
 
 
 def placed_like(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Returns shapes and dtypes of arrays with where they lie, for restoring them there."""
+    """Returns shapes and dtypes of arrays with where they lie, for making or restoring them there."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
         shardings(tree, mesh),
     )
+
+
+def places(like: PyTree) -> PyTree:
+    """Returns where each array of a tree lies, or would."""
+    return jax.tree.map(lambda leaf: leaf.sharding, like)
 
 
 def to_mesh(array: np.ndarray, place: NamedSharding) -> jax.Array:

@@ -23,12 +23,13 @@ from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import ModelConfig, model_config
 from ilvr_jax.models.images import EncodedImage
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
-from ilvr_jax.models.sharding import ROWS, check_mesh, make_mesh, on_mesh, placed_like, row_shards
+from ilvr_jax.models.sharding import ROWS, check_mesh, divisor, make_mesh, on_mesh
 from ilvr_jax.reports.hlo import Collective, collectives
+from ilvr_jax.training.batches import config_buckets
 from ilvr_jax.training.checkpoints import params_like
 from ilvr_jax.training.configuration import BadConfig, blame
-from ilvr_jax.training.loop import config_buckets, make_step, open_checkpoint
-from ilvr_jax.training.state import create_state
+from ilvr_jax.training.loop import make_step, open_checkpoint
+from ilvr_jax.training.state import state_like
 
 GIB = 2**30
 
@@ -158,12 +159,7 @@ def compile_train_step(
     layout = config_buckets(config, settings.helper_images, model.config.vision.window_units)[bucket]
     cached = config.data.feature_cache and "vision" not in settings.train
     optimizer, step = make_step(config, stage, model, mesh)
-
-    def start(params: PyTree):
-        with_teacher = settings.objective == "alignment"
-        return create_state(params, optimizer, tuple(settings.train), with_teacher, jax.random.key(0))
-
-    state = placed_like(jax.eval_shape(start, params_like(model, config, mesh)), mesh)
+    state = state_like(params_like(model, config, mesh), optimizer, settings, mesh)
     batch = batch_like(layout, settings.batch_size, model, mesh, cached)
     memory = {
         "weights": local_bytes(state.params),
@@ -185,7 +181,8 @@ def compile_decoding(
     layout = config_buckets(config, "slots", model.config.vision.window_units)[bucket]
     layout = Layout(prefix=layout.prefix, images=layout.images, image_windows=layout.image_windows, helper_windows=0)
     settings = decode_settings(config)
-    rows = -(-config.eval.batch_size // row_shards(mesh)) * row_shards(mesh)
+    shards = divisor("rows", mesh)
+    rows = -(-config.eval.batch_size // shards) * shards
     params = params_like(model, config, mesh)
     batch = batch_like(layout, rows, model, mesh, cached=False)
     seeds = jax.ShapeDtypeStruct((rows,), np.uint32, sharding=NamedSharding(mesh, PartitionSpec(ROWS)))

@@ -1,42 +1,32 @@
 """The training run: the stages of the config in order, each resumable, evaluated at its end."""
 
 import contextlib
-import dataclasses
-import functools
-import itertools
 import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast
 
-from ilvr_jax.data.examples import ExampleSettings, build_example
-from ilvr_jax.data.formats import FORMATS
-from ilvr_jax.data.frozen_lake import FrozenLakeSource, NoMap, frozen_lake_settings
+from ilvr_jax.data.frozen_lake import NoMap
 from ilvr_jax.data.ilvr import IlvrSource
-from ilvr_jax.data.pipeline import Share, Source, make_iterator, skipped_records
-from ilvr_jax.data.records import BadRecord, Record
-from ilvr_jax.data.tokenizer import load_tokenizer, record_texts, special_tokens, train_tokenizer
+from ilvr_jax.data.pipeline import Source, skipped_records
+from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens
 from ilvr_jax.inference.evaluation import decode_settings, evaluate, prompt_settings, read_answers
-from ilvr_jax.latents.layout import NO_IMAGE, Layout, padded_tokens
-from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
-from ilvr_jax.models.sharding import check_mesh, local_rows, make_mesh, on_mesh, place_rows, placed_like, row_shards
+from ilvr_jax.models.sharding import check_mesh, divisor, make_mesh, on_mesh, place_rows, places
 from ilvr_jax.models.tensor_files import BadCheckpoint
 from ilvr_jax.reports.pictures import draw_solutions
 from ilvr_jax.reports.tables import success_table
+from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source
 from ilvr_jax.training.checkpoints import (
     PRETRAINED,
     Checkpoints,
@@ -46,37 +36,21 @@ from ilvr_jax.training.checkpoints import (
     stage_folder,
     stages_with_checkpoints,
 )
+from ilvr_jax.training.clock import Clock
 from ilvr_jax.training.configuration import blame, check_workdir, has_begun, resolve_path, to_json, write_config
 from ilvr_jax.training.divergence import SkippedUpdates
 from ilvr_jax.training.interruption import Interrupted, StopRequest, stop_request
 from ilvr_jax.training.metrics import Metrics
 from ilvr_jax.training.optimizer import make_optimizer
 from ilvr_jax.training.pretrained import Pretrained, keep_description, load_params, open_pretrained
-from ilvr_jax.training.processes import is_main, open_exchange, wait_for_all
+from ilvr_jax.training.processes import is_main, wait_for_all
 from ilvr_jax.training.progress import Progress
-from ilvr_jax.training.state import TrainState, create_state
+from ilvr_jax.training.run import Run
+from ilvr_jax.training.state import TrainState, first_state, state_like
 from ilvr_jax.training.step import make_train_step
-from ilvr_jax.training.vision_features import complete_features, open_features
 from ilvr_jax.training.watchdog import Watchdog
 
 UNLOGGED = ("skipped_in_row", "offending_record")  # metrics that sentences tell
-TOKENIZER_RECORDS = 2000  # as many records' texts make the tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What the stages of a run share."""
-
-    config: ConfigDict
-    workdir: Path
-    source: Source
-    evaluation_source: Source | None
-    tokenizer: PreTrainedTokenizerFast
-    special: SpecialTokens
-    model: Qwen2_5VL
-    mesh: Mesh
-    steps: Mapping[str, tuple[optax.GradientTransformation, Callable]]  # each stage's optimizer and train step
-    progress: Progress
 
 
 @blame("data", NoMap)
@@ -164,23 +138,18 @@ def start_params(
     def init(key: PRNGKeyArray) -> PyTree:
         return jax.tree.map(lambda leaf, kind: leaf.astype(kind.dtype), model.init(key), like)
 
-    return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(key)
+    return jax.jit(init, out_shardings=places(like))(key)
 
 
 def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
     """Trains a stage from `params`, or from its newest whole checkpoint, and returns its parameters."""
     began = time.monotonic()
     config, stage, number = run.config, run.config[name], run.config.stages.index(name)
-    key = jax.random.fold_in(jax.random.key(config.seed), number)
     optimizer, train_step = run.steps[name]
     summary = run.workdir / "stages" / f"{name}.json"
-
-    def start(params: PyTree) -> TrainState:
-        return create_state(params, optimizer, tuple(stage.train), stage.objective == "alignment", key)
-
     with Checkpoints(stage_folder(run.workdir, name), config.checkpoint_keep) as checkpoints:
         first, state = checkpoints.latest() or 0, None
-        like = placed_like(jax.eval_shape(start, params), run.mesh)
+        like = state_like(params, optimizer, stage, run.mesh)
 
         def restore(step: int) -> TrainState | PyTree:
             if step == stage.steps and summary.exists():
@@ -201,8 +170,8 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
             if first:
                 run.progress.say(f"{name}: goes on after step {first}")
         if state is None:
-            places = jax.tree.map(lambda leaf: leaf.sharding, like)
-            state = jax.jit(start, donate_argnums=0, out_shardings=places)(params)
+            key = jax.random.fold_in(jax.random.key(config.seed), number)
+            state = first_state(params, optimizer, stage, key, run.mesh)
         del params  # the step gives their buffers away
         with (
             contextlib.closing(open_iterator(run, name, config.seed + number, state.params["vision"])) as iterator,
@@ -267,113 +236,6 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
     return state.params
 
 
-def open_source(config: ConfigDict) -> Source:
-    """Returns the records that the config's data section names."""
-    data = config.data
-    if data.source in FORMATS:
-        root = resolve_path(data.root) if data.root else None
-        return FORMATS[data.source](resolve_path(data.path), root, data.on_bad_record)
-    with blame("data"):
-        settings = frozen_lake_settings(data.frozen_lake)
-        exclude = tuple(str(resolve_path(path)) for path in settings.exclude)
-        return FrozenLakeSource(dataclasses.replace(settings, exclude=exclude), config.seed, data.records)
-
-
-def open_iterator(run: Run, stage: str, seed: int, vision: PyTree) -> grain.DatasetIterator:
-    """Returns the endless batches of a stage, with kept features of images if it has them; see `with_features`."""
-    data, helper_images = run.config.data, run.config[stage].helper_images
-    window_units = run.model.config.vision.window_units
-    with blame("data"):
-        settings = example_settings(run.config, helper_images)
-        buckets = list(config_buckets(run.config, helper_images, window_units).values())
-    if data.feature_cache and "vision" not in run.config[stage].train:
-        settings = with_features(run, stage, settings, buckets, vision)
-    with blame("data"):
-        return make_iterator(
-            run.source,
-            functools.partial(build_example, tokenizer=run.tokenizer, special=run.special, settings=settings),
-            buckets,
-            run.config[stage].batch_size,
-            seed,
-            run.special,
-            window_units,
-            data.workers,
-            data.on_bad_record,
-            settings.features.no_image if settings.features else NO_IMAGE,
-            open_share(run.mesh, run.config[stage].batch_size),
-        )
-
-
-def open_share(mesh: Mesh, batch_size: int) -> Share:
-    """Returns what this process loads and which rows of a batch its devices work on."""
-    rows, count = local_rows(mesh, batch_size), jax.process_count()
-    if count == 1:
-        return Share(rows)
-    return Share(rows, jax.process_index(), count, open_exchange())
-
-
-def with_features(
-    run: Run, stage: str, settings: ExampleSettings, buckets: Sequence[Layout], vision: PyTree
-) -> ExampleSettings:
-    """Returns settings with a store of the features of all images of the records, computed now where it lacks them."""
-    store = open_features(Path(run.config.data.feature_cache).expanduser(), run.model, vision, settings)
-    workers = run.config.data.workers
-    if jax.process_count() > 1:  # one of them encodes, with weights of its own
-        vision = multihost_utils.process_allgather(vision, tiled=True)
-    if is_main():
-        count = complete_features(store, run.model, vision, run.source, settings, buckets, workers, run.progress)
-        run.progress.say(f"{stage}: encoded {count} images; their features are in {store.folder}")
-    wait_for_all("features are there")
-    return dataclasses.replace(settings, features=store)
-
-
-def example_settings(config: ConfigDict, helper_images: str) -> ExampleSettings:
-    """Returns how records become samples for a stage's `helper_images`; raises ValueError for a bad value."""
-    data = config.data
-    return ExampleSettings(
-        # What is generated is drawn at the size it is wanted in.
-        image_scale=1.0 if data.source == "frozen_lake" else data.image_scale,
-        min_pixels=data.min_pixels or None,
-        max_pixels=data.max_pixels or None,
-        latent_size=config.latents.latent_size,
-        helper_images=helper_images,
-        system=data.system,
-    )
-
-
-def config_buckets(config: ConfigDict, helper_images: str, window_units: int) -> dict[str, Layout]:
-    """Returns the config's buckets by name for a stage's `helper_images`, the cheapest first.
-
-    A sample goes to the first bucket that holds it, and a ConfigDict knows no order but the alphabet's.
-    """
-    size = config.latents.latent_size
-    buckets = {name: Layout(latent_size=size, **bucket) for name, bucket in config.data.buckets.items()}
-    buckets = dict(sorted(buckets.items(), key=lambda item: padded_tokens(item[1], window_units)))
-    if helper_images != "latent":
-        return {name: dataclasses.replace(bucket, helper_windows=0) for name, bucket in buckets.items()}
-    return buckets
-
-
-def make_tokenizer(config: ConfigDict, source: Source) -> PreTrainedTokenizerFast:
-    """Returns the tokenizer that the config names, or one made from the records' texts.
-
-    A bad record raises BadRecord, or with `data.on_bad_record="skip"` is left out here too.
-    """
-    with blame("tokenizer"):
-        if config.tokenizer:
-            return load_tokenizer(resolve_path(config.tokenizer))
-
-    def records() -> Iterator[Record]:
-        for index in range(min(len(source), TOKENIZER_RECORDS)):
-            try:
-                yield source[index]
-            except BadRecord:
-                if config.data.on_bad_record == "error":
-                    raise
-
-    return train_tokenizer(itertools.chain([config.data.system, config.eval.question], record_texts(records())))
-
-
 def make_step(
     config: ConfigDict, name: str, model: Qwen2_5VL, mesh: Mesh
 ) -> tuple[optax.GradientTransformation, Callable]:
@@ -381,7 +243,7 @@ def make_step(
     stage = config[name]
     with blame(name):
         optimizer = make_optimizer(stage)
-        train_step = make_train_step(model, stage, config.latents, optimizer, row_shards(mesh))
+        train_step = make_train_step(model, stage, config.latents, optimizer, divisor("rows", mesh))
     return optimizer, train_step
 
 
@@ -449,65 +311,3 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     unfinished = path.with_suffix(".partial")
     unfinished.write_text(json.dumps(value, indent=2) + "\n")
     unfinished.replace(path)
-
-
-class Clock:
-    """Measures the rate of a stage and how long the device stood idle because no batch was ready."""
-
-    def __init__(self, batch_size: int, first: int, seconds: float, seconds_in_steps: float, began: float):
-        """`seconds` were spent on the stage before, up to step `first`, `seconds_in_steps` of them in steps.
-
-        The stage `began` at that monotonic time: what was done since, such as restoring, is no part of its rate.
-        """
-        self.seconds, self.compilation_seconds = seconds, 0.0
-        self._seconds_in_steps = seconds_in_steps
-        self._batch_size, self._step = batch_size, first
-        self._steps_here, self._seconds_here = 0, 0.0  # without compilation
-        self._since, self._waited, self._saved, self._apart = began, 0.0, 0.0, time.monotonic() - began
-
-    @property
-    def goodput(self) -> float:
-        """The share of the stage's time, up to the last lap, in steps: not compiling, saving or without data."""
-        return self._seconds_in_steps / self.seconds if self.seconds else 0.0
-
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        """Times what happens within it as no part of a step."""
-        began = time.monotonic()
-        yield
-        self._saved += time.monotonic() - began
-
-    @contextlib.contextmanager
-    def waiting_for_data(self, running: Mapping[str, jax.Array]) -> Iterator[None]:
-        """Times what happens within it, unless `running`, the results of the step before, were not ready after it."""
-        began = time.monotonic()
-        yield
-        if all(value.is_ready() for value in running.values()):
-            self._waited += time.monotonic() - began
-
-    @contextlib.contextmanager
-    def setting_compilation_apart(self, function: Callable) -> Iterator[None]:
-        """Keeps a call of a jitted function out of the rate if it is compiled for it."""
-        programs, began = function._cache_size(), time.monotonic()
-        yield
-        if function._cache_size() > programs:
-            self._apart += time.monotonic() - began
-            self.compilation_seconds += time.monotonic() - began
-
-    def lap(self, step: int) -> dict[str, float]:
-        """Returns rate and share of time without data since the lap before, and seconds and goodput so far."""
-        taken = time.monotonic() - self._since
-        running = taken - self._apart
-        figures = {
-            "samples_per_second": (step - self._step) * self._batch_size / running,
-            "data_wait_share": self._waited / running,
-        }
-        self._steps_here, self._seconds_here = self._steps_here + step - self._step, self._seconds_here + running
-        self.seconds, self._step = self.seconds + taken, step
-        self._seconds_in_steps += running - self._waited - self._saved
-        self._since, self._waited, self._saved, self._apart = time.monotonic(), 0.0, 0.0, 0.0
-        return {**figures, "seconds": self.seconds, "goodput": self.goodput}
-
-    def seconds_left(self, steps: int) -> float:
-        """Returns how long the stage will take from the last lap on, compilation aside."""
-        return self._seconds_here / self._steps_here * (steps - self._step)

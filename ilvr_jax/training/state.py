@@ -1,10 +1,17 @@
 """What a training run carries from step to step."""
 
+import functools
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+from ml_collections import ConfigDict
+
+from ilvr_jax.models.sharding import placed_like, places
 
 
 @flax.struct.dataclass
@@ -33,3 +40,25 @@ def create_state(
     if with_teacher:  # a copy, since the step gives away the buffers of the state that it is called with
         teacher = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
     return TrainState(jnp.int32(0), params, optimizer.init(trained), teacher, key, jnp.int32(0), jnp.int32(0))
+
+
+def first_state(
+    params: PyTree, optimizer: optax.GradientTransformation, stage: ConfigDict, key: PRNGKeyArray, mesh: Mesh
+) -> TrainState:
+    """Returns `create_state` of a stage of the config, made where it belongs; it gives away the buffers of `params`."""
+    like = state_like(params, optimizer, stage, mesh)
+    return jax.jit(_creator(optimizer, stage, key), donate_argnums=0, out_shardings=places(like))(params)
+
+
+def state_like(params: PyTree, optimizer: optax.GradientTransformation, stage: ConfigDict, mesh: Mesh) -> TrainState:
+    """Returns shapes, dtypes and places of a stage's state; of `params` these are enough."""
+    return placed_like(jax.eval_shape(_creator(optimizer, stage, jax.random.key(0)), params), mesh)
+
+
+def _creator(
+    optimizer: optax.GradientTransformation, stage: ConfigDict, key: PRNGKeyArray
+) -> Callable[[PyTree], TrainState]:
+    with_teacher = stage.objective == "alignment"
+    return functools.partial(
+        create_state, optimizer=optimizer, train=tuple(stage.train), with_teacher=with_teacher, key=key
+    )
