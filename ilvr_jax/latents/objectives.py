@@ -38,12 +38,11 @@ def cross_entropy(
 
     Logits are made for labelled columns, at most `chunk_logits` of them at a time on a device (or one column's), and
     once more for the gradient: an array of columns times vocabulary never exists. Of several devices, each has a part
-    of the vocabulary, if they divide it, for all tokens: no chunk fetches the head or makes a gradient of all of it.
+    of the vocabulary for all tokens: no chunk fetches the head or makes a gradient of all of it.
     """
     rows, columns = targets.shape
     vocabulary, channels = model.config.vocab_size, model.config.hidden_size
-    spread = vocabulary % divisor("spread_vocabulary") == 0
-    at_once = max(rows * vocabulary // divisor("rows"), rows * channels // divisor("few_rows" if spread else "rows"))
+    at_once = max(rows * vocabulary // divisor("rows"), rows * channels // divisor("few_rows"))
     width = min(columns, max(1, chunk_logits // at_once))
     # Labelled columns go first, so that whole chunks have none and are not worked on.
     order = jnp.argsort(targets < 0, axis=1, stable=True)
@@ -52,15 +51,12 @@ def cross_entropy(
     starts, counts = jnp.arange(0, columns, width), (targets >= 0).sum(1)
     most = counts.max()  # once, since it asks all devices
 
-    def placed(array: Array, *axes: str | None) -> Array:
-        return nn.with_logical_constraint(array, axes) if spread else array
-
     head = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
-    decoder = {**decoder, head: placed(decoder[head], "spread_vocabulary", None)}
+    decoder = {**decoder, head: nn.with_logical_constraint(decoder[head], ("spread_vocabulary", None))}
 
     def losses(hidden: Array, targets: Array, labelled: Array) -> Array:
-        logits = model.logits(decoder, placed(hidden, "few_rows", None, None))
-        logits = placed(logits, "few_rows", None, "spread_vocabulary")
+        logits = model.logits(decoder, nn.with_logical_constraint(hidden, ("few_rows", None, None)))
+        logits = nn.with_logical_constraint(logits, ("few_rows", None, "spread_vocabulary"))
         is_target = jnp.arange(vocabulary) == targets[..., None]  # compared, since looking up would gather all logits
         picked = jnp.sum(logits, axis=-1, where=is_target)
         return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * labelled, axis=1)

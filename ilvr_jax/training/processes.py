@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -66,12 +67,19 @@ def _reach(host: str, port: int, seconds: int) -> None:
 
 
 def _initialize(options: argparse.Namespace, where: str) -> None:
+    if jax.config.jax_platforms == "cpu":
+        # Processes must meet in the same order. On CPUs, threads of XLA take what is independent in any, and so does a
+        # program that was read from the cache of compiled ones.
+        os.environ["NPROC"] = "1"  # threads; it is read when the devices are first looked at
+        jax.config.update("jax_enable_compilation_cache", False)
     try:
         jax.distributed.initialize(
             options.coordinator, options.processes, options.process, initialization_timeout=options.timeout
         )
     except (ValueError, RuntimeError) as error:
         raise BadConfig(f"the processes did not find each other ({where}): {str(error).splitlines()[0]}") from error
+    if jax.default_backend() == "cpu" and jax.config.jax_platforms != "cpu":
+        raise BadConfig("the only devices are CPUs; several processes on CPUs are accepted with JAX_PLATFORMS=cpu")
 
 
 def is_main() -> bool:
