@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ilvr_jax.latents.layout import collate, merge_layouts, required_layout
 from ilvr_jax.latents.objectives import autonomy_objective, text_objective
 from ilvr_jax.latents.selection import LatentSettings
-from ilvr_jax.models.lora import LoraConfig, decoder_params, merge_adapters, split_adapters
+from ilvr_jax.models.lora import LoraConfig, decoder_params, merge_adapters, random_bits, split_adapters
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.training.optimizer import make_optimizer
 from ilvr_jax.training.state import create_state
@@ -122,6 +122,22 @@ def test_dropout_is_drawn_anew_with_each_key_and_off_in_decoding():
     hidden, _ = model.decode(decoder_params(params), inputs, positions, mask)
     undropped, _ = MODEL.decode(decoder_params(params), inputs, positions, mask)
     np.testing.assert_array_equal(hidden, undropped)
+
+
+def test_random_bits_are_even_and_alike_in_nothing():
+    """Over keys that differ in little: every bit is as often set as not, and no two keys or channels agree."""
+    keys = jax.vmap(lambda number: jax.random.fold_in(KEY, number))(jnp.arange(512))
+    bits = np.asarray(random_bits(keys, 512))
+    assert bits.dtype == np.uint32 and bits.shape == (512, 512)
+    set_bits = (bits[..., None] >> np.arange(32, dtype=np.uint32)) & 1
+    np.testing.assert_allclose(set_bits.mean((0, 1)), 0.5, atol=0.005)  # 5 standard deviations
+    signs = np.where(bits >= 2**31, 1.0, -1.0)
+    limit = 6 * 512**-0.5
+    for one in (signs, signs.T):
+        agreement = one @ one.T / 512
+        assert np.abs(agreement - np.eye(512)).max() < limit
+        assert np.abs(one.mean(1)).max() < limit
+    assert np.abs((signs[:, 1:] * signs[:, :-1]).mean()) < 0.01 > np.abs((signs[1:] * signs[:-1]).mean())
 
 
 @pytest.mark.parametrize(
