@@ -63,10 +63,10 @@ def test_looks_are_omitted():
 
 def test_looks_are_encoded_as_vision_tokens():
     sample = build(helper_images="encode")
-    helpers = ["vision_start " + "image_pad " * count + "vision_end " for count in (4, 2)]
+    helpers = [f"latent_start vision_start {'image_pad ' * count}vision_end latent_end " for count in (4, 2)]
     assert words(sample) == f"{PROMPT}go right,{helpers[0]} then down.{helpers[1]} doneim_end "
     assert [image.vision_tokens for image in sample.images] == [6, 1, 4, 2]
-    assert sample.helper_images == () and (sample.roles == Role.IMAGE).sum() == 13
+    assert (sample.helper_images, sample.slot_starts) == ((), ()) and (sample.roles == Role.IMAGE).sum() == 13
 
 
 def test_loss_is_on_the_answer_and_not_on_slots_or_images():
@@ -152,18 +152,20 @@ def published_tokenizer(published_processor):
 
 
 def conversation(record: Record, look: str) -> list[dict]:
-    """Returns a record as turns for a chat template; `look` is the text of a look, an image if empty."""
+    """Returns a record as turns for a chat template; `look` is what a look holds, an image if empty."""
     texts = record.question.split("<image>")
     if len(texts) == 1:
         user = [{"type": "image"}] * len(record.images) + [{"type": "text", "text": texts[0]}]
     else:
         user = [part for text in texts for part in ({"type": "image"}, {"type": "text", "text": text})][1:]
-    assistant = [
-        {"type": "text", "text": step.content if isinstance(step, Text) else look}
-        if isinstance(step, Text) or look
-        else {"type": "image"}
-        for step in record.steps
-    ]
+    assistant = []
+    for step in record.steps:
+        if isinstance(step, Text):
+            assistant.append({"type": "text", "text": step.content})
+        else:
+            inside = {"type": "text", "text": look} if look else {"type": "image"}
+            markers = ({"type": "text", "text": f"<|latent_{end}|>"} for end in ("start", "end"))
+            assistant += [next(markers), inside, next(markers)]
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
@@ -180,9 +182,7 @@ def test_tokens_are_those_of_the_published_template_and_image_processor(
     settings = ExampleSettings(
         latent_size=3, helper_images=helper_images, system="You are a helpful assistant.", **bounds
     )
-    turns = conversation(
-        record, f"<|latent_start|>{'<|latent_pad|>' * 3}<|latent_end|>" if helper_images == "slots" else ""
-    )
+    turns = conversation(record, "<|latent_pad|>" * 3 if helper_images == "slots" else "")
     helpers = [step.helper_image for step in record.steps if isinstance(step, Look)]
     sources = [*record.images, *(helpers if helper_images == "encode" else [])]
     pictures = [Image.open(io.BytesIO(x)) if isinstance(x, bytes) else Image.fromarray(x) for x in sources]

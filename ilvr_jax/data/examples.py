@@ -17,7 +17,8 @@ from ilvr_jax.models.images import EncodedImage, PatchedImage
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # image_pad is repeated once per vision token
 LATENT = "<|latent_start|><|latent_pad|><|latent_end|>"  # latent_pad is repeated once per slot
-HELPER_IMAGES = {"latent": LATENT, "slots": LATENT, "omit": "", "encode": IMAGE}
+PICTURE = f"<|latent_start|>{IMAGE}<|latent_end|>"  # a look at pixels: as the engine shows it where the model asks
+HELPER_IMAGES = {"latent": LATENT, "slots": LATENT, "omit": "", "encode": PICTURE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,8 @@ class ExampleSettings:
     image_scale: float = 1.0
     question: str | None = None  # put in place of every record's own
     latent_size: int = 8  # K, slots a look
-    # What looks become: "latent" slots with their images for the teacher, "slots" alone, vision tokens ("encode"),
-    # or nothing ("omit").
+    # What looks become: "latent" slots with their images for the teacher, "slots" alone, vision tokens between the same
+    # markers ("encode"), or nothing ("omit").
     helper_images: str = "latent"
     system: str = ""  # text of a system turn, none if empty
     # Bounds on the pixels of an image, as in a published preprocessor_config.json; None is no bound.

@@ -115,13 +115,16 @@ def build_sample(
 ) -> Sample:
     """Works out roles, labels, positions and slots of a token sequence.
 
-    A sample whose slots are filled by the model itself needs no helper images; else there is one a segment.
+    A sample whose slots are filled by the model itself needs no helper images; else there is one a segment. A picture
+    between latent markers is no segment but one of the images.
 
     Raises ValueError if the slots are not runs of exactly `latent_size` between `latent_start` and
     `latent_end`, or do not match the helper images.
     """
     tokens = np.asarray(tokens, np.int32)
-    slot_starts = tuple(int(start) + 1 for start in np.flatnonzero(tokens == special.latent_start))
+    starts = np.flatnonzero(tokens == special.latent_start)
+    pictures = np.flatnonzero(tokens == special.vision_start) - 1
+    slot_starts = tuple(int(start) + 1 for start in np.setdiff1d(starts, pictures))
     for start in slot_starts:
         run = tokens[start : start + latent_size + 1]
         if list(run) != [special.latent_pad] * latent_size + [special.latent_end]:
