@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ilvr_jax.inference.decode import DecodeSettings, generate
-from ilvr_jax.inference.sampling import sample_tokens
+from ilvr_jax.inference.sampling import Sampling, sample_tokens
 from ilvr_jax.latents.layout import collate, merge_layouts, required_layout
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
@@ -137,8 +137,9 @@ def test_sampling_follows_the_truncated_distribution():
     seeds = jnp.arange(rows, dtype=jnp.uint32)
 
     def shares(temperature, top_k, top_p):
-        step, many = jnp.int32(3), jnp.tile(logits, (rows, 1))
-        return np.bincount(sample_tokens(many, seeds, step, temperature, top_k, top_p), minlength=4) / rows
+        sampling = Sampling(*(jnp.full(rows, value) for value in (temperature, top_k, top_p)), seeds)
+        tokens = sample_tokens(jnp.tile(logits, (rows, 1)), sampling, jnp.full(rows, 3))
+        return np.bincount(tokens, minlength=4) / rows
 
     np.testing.assert_allclose(shares(1.0, 0, 1.0), [0.5, 0.25, 0.15, 0.1], atol=0.015)
     np.testing.assert_allclose(shares(1.0, 2, 1.0), [2 / 3, 1 / 3, 0, 0], atol=0.015)

@@ -19,7 +19,8 @@ from ilvr_jax.data.records import BadRecord, Record
 from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer
 from ilvr_jax.evaluate import main
 from ilvr_jax.inference.decode import Decoded
-from ilvr_jax.inference.evaluation import evaluate_maps, paint_holes_over, read_answers, split_at_looks
+from ilvr_jax.inference.evaluation import evaluate_maps, paint_holes_over, read_answers
+from ilvr_jax.inference.transcript import split_at_looks
 from ilvr_jax.latents.tokens import Role
 from ilvr_jax.models.config import model_config
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL

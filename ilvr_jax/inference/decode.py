@@ -1,4 +1,7 @@
-"""Decoding with latent slots: one compiled loop a prompt layout, text and latent mode row by row."""
+"""Decoding with latent slots: text and latent mode row by row, and a loop over a whole batch of prompts.
+
+The loop is for evaluation while training, on any mesh and over processes; requests that come and go are `engine`'s.
+"""
 
 import dataclasses
 import functools
@@ -6,9 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
-from ilvr_jax.inference.sampling import sample_tokens
+from ilvr_jax.inference.sampling import Sampling, check_sampling, sample_tokens
 from ilvr_jax.latents.layout import Batch
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.lora import decoder_params
@@ -27,15 +30,10 @@ class DecodeSettings:
     early_end: bool = False  # ends a segment where the model prefers `latent_end` to all else, even at its first slot
 
     def __post_init__(self):
-        for name, good, accepted in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("latent_size", self.latent_size >= 1, "1 or more"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
-        ):
-            if not good:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted is {accepted}")
+        for name in ("max_new_tokens", "latent_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted is 1 or more")
+        check_sampling(self.temperature, self.top_k, self.top_p)
 
 
 class Decoded(NamedTuple):
@@ -45,30 +43,69 @@ class Decoded(NamedTuple):
     lengths: Int[Array, " rows"]
 
 
+class Mode(NamedTuple):
+    """Where each row is between text and slots, and what it may do."""
+
+    slots_left: Int[Array, " rows"]  # slots still to write; 0 in text mode, -1 when `latent_end` is due
+    looks_left: Int[Array, " rows"]  # segments that the row may still begin
+    latent_size: Int[Array, " rows"]  # K
+    early_end: Bool[Array, " rows"]
+
+
+def next_token(
+    logits: Float[Array, "rows vocab"],
+    mode: Mode,
+    sampling: Sampling,
+    step: Int[Array, " rows"],
+    special: SpecialTokens,
+    forced: Int[Array, " rows"] | None = None,
+) -> tuple[Int[Array, " rows"], Float[Array, " rows"], Mode]:
+    """Returns the token that each row writes, its log-probability, and the row's mode after it.
+
+    A row in text mode samples a token, never `latent_pad` or `latent_end`, or takes the `forced` one if that is not
+    negative. After `latent_start` come K `latent_pad`, then `latent_end`, whatever the logits are: the log-probability
+    of these is 0. That of text is of the distribution before temperature, top-k and top-p.
+    """
+    never = jnp.array([special.latent_pad, special.latent_end])
+    in_text = logits.at[:, never].set(-jnp.inf)
+    start = in_text[:, special.latent_start]
+    in_text = in_text.at[:, special.latent_start].set(jnp.where(mode.looks_left > 0, start, -jnp.inf))
+    text = sample_tokens(in_text, sampling, step)
+    text = text if forced is None else jnp.where(forced >= 0, forced, text)
+    latent = mode.slots_left != 0
+    ends = mode.slots_left < 0
+    ends |= mode.early_end & latent & (jnp.argmax(logits, axis=-1) == special.latent_end)
+    token = jnp.where(latent, jnp.where(ends, special.latent_end, special.latent_pad), text)
+    log_probability = jnp.take_along_axis(in_text, text[:, None], axis=1)[:, 0] - jax.nn.logsumexp(in_text, axis=1)
+    # After K slots the count passes from 1 to -1: one more step in latent mode, which emits `latent_end`.
+    counted = jnp.where(mode.slots_left == 1, -1, mode.slots_left - 1)
+    slots_left = jnp.where(latent & ~ends, counted, 0)
+    begins = ~latent & (token == special.latent_start)
+    slots_left = jnp.where(begins, mode.latent_size, slots_left)
+    mode = mode._replace(slots_left=slots_left, looks_left=mode.looks_left - begins)
+    return token, jnp.where(latent, 0.0, log_probability), mode
+
+
+def next_inputs(
+    model: Qwen2_5VL,
+    decoder: PyTree,
+    token: Int[Array, " rows"],
+    hidden: Float[Array, "rows channels"],
+    special: SpecialTokens,
+) -> Float[Array, "rows 1 channels"]:
+    """Returns each row's next input: its own last hidden state in a slot, else the embedding of its last token."""
+    embedded = model.embed(decoder, token[:, None])
+    return jnp.where((token == special.latent_pad)[:, None, None], hidden[:, None].astype(embedded.dtype), embedded)
+
+
 class _Loop(NamedTuple):
     step: Array
     token: Array  # [rows] the last token emitted, the next input in text mode
     hidden: Array  # [rows, channels] of the last column, the next input in latent mode
-    slots_left: Array  # [rows] slots still to write; 0 in text mode, -1 when `latent_end` is due
+    mode: Mode
     finished: Array
     tokens: Array
     cache: tuple
-
-
-def _next_token(model, decoder, hidden, loop_slots, step, seeds, settings, special):
-    """Returns the token each row emits after `hidden`, and its slots left after emitting it."""
-    logits = model.logits(decoder, hidden)
-    in_text = logits.at[:, jnp.array([special.latent_pad, special.latent_end])].set(-jnp.inf)
-    text = sample_tokens(in_text, seeds, step, settings.temperature, settings.top_k, settings.top_p)
-    latent = loop_slots != 0
-    ends = loop_slots < 0
-    if settings.early_end:
-        ends |= latent & (jnp.argmax(logits, axis=-1) == special.latent_end)
-    token = jnp.where(latent, jnp.where(ends, special.latent_end, special.latent_pad), text)
-    # After K slots the count passes from 1 to -1: one more step in latent mode, which emits `latent_end`.
-    counted = jnp.where(loop_slots == 1, -1, loop_slots - 1)
-    slots_left = jnp.where(latent, jnp.where(ends, 0, counted), 0)
-    return token, jnp.where(~latent & (token == special.latent_start), settings.latent_size, slots_left)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "settings", "special"))
@@ -82,9 +119,7 @@ def generate(
 ) -> Decoded:
     """Decodes a batch of prompts (a layout without segments, each ending with its assistant header).
 
-    A row in text mode samples a token, never `latent_pad` or `latent_end`. `latent_start` switches the row to
-    latent mode: K times its input is its own last hidden state and its token `latent_pad`; then it emits
-    `latent_end` and is back in text mode. Rows switch and finish by themselves; the loop ends with the last.
+    Rows switch between text and latent mode (see `next_token`) and finish by themselves; the loop ends with the last.
     """
     decoder = decoder_params(params)
     features = model.encode_images(params["vision"], batch.images)
@@ -96,19 +131,27 @@ def generate(
     room = ((0, 0), (0, 0), (0, settings.max_new_tokens), (0, 0), (0, 0))
     cache = jax.tree.map(lambda array: jnp.pad(array, room), prompt_cache)
     prompt_valid = jnp.pad(batch.valid, ((0, 0), (0, settings.max_new_tokens)))
-    token, slots_left = _next_token(
-        model, decoder, hidden, jnp.zeros(rows, jnp.int32), jnp.int32(0), seeds, settings, special
-    )
+
+    def every(value: float) -> Array:
+        return jnp.full(rows, value)
+
+    sampling = Sampling(every(settings.temperature), every(settings.top_k), every(settings.top_p), seeds)
+    mode = Mode(every(0), every(settings.max_new_tokens), every(settings.latent_size), every(settings.early_end))
+
+    def write(hidden: Array, mode: Mode, step: Array) -> tuple[Array, Mode]:
+        steps = jnp.broadcast_to(step, rows)
+        token, _, mode = next_token(model.logits(decoder, hidden), mode, sampling, steps, special)
+        return token, mode
+
+    token, mode = write(hidden, mode, jnp.int32(0))
     tokens = jnp.full((rows, settings.max_new_tokens), special.pad, jnp.int32).at[:, 0].set(token)
-    start = _Loop(jnp.int32(1), token, hidden, slots_left, token == special.im_end, tokens, cache)
+    start = _Loop(jnp.int32(1), token, hidden, mode, token == special.im_end, tokens, cache)
 
     def running(loop: _Loop):
         return (loop.step < settings.max_new_tokens) & ~loop.finished.all()
 
     def advance(loop: _Loop) -> _Loop:
-        latent_input = loop.token == special.latent_pad
-        embedded = model.embed(decoder, loop.token[:, None])
-        inputs = jnp.where(latent_input[:, None, None], loop.hidden[:, None].astype(embedded.dtype), embedded)
+        inputs = next_inputs(model, decoder, loop.token, loop.hidden, special)
         position = jnp.broadcast_to((next_position + loop.step - 1)[:, None, None], (rows, 3, 1))
         columns = jnp.arange(prefix + settings.max_new_tokens)
         seen = prompt_valid | ((columns >= prefix) & (columns < prefix + loop.step - 1))
@@ -118,11 +161,11 @@ def generate(
             lambda old, one: jax.lax.dynamic_update_slice_in_dim(old, one, prefix + loop.step - 1, 2), loop.cache, new
         )
         hidden = hidden[:, 0]
-        token, slots_left = _next_token(model, decoder, hidden, loop.slots_left, loop.step, seeds, settings, special)
+        token, mode = write(hidden, loop.mode, loop.step)
         token = jnp.where(loop.finished, special.pad, token)
         tokens = loop.tokens.at[:, loop.step].set(token)
         finished = loop.finished | (token == special.im_end)
-        return _Loop(loop.step + 1, token, hidden, slots_left, finished, tokens, cache)
+        return _Loop(loop.step + 1, token, hidden, mode, finished, tokens, cache)
 
     tokens = jax.lax.while_loop(running, advance, start).tokens
     ended = tokens == special.im_end

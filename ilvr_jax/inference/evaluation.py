@@ -5,7 +5,7 @@ import functools
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ilvr_jax.data.examples import ExampleSettings, build_prompt
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import BadRecord, MapDesc, Record
 from ilvr_jax.inference.decode import Decoded, DecodeSettings, generate
+from ilvr_jax.inference.transcript import show_text, split_at_looks
 from ilvr_jax.latents.layout import Batch, Sample, collate, merge_layouts, required_layout
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
@@ -297,26 +298,10 @@ def read_answer(
     return Answer(
         name=record.name,
         map_desc=record.map_desc,
-        text=texts[0] + "".join(f"‹{count} slots›{text}" for count, text in zip(slots, texts[1:], strict=True)),
+        text=show_text(texts, [f"‹{count} slots›" for count in slots]),
         moves=moves,
         moves_without_holes=parse_moves("".join(split_at_looks(tokens_without_holes, tokenizer, special)[0])),
         outcome=play(record.map_desc, moves),
         slots=slots,
         moves_before_looks=tuple(stated_moves("".join(texts[: look + 1])) for look in range(len(slots))),
     )
-
-
-def split_at_looks(
-    tokens: Iterable[int], tokenizer: PreTrainedTokenizerFast, special: SpecialTokens
-) -> tuple[list[str], tuple[int, ...]]:
-    """Returns the texts around the latent segments of decoded tokens, one more than segments, and each one's slots."""
-    texts, slots = [[]], []
-    for token in map(int, tokens):
-        if token == special.latent_start:
-            texts.append([])
-            slots.append(0)
-        elif token == special.latent_pad and slots:
-            slots[-1] += 1
-        else:
-            texts[-1].append(token)
-    return [tokenizer.decode(text, skip_special_tokens=True) for text in texts], tuple(slots)

@@ -1,33 +1,61 @@
-"""Sampling of the next token: greedy, temperature, top-k, top-p, a seed for each row."""
+"""Sampling of the next token: greedy, temperature, top-k, top-p, settings and a seed for each row."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 
-def sample_tokens(
-    logits: Float[Array, "rows vocab"],
-    seeds: UInt32[Array, " rows"],
-    step: Int[Array, ""],
-    temperature: float,
-    top_k: int,
-    top_p: float,
-) -> Int[Array, " rows"]:
-    """Returns one token a row. Temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole;
-    top-p is of what top-k left, as in transformers.
+class Sampling(NamedTuple):
+    """How each row samples. Temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole."""
 
-    A row's draw depends on its seed, the step and its logits alone, so not on the other rows of the batch.
+    temperature: Float[Array, " rows"]
+    top_k: Int[Array, " rows"]
+    top_p: Float[Array, " rows"]
+    seed: UInt32[Array, " rows"]
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raises ValueError, naming the setting, for a value that cannot be sampled with."""
+    for name, value, good, accepted in (
+        ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
+        ("top_k", top_k, top_k >= 0, "0 (off) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
+    ):
+        if not good:
+            raise ValueError(f"{name} is {value}; accepted is {accepted}")
+
+
+def sample_tokens(
+    logits: Float[Array, "rows vocab"], sampling: Sampling, step: Int[Array, " rows"]
+) -> Int[Array, " rows"]:
+    """Returns one token a row; top-p is of what top-k left, as in transformers.
+
+    A row's draw depends on its settings, its seed, its step and its logits alone, so not on the other rows of the
+    batch: what they need only decides which work is left out.
     """
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / temperature
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    sampled = sampling.temperature > 0
+    truncated = sampled & ((sampling.top_k > 0) | (sampling.top_p < 1))
+
+    def draw() -> Int[Array, " rows"]:
+        scaled = logits / jnp.where(sampled, sampling.temperature, 1.0)[:, None]
+        scaled = jax.lax.cond(truncated.any(), lambda: _truncate(scaled, sampling), lambda: scaled)
+        keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(sampling.seed, step)
+        drawn = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
+        return jnp.where(sampled, drawn, greedy)
+
+    return jax.lax.cond(sampled.any(), draw, lambda: greedy)
+
+
+def _truncate(logits: Float[Array, "rows vocab"], sampling: Sampling) -> Float[Array, "rows vocab"]:
+    """Returns the logits with what top-k and top-p leave out at minus infinity."""
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
-    if top_k:
-        ranked = jnp.where(jnp.arange(ranked.shape[-1]) < top_k, ranked, -jnp.inf)
-    if top_p < 1:
-        probabilities = jax.nn.softmax(ranked, axis=-1)
-        ranked = jnp.where(jnp.cumsum(probabilities, axis=-1) - probabilities < top_p, ranked, -jnp.inf)
-    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds)
-    rank = jax.vmap(jax.random.categorical)(keys, ranked)
-    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    top_k, top_p = sampling.top_k[:, None], sampling.top_p[:, None]
+    kept = (top_k == 0) | (jnp.arange(logits.shape[-1]) < top_k)
+    probabilities = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
+    kept &= (top_p >= 1) | (jnp.cumsum(probabilities, axis=-1) - probabilities < top_p)
+    rows = jnp.arange(len(logits))[:, None]
+    return jnp.where(jnp.zeros_like(kept).at[rows, order].set(kept), logits, -jnp.inf)

@@ -1,0 +1,607 @@
+"""Serving many requests at once: rows of one batch that are filled, decoded and freed each by itself.
+
+What a request gives depends on it alone. Its prompt is prefilled by itself, in chunks that its own length decides; in
+decoding, a row's numbers come from its own columns; and a prefix is taken over from another row in whole chunks, which
+hold what computing them again would give.
+"""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+from transformers import PreTrainedTokenizerFast
+
+from ilvr_jax.inference.decode import Mode
+from ilvr_jax.inference.rows import (
+    Rows,
+    Status,
+    copy_row,
+    decode_rows,
+    empty_cache,
+    empty_rows,
+    encode_image,
+    place_features,
+    prefill,
+    resume_row,
+    set_row,
+)
+from ilvr_jax.inference.sampling import Sampling, check_sampling
+from ilvr_jax.inference.transcript import show_look, show_text, split_at_looks
+from ilvr_jax.latents.layout import NO_IMAGE, Sample
+from ilvr_jax.latents.tokens import SpecialTokens
+from ilvr_jax.models.images import MERGE, EncodedImage, PatchedImage, stack_images, window_count
+from ilvr_jax.models.lora import decoder_params
+from ilvr_jax.models.positions import mrope_positions
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+
+METHODS = {
+    "latent": "the model looks when it wants to, into slots",
+    "text": "the model never looks",
+    "single": "the model looks once, before it says anything (as Mirage does)",
+    "pixels": "where the model wants to look it is shown a picture, which is encoded",
+}
+UNLIMITED = np.iinfo(np.int32).max
+STEPS = 32  # tokens that rows write between two looks at them from the host, if none of them stops
+WIDEST_CHUNK = 512  # prompt tokens prefilled at a time
+COLUMN_STEP = 16  # sizes that are chosen from data are rounded up to multiples of this
+MOST_SIZES = 3  # chunk sizes, and numbers of windows an image: each is compiled
+IMAGES_KEPT = 64  # images whose vision tokens are kept for requests to come
+PICTURES = 6  # of one answer, that room is made for if nothing else is said
+
+Picture = PatchedImage | EncodedImage
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """The static shape of an engine. `fit_settings` chooses one that holds given requests."""
+
+    rows: int  # requests served at once
+    columns: int  # tokens of a request, prompt, new ones and pictures together
+    max_new_tokens: int  # of any request
+    chunks: tuple[int, ...]  # prompt tokens prefilled at a time, ascending
+    image_windows: tuple[int, ...]  # attention windows that images are padded to, ascending
+    latent_vectors: bool = False  # whether the inputs of slots are kept, for requests that ask for them
+    share_prefixes: bool = True  # whether prompts take over what others begin with, too
+
+    def __post_init__(self):
+        for name in ("rows", "columns", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted is 1 or more")
+        for name in ("chunks", "image_windows"):
+            sizes = getattr(self, name)
+            if list(sizes) != sorted(set(sizes)) or not all(size >= 1 for size in sizes):
+                raise ValueError(f"{name} is {sizes}; ascending numbers from 1 are accepted")
+        if not self.chunks:
+            raise ValueError("chunks is empty; at least one size is accepted")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt and how to answer it. `max_new_tokens` counts slots and markers, but not the tokens of pictures."""
+
+    prompt: Sample  # as `data.examples.build_prompt` makes it; it ends with the assistant header
+    max_new_tokens: int
+    latent_size: int  # K
+    method: str = "latent"  # one of METHODS
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    seed: int = 0
+    early_end: bool = False  # ends a segment where the model prefers `latent_end` to all else
+    draw_look: Callable[[list[int]], Picture] | None = None  # for "pixels": the picture after the tokens so far
+    log_probabilities: bool = False
+    latent_vectors: bool = False
+    forced_tokens: tuple[int, ...] = ()  # tokens of the answer that are given, by place; -1 for those that are not
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """One look of an answer: slots, or a picture."""
+
+    position: int  # of its `latent_start` among the answer's tokens
+    slots: int
+    picture_tokens: int = 0  # vision tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Seconds on the host's clock."""
+
+    queued: float = 0.0  # from being taken from the queue to being given a row
+    first_token: float = 0.0  # from then to the first token: prompt and its images
+    total: float = 0.0  # from then to the last token
+    pictures: float = 0.0  # in pictures: drawn, encoded and prefilled
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What came of a request."""
+
+    number: int  # of the request, in the order in which they were given
+    name: str
+    tokens: tuple[int, ...]  # that the model wrote, `<|im_end|>` included; a slot's is `latent_pad`
+    text: str | None  # with looks shown; None for an engine without a tokenizer
+    looks: tuple[Look, ...]
+    stop_reason: str  # "end", "length", "picture" (there was no room for one) or "refused"
+    error: str | None = None  # one sentence, if it was refused or a picture did not fit
+    log_probabilities: tuple[float, ...] | None = None  # of the tokens, 0 where there was nothing to choose
+    latent_vectors: Float[np.ndarray, "slots channels"] | None = None
+    shared_tokens: int = 0  # of the prompt, whose keys and values were there already
+    timings: Timings = Timings()
+
+    @property
+    def slots(self) -> int:
+        return sum(look.slots for look in self.looks)
+
+
+@dataclasses.dataclass
+class _Served:
+    """What the host knows of the request in a row."""
+
+    number: int
+    request: Request
+    taken: float
+    started: float
+    shared_tokens: int = 0
+    first_token: float = 0.0
+    pictures: float = 0.0
+    streamed: int = 0
+    looks: list[int] = dataclasses.field(default_factory=list)  # vision tokens of each picture
+    error: str | None = None
+
+
+class Engine:
+    """Answers requests with one model; holds the keys and values of `settings.rows` of them.
+
+    The parameters are kept in the model's own dtype, so those in another are there twice while the caller holds them.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2_5VL,
+        params: PyTree,
+        special: SpecialTokens,
+        settings: EngineSettings,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+    ):
+        self.settings = settings
+        self._model, self._special, self._tokenizer = model, special, tokenizer
+        self._vision = params["vision"]
+        self._decoder = jax.tree_util.tree_map_with_path(self._in_dtype, decoder_params(params))
+        self._window_units = model.config.vision.window_units
+        self._rows = empty_rows(model, settings.rows, settings.max_new_tokens, settings.latent_vectors)
+        self._cache = empty_cache(model, settings.rows, settings.columns)
+        units = max(settings.image_windows, default=0) * self._window_units**2
+        places = settings.columns + max(units, settings.chunks[-1])  # nothing is pushed back from the end
+        self._vision_inputs = jnp.zeros((places, model.config.hidden_size), model.config.dtype)
+        self._served: list[_Served | None] = [None] * settings.rows
+        # What each row's first columns hold: the digest of the prompt up to the end of each chunk, and the hidden
+        # state of the prompt's last token.
+        self._digests: list[list[bytes]] = [[] for _ in range(settings.rows)]
+        self._prompt_hidden: list[Array | None] = [None] * settings.rows
+        self._last_used = [0.0] * settings.rows
+        self._features: dict[bytes, Array] = {}  # of images, the longest unused first
+
+    def _in_dtype(self, path: tuple[Any, ...], leaf: Array) -> Array:
+        """Returns a matrix as it is multiplied with, so that it is not turned into that for every token."""
+        matrix = path[-1].key in ("kernel", "embed_tokens", "lm_head", "a", "b")
+        return leaf.astype(self._model.config.dtype) if matrix else leaf
+
+    def warm_up(self) -> None:
+        """Compiles all that requests can need. Rows must be free; they forget the prompts they hold."""
+        row = np.int32(0)
+        for windows in self.settings.image_windows:
+            self._place(self._encode(NO_IMAGE, windows), 0)
+        for size in self.settings.chunks:
+            self._prefill(0, 0, np.zeros(1, np.int32), np.zeros((3, 1), np.int32), size)
+        hidden = self._prefill(0, 0, np.zeros(1, np.int32), np.zeros((3, 1), np.int32), self.settings.chunks[0])
+        self._cache = copy_row(self._cache, row, row)
+        self._set_row(0, None)
+        self._resume(0, hidden, 1, 1)
+        self._decode(1)
+        self._set_row(0, None, Status.IDLE)
+        self._digests = [[] for _ in self._digests]
+        jax.block_until_ready(self._rows)
+
+    def answer(self, requests: Iterable[Request]) -> list[Answer]:
+        """Returns the answers to all requests, in their order."""
+        return sorted(self.serve(requests), key=lambda answer: answer.number)
+
+    def serve(
+        self, requests: Iterable[Request], on_tokens: Callable[[int, list[int]], None] | None = None
+    ) -> Iterator[Answer]:
+        """Yields the answer to each request as it is complete.
+
+        A request is taken from `requests` when there is a row for it. `on_tokens(number, tokens)` is called with the
+        new tokens of a request as they come. A request that cannot be served is answered with `error`.
+        """
+        waiting = enumerate(requests)
+        exhausted = False
+        steps = np.int32(1 if on_tokens else STEPS)
+        try:
+            while True:
+                while not exhausted and None in self._served:
+                    number, request = next(waiting, (-1, None))
+                    if request is None:
+                        exhausted = True
+                        break
+                    taken = time.monotonic()
+                    error = self.refusal(request)
+                    if error:
+                        yield Answer(number, request.name, (), None, (), "refused", error)
+                        continue
+                    self._admit(number, request, taken)
+                if not any(self._served):
+                    return
+                yield from self._settle(on_tokens)
+                if any(self._served):
+                    self._decode(steps)
+                    yield from self._settle(on_tokens)
+        finally:
+            for row, served in enumerate(self._served):
+                if served:
+                    self._free(row)
+
+    def refusal(self, request: Request) -> str | None:
+        """Returns one sentence that says why a request cannot be served, None if it can."""
+        settings, prompt = self.settings, request.prompt
+        if request.method not in METHODS:
+            return f"method is {request.method!r}; one of {', '.join(METHODS)} is accepted"
+        if request.method == "pixels" and request.draw_look is None:
+            return 'method is "pixels" and there is no draw_look; a function that draws the picture is accepted'
+        if not 1 <= request.max_new_tokens <= settings.max_new_tokens:
+            return f"max_new_tokens is {request.max_new_tokens}; accepted is 1 to {settings.max_new_tokens}"
+        if request.latent_size < 1:
+            return f"latent_size is {request.latent_size}; accepted is 1 or more"
+        if not 0 <= request.seed < 2**32:
+            return f"seed is {request.seed}; accepted is 0 to {2**32 - 1}"
+        if len(request.forced_tokens) > request.max_new_tokens:
+            given, new = len(request.forced_tokens), request.max_new_tokens
+            return f"there are {given} forced_tokens for {new} new ones; no more of them are accepted"
+        if request.latent_vectors and not settings.latent_vectors:
+            return "latent_vectors are asked for, and the engine was made without; one made with them is accepted"
+        room = settings.columns - request.max_new_tokens
+        if len(prompt.tokens) > room:
+            return (
+                f"the prompt has {len(prompt.tokens)} tokens; with {request.max_new_tokens} new ones at most {room} "
+                "are accepted"
+            )
+        for image in prompt.images:
+            if error := self._image_refusal(image):
+                return error
+        try:
+            check_sampling(request.temperature, request.top_k, request.top_p)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def _image_refusal(self, image: Picture) -> str | None:
+        largest = max(self.settings.image_windows, default=0)
+        if window_count(image, self._window_units) <= largest:
+            return None
+        side = self._window_units
+        return (
+            f"an image has {image.width // MERGE}x{image.height // MERGE} vision tokens, which take "
+            f"{window_count(image, side)} windows of {side}x{side}; at most {largest} windows are accepted"
+        )
+
+    def _admit(self, number: int, request: Request, taken: float) -> None:
+        """Gives a request a row, with the keys and values of its prompt, and lets it write its first token."""
+        served = _Served(number, request, taken, time.monotonic())
+        prompt = request.prompt
+        plan = plan_chunks(len(prompt.tokens), self.settings.chunks)
+        digests = prompt_digests(prompt, plan, self._special)
+        source, shared = self._longest_shared(digests)
+        free = [row for row, other in enumerate(self._served) if other is None]
+        if shared == len(self._digests[source]) and source in free:
+            row = source
+        else:  # the row that was not used for longest, but what is longer than the prefix stays for others
+            row = min(free, key=lambda row: (row == source, self._last_used[row]))
+        if shared and row != source:
+            self._cache = copy_row(self._cache, np.int32(source), np.int32(row))
+        hidden = self._prompt_hidden[source] if shared else None
+        served.shared_tokens = sum(count for _, count, _ in plan[:shared])
+        self._digests[row] = []  # should what follows be interrupted
+        for image, column in zip(prompt.images, image_columns(prompt, self._special), strict=True):
+            if column + image.vision_tokens > served.shared_tokens:
+                self._place(self._image_features(image), column)
+        for start, count, size in plan[shared:]:
+            part = slice(start, start + count)
+            hidden = self._prefill(row, start, prompt.tokens[part], prompt.positions[:, part], size)
+        self._digests[row], self._prompt_hidden[row] = digests, hidden
+        self._served[row] = served
+        self._set_row(row, request)
+        self._resume(row, hidden, len(prompt.tokens), int(prompt.positions.max()) + 1)
+        jax.block_until_ready(self._rows.count)
+        served.first_token = time.monotonic() - served.started
+
+    def _longest_shared(self, digests: Sequence[bytes]) -> tuple[int, int]:
+        """Returns the row that holds the most chunks of a prompt, and how many."""
+        best, most = 0, 0
+        for row, held in enumerate(self._digests if self.settings.share_prefixes else ()):
+            shared = next(
+                (place for place, pair in enumerate(zip(held, digests, strict=False)) if pair[0] != pair[1]),
+                min(len(held), len(digests)),
+            )
+            if shared == len(digests) < len(held):  # the hidden state of this prompt's last token was not kept
+                shared -= 1
+            if (shared, self._served[row] is None) > (most, self._served[best] is None):
+                best, most = row, shared
+        return best, most
+
+    def _image_features(self, image: Picture) -> Float[Array, "units channels"]:
+        """Returns an image's vision tokens, computed unless they were kept."""
+        digest = image_digest(image)
+        features = self._features.pop(digest, None)
+        if features is None:
+            needed = window_count(image, self._window_units)
+            features = self._encode(image, next(size for size in self.settings.image_windows if size >= needed))
+        self._features[digest] = features
+        if len(self._features) > IMAGES_KEPT:
+            self._features.pop(next(iter(self._features)))
+        return features
+
+    def _encode(self, image: Picture, windows: int) -> Float[Array, "units channels"]:
+        if isinstance(image, EncodedImage):
+            units = windows * self._window_units**2
+            rows = image.features.reshape(image.vision_tokens, -1)
+            padded = np.pad(rows, [(0, units - len(rows)), (0, 0)])
+            return jnp.asarray(padded, self._model.config.dtype)
+        patch_dim = image.pixels.shape[-1]
+        batch = stack_images([[image]], 1, windows, self._window_units, patch_dim, image.pixels.dtype)
+        return encode_image(self._model, self._vision, batch)
+
+    def _place(self, features: Float[Array, "units channels"], column: int) -> None:
+        self._vision_inputs = place_features(self._vision_inputs, features, np.int32(column))
+
+    def _prefill(
+        self, row: int, start: int, tokens: Int[np.ndarray, " count"], positions: Int[np.ndarray, "3 count"], size: int
+    ) -> Float[Array, " channels"]:
+        count = len(tokens)
+        self._cache, hidden = prefill(
+            self._model,
+            self._decoder,
+            self._cache,
+            self._vision_inputs,
+            np.int32(row),
+            np.int32(start),
+            np.pad(np.asarray(tokens, np.int32), (0, size - count)),
+            np.pad(np.asarray(positions, np.int32), ((0, 0), (0, size - count))),
+            np.int32(count),
+            self._special,
+        )
+        return hidden
+
+    def _set_row(self, row: int, request: Request | None, status: Status = Status.IDLE) -> None:
+        """Sets a row up for a request that has not written anything yet, or for none."""
+        every, new_tokens = self._rows, self.settings.max_new_tokens
+        forced = np.full(new_tokens, -1, np.int32)
+        looks = 0
+        if request:
+            given = (self._special.latent_start,) if request.method == "single" else request.forced_tokens
+            forced[: len(given)] = given
+            looks = {"text": 0, "single": 1}.get(request.method, UNLIMITED)
+
+        def of(name: str, default: Any, dtype: str = "int32") -> np.ndarray:
+            return np.array([getattr(request, name, default)], dtype)
+
+        one = Rows(
+            status=np.array([status], np.int32),
+            length=np.zeros(1, np.int32),
+            position=np.zeros(1, np.int32),
+            token=np.zeros(1, np.int32),
+            hidden=np.zeros((1, *every.hidden.shape[1:]), every.hidden.dtype),
+            mode=Mode(
+                slots_left=np.zeros(1, np.int32),
+                looks_left=np.array([looks], np.int32),
+                latent_size=of("latent_size", 1),
+                early_end=of("early_end", False, "bool"),
+            ),
+            sampling=Sampling(
+                of("temperature", 0, "float32"), of("top_k", 0), of("top_p", 1, "float32"), of("seed", 0, "uint32")
+            ),
+            pictures=np.array([request is not None and request.method == "pixels"]),
+            count=np.zeros(1, np.int32),
+            max_new_tokens=of("max_new_tokens", 1),
+            tokens=np.zeros((1, new_tokens), np.int32),
+            log_probabilities=np.zeros((1, new_tokens), np.float32),
+            latents=np.zeros((1, *every.latents.shape[1:]), every.latents.dtype),
+            forced=forced[None],
+        )
+        self._rows = set_row(self._rows, np.int32(row), one)
+
+    def _resume(self, row: int, hidden: Float[Array, " channels"], length: int, position: int) -> None:
+        self._rows = resume_row(
+            self._model,
+            self._decoder,
+            self._rows,
+            np.int32(row),
+            hidden,
+            np.int32(length),
+            np.int32(position),
+            self._special,
+        )
+
+    def _decode(self, steps: int) -> None:
+        self._cache, self._rows = decode_rows(
+            self._model, self._decoder, self._cache, self._rows, np.int32(steps), self._special
+        )
+
+    def _settle(self, on_tokens: Callable[[int, list[int]], None] | None) -> Iterator[Answer]:
+        """Gives pictures to rows that wait for them, and yields the answers of rows that are done."""
+        while True:
+            status, count = jax.device_get((self._rows.status, self._rows.count))
+            looking = [row for row, served in enumerate(self._served) if served and status[row] == Status.LOOKING]
+            if on_tokens:
+                self._stream(count, on_tokens)
+            refused = [row for row in looking if not self._show_picture(row)]
+            for row, served in enumerate(self._served):
+                if served and (status[row] in (Status.ENDED, Status.FULL) or row in refused):
+                    answer = self._read_answer(row, int(count[row]), int(status[row]))
+                    self._free(row)
+                    yield answer
+            if len(looking) == len(refused):
+                return
+
+    def _stream(self, count: Int[np.ndarray, " rows"], on_tokens: Callable[[int, list[int]], None]) -> None:
+        tokens = np.asarray(self._rows.tokens)
+        for row, served in enumerate(self._served):
+            if served and served.streamed < count[row]:
+                on_tokens(served.number, tokens[row, served.streamed : count[row]].tolist())
+                served.streamed = int(count[row])
+
+    def _show_picture(self, row: int) -> bool:
+        """Prefills the picture that a row waits for, between latent markers; says whether there was room for it."""
+        served, special, began = self._served[row], self._special, time.monotonic()
+        length, position, count, written = (
+            jax.device_get(array)[row]
+            for array in (self._rows.length, self._rows.position, self._rows.count, self._rows.tokens)
+        )
+        image = served.request.draw_look(written[:count].tolist())
+        grid = image.height // MERGE, image.width // MERGE
+        pads = [special.image_pad] * image.vision_tokens
+        tokens = [special.latent_start, special.vision_start, *pads, special.vision_end, special.latent_end]
+        tokens = np.array(tokens, np.int32)
+        room = self.settings.columns - length - (served.request.max_new_tokens - count)
+        served.error = self._image_refusal(image)
+        if not served.error and len(tokens) > room:
+            served.error = f"picture {len(served.looks) + 1} takes {len(tokens)} tokens and there is room for {room}"
+        if served.error:
+            return False
+        positions = mrope_positions(tokens, [grid], special.image_pad) + position
+        self._place(self._image_features(image), int(length) + 2)
+        for start, part, size in plan_chunks(len(tokens), self.settings.chunks):
+            here = slice(start, start + part)
+            hidden = self._prefill(row, int(length) + start, tokens[here], positions[:, here], size)
+        self._resume(row, hidden, int(length) + len(tokens), int(positions.max()) + 1)
+        jax.block_until_ready(self._rows.count)
+        served.looks.append(image.vision_tokens)
+        served.pictures += time.monotonic() - began
+        return True
+
+    def _read_answer(self, row: int, count: int, status: int) -> Answer:
+        served, special = self._served[row], self._special
+        request = served.request
+        tokens = np.asarray(self._rows.tokens)[row, :count]
+        starts = np.flatnonzero(tokens == special.latent_start)
+        slots = [int((part == special.latent_pad).sum()) for part in np.split(tokens, starts)[1:]]
+        pictures = served.looks + [0] * (len(starts) - len(served.looks))
+        looks = tuple(map(Look, starts.tolist(), slots, pictures))
+        text = None
+        if self._tokenizer:
+            texts, _ = split_at_looks(tokens, self._tokenizer, special)
+            text = show_text(texts, [show_look(look.slots, look.picture_tokens) for look in looks])
+        log_probabilities = np.asarray(self._rows.log_probabilities)[row, :count] if request.log_probabilities else None
+        latents = np.asarray(self._rows.latents)[row] if request.latent_vectors else None
+        reason = {Status.ENDED: "end", Status.FULL: "length"}.get(status, "picture")
+        return Answer(
+            number=served.number,
+            name=request.name,
+            tokens=tuple(tokens.tolist()),
+            text=text,
+            looks=looks,
+            stop_reason=reason,
+            error=served.error,
+            log_probabilities=None if log_probabilities is None else tuple(log_probabilities.tolist()),
+            latent_vectors=None if latents is None else latents[:count][tokens == special.latent_pad],
+            shared_tokens=served.shared_tokens,
+            timings=Timings(
+                served.started - served.taken,
+                served.first_token,
+                time.monotonic() - served.started,
+                served.pictures,
+            ),
+        )
+
+    def _free(self, row: int) -> None:
+        self._served[row] = None
+        self._last_used[row] = time.monotonic()
+        self._set_row(row, None)
+
+
+def plan_chunks(tokens: int, chunks: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Returns start, count and size of the chunks of a prompt: whole ones of the largest size, the rest in one that
+    holds it. They depend on the number of tokens alone.
+    """
+    whole = [(start, chunks[-1], chunks[-1]) for start in range(0, tokens - chunks[-1] + 1, chunks[-1])]
+    rest = tokens - len(whole) * chunks[-1]
+    size = next(size for size in chunks if size >= rest)
+    return [*whole, (tokens - rest, rest, size)] if rest else whole
+
+
+def image_columns(prompt: Sample, special: SpecialTokens) -> list[int]:
+    """Returns where in a prompt the vision tokens of each of its images begin."""
+    places = np.flatnonzero(prompt.tokens == special.image_pad)
+    firsts = np.cumsum([0, *(image.vision_tokens for image in prompt.images)])[:-1]
+    return [int(places[first]) for first in firsts]
+
+
+def prompt_digests(prompt: Sample, plan: Sequence[tuple[int, int, int]], special: SpecialTokens) -> list[bytes]:
+    """Returns for each chunk a digest of the prompt up to its end, images included, and of how it is cut."""
+    columns, digests, chain = image_columns(prompt, special), [], hashlib.sha256()
+    for start, count, size in plan:
+        chain.update(size.to_bytes(8, "big") + prompt.tokens[start : start + count].tobytes())
+        for image, column in zip(prompt.images, columns, strict=True):
+            if start <= column < start + count:
+                chain.update(image_digest(image))
+        digests.append(chain.digest())
+    return digests
+
+
+def image_digest(image: Picture) -> bytes:
+    """Returns a digest of an image's size and content."""
+    digest = hashlib.sha256(f"{type(image).__name__} {image.height} {image.width} {image[0].dtype}".encode())
+    digest.update(np.ascontiguousarray(image[0]).data)
+    return digest.digest()
+
+
+def fit_settings(
+    requests: Sequence[Request], rows: int, window_units: int, pictures: int = PICTURES, **changes
+) -> EngineSettings:
+    """Returns settings that hold all `requests`, with few sizes that leave little padding; `changes` go on top.
+
+    An answer by "pixels" gets room for so many `pictures` of the size of its prompt's largest image. Raises ValueError
+    if there are no requests.
+    """
+    if not requests:
+        raise ValueError("there are no requests; at least one is needed to choose sizes from")
+    lengths, windows, columns = [], [], 0
+    for request in requests:
+        sizes = [len(request.prompt.tokens)]
+        windows += [window_count(image, window_units) for image in request.prompt.images]
+        if request.method == "pixels":
+            sizes += [4 + max((image.vision_tokens for image in request.prompt.images), default=0)] * pictures
+        lengths += sizes[:2]
+        columns = max(columns, sum(sizes) + request.max_new_tokens)
+    widest = min(WIDEST_CHUNK, -(-max(lengths) // COLUMN_STEP) * COLUMN_STEP)
+    rests = [-(-(length % widest or widest) // COLUMN_STEP) * COLUMN_STEP for length in lengths]
+    settings = {
+        "rows": min(rows, len(requests)),
+        "columns": -(-columns // COLUMN_STEP) * COLUMN_STEP,
+        "max_new_tokens": max(request.max_new_tokens for request in requests),
+        "chunks": few_sizes([*rests, widest]),
+        "image_windows": few_sizes(windows),
+        "latent_vectors": any(request.latent_vectors for request in requests),
+    }
+    return EngineSettings(**settings | changes)
+
+
+def few_sizes(needed: Sequence[int], most: int = MOST_SIZES) -> tuple[int, ...]:
+    """Returns up to `most` sizes, the largest of `needed` among them, that pad the needed ones little.
+
+    One size after another is given up, the one whose users grow the least in sum.
+    """
+    sizes = sorted(set(needed))
+    users = {size: needed.count(size) for size in sizes}
+    while len(sizes) > most:
+        place = min(range(len(sizes) - 1), key=lambda place: users[sizes[place]] * (sizes[place + 1] - sizes[place]))
+        users[sizes[place + 1]] += users[sizes[place]]
+        del sizes[place]
+    return tuple(sizes)

@@ -1,0 +1,226 @@
+"""What an engine keeps on the device, a row for each request being served, and the compiled functions that change it.
+
+Each has one shape an engine (`prefill` one a chunk size, `encode_image` one a number of windows), so requests come and
+go without compiling. A row's keys and values stand in its first `length` columns; what is behind them is never seen.
+"""
+
+import functools
+from enum import IntEnum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ilvr_jax.inference.decode import Mode, next_inputs, next_token
+from ilvr_jax.inference.sampling import Sampling
+from ilvr_jax.latents.tokens import SpecialTokens
+from ilvr_jax.models.decoder import KeyValues
+from ilvr_jax.models.images import ImageBatch
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+
+
+class Status(IntEnum):
+    """What a row is doing."""
+
+    IDLE = 0
+    RUNNING = 1
+    LOOKING = 2  # has written `latent_start` and waits for a picture
+    ENDED = 3  # has written `<|im_end|>`
+    FULL = 4  # has written `max_new_tokens`
+
+
+class Rows(NamedTuple):
+    """The state of every row but for its keys and values."""
+
+    status: Int[Array, " rows"]
+    length: Int[Array, " rows"]  # columns with keys and values
+    position: Int[Array, " rows"]  # the rotary position of the next column
+    token: Int[Array, " rows"]  # the last one written, the next input in text mode
+    hidden: Float[Array, "rows channels"]  # of the last column, the next input in a slot
+    mode: Mode
+    sampling: Sampling
+    pictures: Bool[Array, " rows"]  # at `latent_start` a picture is waited for, in place of slots
+    count: Int[Array, " rows"]  # tokens written
+    max_new_tokens: Int[Array, " rows"]
+    tokens: Int[Array, "rows new_tokens"]  # those written
+    log_probabilities: Float[Array, "rows new_tokens"]
+    latents: Float[Array, "rows new_tokens channels"]  # inputs of slots, where they are kept; else no new_tokens
+    forced: Int[Array, "rows new_tokens"]  # tokens to write in place of sampled ones, -1 for none
+
+
+def empty_rows(model: Qwen2_5VL, rows: int, new_tokens: int, keep_latents: bool) -> Rows:
+    """Returns idle rows with room for so many new tokens."""
+
+    def every(value: float, dtype: str = "int32") -> Array:
+        return jnp.full(rows, value, dtype)
+
+    channels, dtype = model.config.hidden_size, model.config.dtype
+    return Rows(
+        status=every(Status.IDLE),
+        length=every(0),
+        position=every(0),
+        token=every(0),
+        hidden=jnp.zeros((rows, channels), dtype),
+        mode=Mode(every(0), every(0), every(1), every(False, "bool")),
+        sampling=Sampling(every(0, "float32"), every(0), every(1, "float32"), every(0, "uint32")),
+        pictures=every(False, "bool"),
+        count=every(0),
+        max_new_tokens=every(1),
+        tokens=jnp.zeros((rows, new_tokens), jnp.int32),
+        log_probabilities=jnp.zeros((rows, new_tokens), jnp.float32),
+        latents=jnp.zeros((rows, new_tokens if keep_latents else 0, channels), dtype),
+        forced=jnp.full((rows, new_tokens), -1, jnp.int32),
+    )
+
+
+def empty_cache(model: Qwen2_5VL, rows: int, columns: int) -> KeyValues:
+    """Returns room for the keys and values of all rows."""
+    config = model.config
+    shape = (config.num_hidden_layers, rows, columns, config.num_key_value_heads, config.head_dim)
+    return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def encode_image(model: Qwen2_5VL, vision: PyTree, images: ImageBatch) -> Float[Array, "units channels"]:
+    """Returns the vision tokens of one image, the leading axes of `images` being of size 1."""
+    return model.encode_images(vision, images)[0, 0]
+
+
+@functools.partial(jax.jit, donate_argnames="vision_inputs")
+def place_features(
+    vision_inputs: Float[Array, "places channels"], features: Float[Array, "units channels"], column: Int[Array, ""]
+) -> Float[Array, "places channels"]:
+    """Returns the inputs of vision tokens by column, with an image's features from `column` on."""
+    return jax.lax.dynamic_update_slice(vision_inputs, features.astype(vision_inputs.dtype), (column, 0))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "special"), donate_argnames="cache")
+def prefill(
+    model: Qwen2_5VL,
+    decoder: PyTree,
+    cache: KeyValues,
+    vision_inputs: Float[Array, "places channels"],
+    row: Int[Array, ""],
+    start: Int[Array, ""],
+    tokens: Int[Array, " chunk"],
+    positions: Int[Array, "3 chunk"],
+    count: Int[Array, ""],
+    special: SpecialTokens,
+) -> tuple[KeyValues, Float[Array, " channels"]]:
+    """Adds the first `count` tokens of a chunk to a row that has `start` columns; returns the last one's hidden state.
+
+    Vision tokens take their inputs from `vision_inputs`, at the column that they stand in.
+    """
+    chunk, columns = len(tokens), cache[0].shape[2]
+    features = jax.lax.dynamic_slice_in_dim(vision_inputs, start, chunk)
+    embedded = model.embed(decoder, tokens[None])
+    inputs = jnp.where((tokens == special.image_pad)[:, None], features.astype(embedded.dtype), embedded)
+    past = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, row, 1, axis=1), cache)
+    places = jnp.arange(chunk)
+    before = jnp.broadcast_to(jnp.arange(columns) < start, (chunk, columns))
+    here = (places[:, None] >= places) & (places < count)
+    mask = jnp.concatenate([before, here], axis=1)
+    hidden, new = model.decode(decoder, inputs, positions[None], mask[None], [past])
+    written = jnp.where(places < count, start + places, columns)  # what is outside is dropped
+    cache = jax.tree.map(lambda old, part: old.at[:, row, written].set(part[:, 0], mode="drop"), cache, new)
+    return cache, hidden[0, count - 1]
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def copy_row(cache: KeyValues, source: Int[Array, ""], row: Int[Array, ""]) -> KeyValues:
+    """Returns the cache with the keys and values of one row in another, too."""
+
+    def copy(array: Array) -> Array:
+        one = jax.lax.dynamic_slice_in_dim(array, source, 1, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(array, one, row, axis=1)
+
+    return jax.tree.map(copy, cache)
+
+
+@functools.partial(jax.jit, donate_argnames="rows")
+def set_row(rows: Rows, row: Int[Array, ""], one: Rows) -> Rows:
+    """Returns the rows with one of them replaced."""
+    return jax.tree.map(lambda every, new: jax.lax.dynamic_update_slice_in_dim(every, new, row, axis=0), rows, one)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "special"), donate_argnames="rows")
+def resume_row(
+    model: Qwen2_5VL,
+    decoder: PyTree,
+    rows: Rows,
+    row: Int[Array, ""],
+    hidden: Float[Array, " channels"],
+    length: Int[Array, ""],
+    position: Int[Array, ""],
+    special: SpecialTokens,
+) -> Rows:
+    """Returns the rows with one running, which writes the token that follows `hidden`, that of its last column."""
+    one = jax.tree.map(lambda every: jax.lax.dynamic_slice_in_dim(every, row, 1, axis=0), rows)
+    one = one._replace(
+        status=jnp.full(1, Status.RUNNING),
+        length=length[None],
+        position=position[None],
+        hidden=hidden[None].astype(one.hidden.dtype),
+    )
+    one = _write(model, decoder, one, special)
+    return jax.tree.map(lambda every, new: jax.lax.dynamic_update_slice_in_dim(every, new, row, axis=0), rows, one)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "special"), donate_argnames=("cache", "rows"))
+def decode_rows(
+    model: Qwen2_5VL, decoder: PyTree, cache: KeyValues, rows: Rows, steps: Int[Array, ""], special: SpecialTokens
+) -> tuple[KeyValues, Rows]:
+    """Lets all running rows write up to `steps` tokens; returns sooner once one of them stops."""
+    running = rows.status == Status.RUNNING
+
+    def go_on(carry: tuple[Array, KeyValues, Rows]) -> Array:
+        step, _, rows = carry
+        return (step < steps) & jnp.all((rows.status == Status.RUNNING) == running) & running.any()
+
+    def advance(carry: tuple[Array, KeyValues, Rows]) -> tuple[Array, KeyValues, Rows]:
+        step, cache, rows = carry
+        columns = cache[0].shape[2]
+        inputs = next_inputs(model, decoder, rows.token, rows.hidden, special)
+        position = jnp.broadcast_to(rows.position[:, None, None], (*rows.position.shape, 3, 1))
+        before = jnp.arange(columns) < rows.length[:, None]
+        mask = jnp.pad(before, ((0, 0), (0, 1)), constant_values=True)[:, None]
+        hidden, new = model.decode(decoder, inputs, position, mask, [cache])
+        written = jnp.where(running, rows.length, columns)  # what is outside is dropped
+        every = jnp.arange(len(written))
+        cache = jax.tree.map(lambda old, one: old.at[:, every, written].set(one[:, :, 0], mode="drop"), cache, new)
+        rows = rows._replace(
+            hidden=jnp.where(running[:, None], hidden[:, 0], rows.hidden),
+            length=rows.length + running,
+            position=rows.position + running,
+        )
+        return step + 1, cache, _write(model, decoder, rows, special)
+
+    _, cache, rows = jax.lax.while_loop(go_on, advance, (jnp.int32(0), cache, rows))
+    return cache, rows
+
+
+def _write(model: Qwen2_5VL, decoder: PyTree, rows: Rows, special: SpecialTokens) -> Rows:
+    """Lets running rows write the token that follows their hidden state."""
+    running = rows.status == Status.RUNNING
+    new_tokens = rows.tokens.shape[1]
+    forced = jnp.take_along_axis(rows.forced, jnp.minimum(rows.count, new_tokens - 1)[:, None], axis=1)[:, 0]
+    logits = model.logits(decoder, rows.hidden)
+    token, log_probability, mode = next_token(logits, rows.mode, rows.sampling, rows.count, special, forced)
+    looks = rows.pictures & (token == special.latent_start)
+    mode = mode._replace(slots_left=jnp.where(looks, 0, mode.slots_left))
+    every, place = jnp.arange(len(token)), jnp.where(running, rows.count, new_tokens)  # outside: dropped
+    in_slot = jnp.where(token == special.latent_pad, place, new_tokens)
+    count = rows.count + running
+    status = jnp.where(looks, Status.LOOKING, rows.status)
+    status = jnp.where(count == rows.max_new_tokens, Status.FULL, status)
+    status = jnp.where(token == special.im_end, Status.ENDED, status)
+    return rows._replace(
+        status=jnp.where(running, status, rows.status),
+        token=jnp.where(running, token, rows.token),
+        mode=jax.tree.map(lambda new, old: jnp.where(running, new, old), mode, rows.mode),
+        count=count,
+        tokens=rows.tokens.at[every, place].set(token, mode="drop"),
+        log_probabilities=rows.log_probabilities.at[every, place].set(log_probability, mode="drop"),
+        latents=rows.latents.at[every, in_slot].set(rows.hidden, mode="drop"),
+    )

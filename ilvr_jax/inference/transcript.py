@@ -1,0 +1,33 @@
+"""Decoded tokens as a person reads them: text, and where the model looked."""
+
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedTokenizerFast
+
+from ilvr_jax.latents.tokens import SpecialTokens
+
+
+def split_at_looks(
+    tokens: Iterable[int], tokenizer: PreTrainedTokenizerFast, special: SpecialTokens
+) -> tuple[list[str], tuple[int, ...]]:
+    """Returns the texts around the looks of decoded tokens, one more than looks, and each look's slots."""
+    texts, slots = [[]], []
+    for token in map(int, tokens):
+        if token == special.latent_start:
+            texts.append([])
+            slots.append(0)
+        elif token == special.latent_pad and slots:
+            slots[-1] += 1
+        else:
+            texts[-1].append(token)
+    return [tokenizer.decode(text, skip_special_tokens=True) for text in texts], tuple(slots)
+
+
+def show_look(slots: int, picture_tokens: int = 0) -> str:
+    """Returns what stands in a shown text for a look: its slots, or the vision tokens of a picture."""
+    return f"‹looking: {picture_tokens} vision tokens›" if picture_tokens else f"‹looking: {slots} slots›"
+
+
+def show_text(texts: Sequence[str], looks: Iterable[str]) -> str:
+    """Returns the texts with what is shown for the looks between them."""
+    return texts[0] + "".join(look + text for look, text in zip(looks, texts[1:], strict=True))
