@@ -1,112 +1,302 @@
-"""python -m ilvr_jax.evaluate: how often a trained model reaches the goal on the maps of a file."""
+"""python -m ilvr_jax.evaluate: how often a model answers right, for a task and a way of looking."""
 
 import argparse
+import dataclasses
+import json
 import sys
-import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
-from ilvr_jax.data.ilvr import IlvrSource
-from ilvr_jax.data.records import BadRecord
-from ilvr_jax.inference.evaluation import Evaluation, decode_settings, evaluate, prompt_settings, samples_path
-from ilvr_jax.models.sharding import make_mesh, on_mesh
-from ilvr_jax.reports.tables import success_table
-from ilvr_jax.training.checkpoints import NoCheckpoint, restore_for_inference
-from ilvr_jax.training.configuration import (
-    BadConfig,
-    blame,
-    from_json,
-    read_command,
-    read_config,
-    resolve_path,
-    to_json,
-)
+from ilvr_jax.data.examples import ExampleSettings, build_prompt, read_image
+from ilvr_jax.data.pipeline import Source
+from ilvr_jax.data.records import BadRecord, Record
+from ilvr_jax.inference.engine import Answer, Engine, Picture, Request, fit_settings
+from ilvr_jax.inference.flags import add_decoding_flags, how_to_decode, over_limits
+from ilvr_jax.inference.transcript import split_at_looks
+from ilvr_jax.models.tensor_files import BadCheckpoint
+from ilvr_jax.tasks import TASKS
+from ilvr_jax.tasks.results import BadResults, Key, Results, figures
+from ilvr_jax.training.checkpoints import NoCheckpoint
+from ilvr_jax.training.configuration import BadConfig, resolve_path
+from ilvr_jax.training.progress import Progress
+from ilvr_jax.training.trained import TrainedModel, open_trained
+
+REPORT_SECONDS = 10.0  # between two lines of progress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0 done, 1 not written, 2 bad input, 130 stopped."""
+    """Runs the command and returns its exit status: 0 done, 1 some records left out, 2 bad input, 130 stopped."""
     logging.set_verbosity(logging.FATAL)  # libraries log the errors that they raise: each is to be said once
-    parser = argparse.ArgumentParser(prog="python -m ilvr_jax.evaluate", description=__doc__)
-    parser.add_argument("--data", type=Path, help="JSON lines with a map_desc each (default: eval.data of the config)")
-    parser.add_argument("--json", type=Path, help="where to write the figures; each answer goes into a file beside it")
-    parser.add_argument("--stage", help="the stage whose checkpoint is used (default: the last that has one)")
+    options = make_parser().parse_args(arguments)
+    results = None
     try:
-        options = read_command(parser, arguments)
-        data = options.data or (resolve_path(options.config.eval.data) if options.config.eval.data else None)
-        if data is None:
-            raise BadConfig("there are no maps to evaluate on; --data or eval.data takes a JSON-lines file")
-        with blame("data"):
-            prompt_settings(options.config)
-        with blame("eval"):
-            decode_settings(options.config)
-        check_same_run(options.config, options.workdir)
-        source = IlvrSource(data, plan_required=False)
-        if options.json:
-            check_writable(options.json)
-        with blame("mesh"):
-            mesh = make_mesh(options.config.mesh)
-        restored = restore_for_inference(options.workdir, options.config, options.stage, mesh)
-        console = Console()
-        with on_mesh(mesh):
-            evaluation = evaluate(options.config, source, *restored, console=console, mesh=mesh)
-    except (BadConfig, BadRecord, NoCheckpoint) as error:
+        trained = open_trained(options.checkpoint, options.stage, options.dtype)
+        if not trained.looks and options.method != "text":
+            print(f"{options.checkpoint} has no latent tokens; it is decoded as plain text", file=sys.stderr)
+            options.method = "text"
+        work = Work(options, trained, TASKS[options.task])
+        results = Results(work.out, work.settings())
+        for sentence in results.damaged:
+            print(sentence, file=sys.stderr)
+        seconds = work.answer_all(results)
+    except (BadConfig, BadCheckpoint, BadRecord, BadResults, NoCheckpoint) as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    show(evaluation, options.stage or options.workdir.name, console)
-    if options.json:
-        try:
-            evaluation.write(options.json)
-        except OSError as error:
-            print(f"{options.json} could not be written: {error.strerror}", file=sys.stderr)
-            return 1
-        console.print(f"Written: {options.json} and {samples_path(options.json)}", highlight=False, soft_wrap=True)
-    return 0
-
-
-def check_same_run(config: ConfigDict, workdir: Path) -> None:
-    """Raises BadConfig if the workdir is no run, or one with another model or other prompts than the config's."""
-
-    def shown(of: ConfigDict) -> dict:
-        sections = {"model": of.model, "tokenizer": of.tokenizer, "latents.latent_size": of.latents.latent_size}
-        return sections | {f"data.{key}": of.data[key] for key in ("image_scale", "min_pixels", "max_pixels", "system")}
-
-    theirs, ours = shown(read_config(workdir)), shown(from_json(to_json(config)))
-    differing = [key for key, value in ours.items() if theirs[key] != value]
-    if differing:
-        raise BadConfig(
-            f"{workdir} was made with another config: {', '.join(differing)} differ from what is in its config.json; "
-            "give the config of the run"
-        )
-
-
-def show(evaluation: Evaluation, name: str, console: Console) -> None:
-    """Prints the table of an evaluation and its counts."""
-    summary = evaluation.summary()
-    console.print(success_table({name: summary}))
-    console.print(
-        f"{summary['samples']} maps: {summary['unparsed']} answers unparsed, {summary['latent_segments']} latent "
-        f"segments with {summary['latent_slots']} slots decoded, {summary['seconds']:.1f} seconds",
-        highlight=False,
-    )
-
-
-def check_writable(path: Path) -> None:
-    """Raises BadConfig if a file cannot be written, before the work is done that it is for."""
-    if path.is_dir():
-        raise BadConfig(f"--json {path} is a folder; a path for a file is accepted")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
     except OSError as error:
-        raise BadConfig(f"--json {path} cannot be written: {error.strerror}; a path for a file is accepted") from error
+        print(f"{options.out or 'the results'} cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        kept = f"{len(results.lines)} answers are in {results.path}, and the same command goes on" if results else ""
+        print(f"stopped; {kept or 'nothing was written'}", file=sys.stderr)
+        return 130
+    finally:
+        if results:
+            results.close()
+    summary = work.summary(results, seconds)
+    show(summary, work.settings(), Console())
+    summary_path = results.path.with_suffix(".summary.json")
+    summary_path.write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"Every answer: {results.path}; the figures: {summary_path}")
+    return 1 if work.left_out else 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m ilvr_jax.evaluate", description=__doc__, allow_abbrev=False)
+    parser.add_argument("checkpoint", help="the workdir of a run, a folder of a Qwen2.5-VL, or its name on the hub")
+    parser.add_argument("--task", choices=TASKS, required=True, help="what is asked and how answers are scored")
+    parser.add_argument("--data", type=Path, help="the records, in a format of the task (default: the run's eval.data)")
+    parser.add_argument("--root", type=Path, help="where paths of images begin (default: the folder of --data)")
+    parser.add_argument("--question", help="in place of every record's own; empty: its own (default: the run's)")
+    parser.add_argument(
+        "--instruction", default="", help="text after every question, for models not trained on the task"
+    )
+    parser.add_argument("--samples-per-question", type=int, default=1, help="with a temperature above 0")
+    parser.add_argument("--batch-size", type=int, default=16, help="answers decoded at once (default: 16)")
+    parser.add_argument("--limit", type=int, help="ask the first records alone")
+    parser.add_argument("--out", type=Path, help="a .jsonl file for the answers; if it holds some, the rest is asked")
+    add_decoding_flags(parser)
+    return parser
+
+
+class Work:
+    """What there is to ask, and what came of it."""
+
+    def __init__(self, options: argparse.Namespace, trained: TrainedModel, task: ModuleType):
+        self.options, self.trained, self.task = options, trained, task
+        for name in ("samples_per_question", "batch_size", *(["limit"] if options.limit is not None else [])):
+            if getattr(options, name) < 1:
+                raise BadConfig(f"--{name.replace('_', '-')} is {getattr(options, name)}; 1 or more is accepted")
+        if options.samples_per_question > 1 and not options.temperature:
+            raise BadConfig(
+                "--samples-per-question is above 1 and --temperature 0, which gives every sample alike; "
+                "a temperature above 0 is accepted"
+            )
+        if options.method == "pixels" and not hasattr(task, "draw_look"):
+            drawn = ", ".join(name for name, module in TASKS.items() if hasattr(module, "draw_look"))
+            raise BadConfig(f"--method is pixels, and {options.task} has no pictures to show; {drawn} is accepted")
+        try:
+            self.how = how_to_decode(options, trained.prompts, trained.max_new_tokens)
+        except ValueError as error:
+            raise BadConfig(str(error)) from error
+        self.data = options.data or self._data_of_run()
+        self.source: Source = task.open_source(self.data, options.root, "skip")
+        self.count = min(len(self.source), options.limit or len(self.source))
+        self.out = options.out or self._default_out()
+        self.left_out: dict[Any, str] = {}
+        for number, sentence in enumerate(self.source.skipped):
+            self._leave_out(("line", number), sentence)
+
+    def _data_of_run(self) -> Path:
+        config = self.trained.config
+        if config is None or not config.eval.data:
+            raise BadConfig(
+                f"there is no --data, and {self.options.checkpoint} names none; a file of records is accepted"
+            )
+        return resolve_path(config.eval.data)
+
+    def _default_out(self) -> Path:
+        name = f"{self.options.task}-{self.options.method}.jsonl"
+        folder = Path(self.options.checkpoint)
+        if self.trained.config is not None:
+            return folder / "evaluations" / name
+        return Path("evaluations") / f"{folder.name}-{name}"
+
+    def _leave_out(self, key: Any, sentence: str) -> None:
+        if key not in self.left_out:
+            self.left_out[key] = sentence
+            print(f"left out: {sentence}", file=sys.stderr)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what makes an answer what it is, for the head of the results."""
+        options = self.options
+        names = ("task", "stage", "dtype", "question", "instruction", "samples_per_question", "seed", "limit")
+        return {
+            "checkpoint": str(options.checkpoint),
+            "data": str(self.data),
+            **{name: getattr(options, name) for name in names},
+            **self.how,
+        }
+
+    def answer_all(self, results: Results) -> float:
+        """Asks what the results lack and writes it down; returns the seconds that it took.
+
+        Raises BadConfig if there is something to ask and no record can be.
+        """
+        began, trained = time.monotonic(), self.trained
+        every = [key for key, _ in self.keys()]
+        if all(key in results.lines for key in every):
+            return 0.0
+        prompts = (request for _, _, request in self.requests(results.lines))  # made twice: all at once fill memory
+        try:
+            settings = fit_settings(prompts, self.options.batch_size, trained.model.config.vision.window_units)
+        except ValueError as error:
+            raise BadConfig(f"{self.data}: no record is left to ask") from error
+        engine = Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer)
+        asked: list[tuple[Key, Record]] = []
+
+        def taken() -> Iterator[Request]:
+            for key, record, request in self.requests(dict(results.lines)):
+                asked.append((key, record))
+                yield request
+
+        total = len(every)
+        log = results.path.with_suffix(".log")
+        with Progress(log) as progress, progress.stage(self.options.task, len(results.lines), total):
+            progress.say(f"{len(results.lines)} of {total} answers are there; {settings.rows} are decoded at once")
+            new, reported = 0, time.monotonic()
+            for answer in engine.serve(taken()):
+                key, record = asked[answer.number]
+                if answer.stop_reason == "refused":
+                    self._leave_out((key.number, key.form), f"{record.name}: {answer.error}")
+                    continue
+                results.add(self.line(key, record, answer))
+                progress.advance()
+                new += 1
+                if time.monotonic() - reported > REPORT_SECONDS:
+                    rate = new / (time.monotonic() - began)
+                    progress.report({}, rate, (total - len(results.lines)) / rate)
+                    reported = time.monotonic()
+        return time.monotonic() - began
+
+    def keys(self) -> Iterator[tuple[Key, Record]]:
+        """Yields all that there is to ask, but for records that cannot be; those are left out."""
+        for number in range(self.count):
+            record = self.source[number]
+            try:
+                self.task.check(record)
+                controls = self.task.controls(record) if hasattr(self.task, "controls") else {}
+            except BadRecord as error:
+                self._leave_out((number, ""), str(error))
+                continue
+            for form, variant in {"": record, **controls}.items():
+                for sample in range(1 if form else self.options.samples_per_question):
+                    yield Key(number, form, sample), variant
+
+    def requests(self, done: dict[Key, Any]) -> Iterator[tuple[Key, Record, Request]]:
+        """Yields what is not done, with its prompt; records whose prompt cannot be made are left out."""
+        trained, before, prompt = self.trained, None, None
+        prompts = self.prompts()
+        for key, record in self.keys():
+            if key in done or {(key.number, ""), (key.number, key.form)} & self.left_out.keys():
+                continue
+            if before != (key.number, key.form):  # samples of one question share their prompt
+                asked = dataclasses.replace(record, question=self.question(record))
+                try:
+                    prompt = build_prompt(asked, trained.tokenizer, trained.special, prompts, key.number)
+                    refusal = over_limits(self.options, prompt)
+                except BadRecord as error:
+                    self._leave_out((key.number, key.form), str(error))
+                    continue
+                if refusal:
+                    self._leave_out((key.number, key.form), f"{record.name}: {refusal}")
+                    continue
+                before = key.number, key.form
+            seed = np.random.SeedSequence((self.options.seed, key.number, key.sample)).generate_state(1)[0]
+            draw_look = self.draw_look(record, prompts) if self.options.method == "pixels" else None
+            yield key, record, Request(prompt, **self.how, seed=int(seed), draw_look=draw_look, name=record.name)
+
+    def prompts(self) -> ExampleSettings:
+        return dataclasses.replace(self.trained.prompts, question=None)
+
+    def question(self, record: Record) -> str:
+        """Returns what is asked about a record."""
+        override = self.trained.prompts.question if self.options.question is None else self.options.question
+        return (override or record.question) + self.options.instruction
+
+    def draw_look(self, record: Record, prompts: ExampleSettings):
+        """Returns the function that shows the engine a record's next picture, made ready as its images are."""
+
+        def draw(tokens: list[int]) -> Picture:
+            text = "".join(split_at_looks(tokens, self.trained.tokenizer, self.trained.special)[0])
+            return read_image(self.task.draw_look(record, text), prompts)
+
+        return draw
+
+    def line(self, key: Key, record: Record, answer: Answer) -> dict[str, Any]:
+        """Returns what is written down of an answer."""
+        found = self.task.find_answer("".join(self._texts(answer)))
+        return {
+            **key._asdict(),
+            "record": record.name,
+            "answer": None if found is None else self.task.canonical(found),
+            "right": found is not None and self.task.is_right(record, found),
+            "text": answer.text,
+            "tokens": len(answer.tokens),
+            "looks": len(answer.looks),
+            "slots": answer.slots,
+            "picture_tokens": sum(look.picture_tokens for look in answer.looks),
+            "stop_reason": answer.stop_reason,
+            "error": answer.error,
+            "seconds": round(answer.timings.total, 4),
+        }
+
+    def _texts(self, answer: Answer) -> list[str]:
+        return split_at_looks(answer.tokens, self.trained.tokenizer, self.trained.special)[0]
+
+    def summary(self, results: Results, seconds: float) -> dict[str, Any]:
+        """Returns the figures of all answers, those of the task itself among them."""
+        lines = list(results.lines.values())
+        summary = {
+            **self.settings(),
+            **figures(lines),
+            "left_out": len(self.left_out),
+            "seconds": round(seconds, 2),
+        }
+        if hasattr(self.task, "figures"):
+            answered = sorted({line["number"] for line in lines if not line["form"]})
+            summary |= self.task.figures({number: self.source[number] for number in answered}, lines)
+        return summary
+
+
+def show(summary: dict[str, Any], settings: dict[str, Any], console: Console) -> None:
+    """Prints the figures of a summary, without the settings that are in it, too."""
+    table = Table(title=f"{settings['task']}, method {settings['method']}", show_header=False, box=box.SIMPLE)
+    table.add_column()
+    table.add_column(justify="right")
+    for name in [name for name in summary if name not in settings]:
+        table.add_row(name.replace("_", " "), _shown(summary[name]))
+    console.print(table)
+
+
+def _shown(value: Any) -> str:
+    """Returns a figure as the table shows it."""
+    if isinstance(value, dict):
+        return "  ".join(f"{key}: {_shown(share)}" for key, share in value.items())
+    if isinstance(value, list):
+        return "–".join(map(_shown, value))
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

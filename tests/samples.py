@@ -3,17 +3,22 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from ilvr_jax.data.__main__ import export
 from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer
 from ilvr_jax.latents.layout import Sample, build_sample
 from ilvr_jax.latents.tokens import SpecialTokens
-from ilvr_jax.models.config import ModelConfig, VisionConfig
+from ilvr_jax.models.config import ModelConfig, VisionConfig, model_config
 from ilvr_jax.models.images import PatchedImage
-from ilvr_jax.training.configuration import REPOSITORY, load_config
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.training.checkpoints import Checkpoints, stage_folder
+from ilvr_jax.training.configuration import REPOSITORY, load_config, to_json
+from ilvr_jax.training.state import TrainState
 from ilvr_jax.training.step import objective
 
 SPECIAL = SpecialTokens(
@@ -130,6 +135,27 @@ def export_maps(folder: Path, count: int = 4) -> Path:
     maps = FrozenLakeSource(FrozenLakeSettings(levels=(3,), max_moves=4), seed=5, count=count)
     export([maps[index] for index in range(len(maps))], folder)
     return folder / "train.jsonl"
+
+
+def untrained_run(folder: Path) -> Path:
+    """Returns a workdir of the base config with a small model that has learnt nothing, saved after stage 1."""
+    config = load_config(REPOSITORY / "configs" / "base.py").unlock()
+    config.model.update(hidden_size=32, intermediate_size=32, num_hidden_layers=1, mrope_section=(2, 1, 1))
+    config.model.vision.update(depth=1, fullatt_block_indexes=(0,))
+    config.eval.max_new_tokens = 12
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(config))
+    records = FrozenLakeSource(FrozenLakeSettings(), seed=0, count=30)
+    tokenizer = train_tokenizer(record_texts(records[number] for number in range(30)))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    params = Qwen2_5VL(model_config(config.model, len(tokenizer))).init(jax.random.key(0))
+    start = special_tokens(tokenizer).latent_start  # so that it looks
+    params["decoder"]["lm_head"] = params["decoder"]["lm_head"].at[start].multiply(8.0)
+    zero = jnp.int32(0)
+    state = TrainState(jnp.int32(5), params, (), None, jax.random.key(0), zero, zero)
+    with Checkpoints(stage_folder(folder, "stage1"), keep=1) as checkpoints:
+        checkpoints.save(5, state, NoData())
+    return folder
 
 
 class NoData:

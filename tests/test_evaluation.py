@@ -1,13 +1,8 @@
 """Evaluation: a player of known skill, in place of the model, gets the figures that its answers deserve."""
 
-import argparse
 import dataclasses
 import json
-from pathlib import Path
 
-import grain
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,17 +12,11 @@ from ilvr_jax.data.examples import ExampleSettings
 from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource, shortest_path
 from ilvr_jax.data.records import BadRecord, Record
 from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer
-from ilvr_jax.evaluate import main
 from ilvr_jax.inference.decode import Decoded
-from ilvr_jax.inference.evaluation import evaluate_maps, paint_holes_over, read_answers
+from ilvr_jax.inference.evaluation import evaluate_maps, read_answers
 from ilvr_jax.inference.transcript import split_at_looks
 from ilvr_jax.latents.tokens import Role
-from ilvr_jax.models.config import model_config
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
-from ilvr_jax.tasks.vsp_planning import Outcome, play, without_holes
-from ilvr_jax.training.checkpoints import Checkpoints, stage_folder
-from ilvr_jax.training.configuration import load_config, read_command, to_json
-from ilvr_jax.training.state import TrainState
+from ilvr_jax.tasks.vsp_planning import Outcome, paint_holes_over, play, without_holes
 
 WINDOW_UNITS = 2
 FREE = ((1, 0, 2), (0, 0, 0), (0, 0, 0))
@@ -196,72 +185,3 @@ def test_records_that_cannot_be_played_are_refused(tokenizer):
         evaluation_of(player, [Record("?", (draw_map(FREE, 28),), (), name="test.jsonl line 7")])
     with pytest.raises(BadRecord, match="line 2: has 0 images"):
         evaluation_of(player, [Record("?", (), (), map_desc=FREE, name="line 2")])
-
-
-BASE = Path(__file__).parents[1] / "configs" / "base.py"
-
-
-@pytest.fixture
-def workdir(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.json").write_text(to_json(load_config(BASE)))
-    return folder
-
-
-def write_maps(folder, *lines):
-    Image.fromarray(draw_map(FREE, 64)).save(folder / "map.png")
-    (folder / "maps.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    return folder / "maps.jsonl"
-
-
-GOOD_LINE = json.dumps({"text_input": "Which way?", "image_input": "map.png", "map_desc": FREE})
-
-
-@pytest.mark.parametrize(
-    ("status", "lines", "flags", "sentence"),
-    [
-        (2, [GOOD_LINE], [], "has no complete checkpoint"),
-        (2, [GOOD_LINE, "[1]"], [], "maps.jsonl line 2: is a list; one JSON object is accepted"),
-        (2, [GOOD_LINE, '{"text_input":'], [], "maps.jsonl line 2: is not JSON"),
-        (2, [GOOD_LINE], ["--config.eval.batch_size=0"], "config section eval: batch_size is 0"),
-        (2, [GOOD_LINE], ["--config.eval.temperature=-1.0"], "config section eval: temperature is -1"),
-        (2, [GOOD_LINE], ["--config.model.hidden_size=64"], "made with another config: model"),
-        (2, [GOOD_LINE], ["--json=/dev/null/results.json"], "--json /dev/null/results.json cannot be written"),
-        (2, [GOOD_LINE], ["--json=/dev"], "--json /dev is a folder"),
-    ],
-)
-def test_the_command_says_in_one_sentence_what_is_wrong(workdir, tmp_path, capsys, status, lines, flags, sentence):
-    data = write_maps(tmp_path, *lines)
-    assert main([f"--config={BASE}", f"--workdir={workdir}", f"--data={data}", *flags]) == status
-    error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1
-
-
-def test_the_command_evaluates_a_saved_model(tokenizer, tmp_path, capsys):
-    """An untrained model solves nothing: what is tested is the way from the workdir to the files."""
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "mrope_section": (2, 1, 1)}
-    flags = [f"--config.model.{key}={value}" for key, value in small.items()]
-    flags += ["--config.model.vision.depth=1", "--config.model.vision.fullatt_block_indexes=0,"]
-    flags += ["--config.eval.max_new_tokens=3", "--config.eval.batch_size=2"]
-    workdir = tmp_path / "run"
-    options = read_command(argparse.ArgumentParser(), [f"--config={BASE}", *flags])
-    workdir.mkdir()
-    (workdir / "config.json").write_text(to_json(options.config))
-    tokenizer.save_pretrained(workdir / "tokenizer")
-    model = Qwen2_5VL(model_config(options.config.model, len(tokenizer)))
-    state = TrainState(
-        jnp.int32(5), model.init(jax.random.key(0)), (), None, jax.random.key(0), jnp.int32(0), jnp.int32(0)
-    )
-    with Checkpoints(stage_folder(workdir, "stage1"), keep=1) as checkpoints:
-        checkpoints.save(5, state, iter(grain.MapDataset.range(2).to_iter_dataset()))
-    data, results = write_maps(tmp_path, GOOD_LINE), tmp_path / "results.json"
-    command = [f"--config={BASE}", f"--workdir={workdir}", f"--data={data}", f"--json={results}", *flags]
-    assert main(command) == 0
-    printed = capsys.readouterr().out
-    assert "hole-blind" in printed and "1 maps: 1 answers unparsed" in printed and str(results) in printed
-    summary = json.loads(results.read_text())
-    assert (summary["samples"], summary["unparsed"], summary["hole_blind_rate"]) == (1, 1, 1)
-    assert [answer.name for answer in read_answers(results)] == ["maps.jsonl line 1"]
-    assert main([*command, "--stage=stage2"]) == 2
-    assert "no checkpoint of stage 'stage2'" in capsys.readouterr().err

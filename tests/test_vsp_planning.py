@@ -1,17 +1,29 @@
 """Reading, playing and scoring moves: against gymnasium's FrozenLake, brute force, and the figures of the real maps."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
 
 import gymnasium
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ilvr_jax.data.frozen_lake import MOVE_WORDS, empty_map_distance, shortest_path
+from ilvr_jax.data.drawing import draw_map
+from ilvr_jax.data.frozen_lake import (
+    MOVE_WORDS,
+    FrozenLakeSettings,
+    FrozenLakeSource,
+    empty_map_distance,
+    shortest_path,
+)
+from ilvr_jax.data.records import Look, Record
+from ilvr_jax.tasks.final_answer import answer_text
 from ilvr_jax.tasks.vsp_planning import (
     Outcome,
+    draw_look,
     hole_blind_rates,
     hole_blind_success,
     holes_matter,
@@ -95,6 +107,39 @@ def test_what_is_not_a_list_of_moves_is_unparsed(text):
 def test_moves_told_in_words_are_read():
     assert stated_moves(" ice elf\n goal ice\n 0 1 left 0 0 Down 1 0") == "LD"
     assert stated_moves(r"upright leftover \boxed{UDLR}") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "elf", "last_move"),
+    [
+        (" distances 2 1 0", (0, 0), "D"),
+        (r"\boxed{RR}", (0, 0), "D"),
+        ("Right", (0, 1), "R"),
+        ("right right, then up", (0, 2), "U"),  # off the edge: it looks there and stays
+        ("right down", (1, 1), "D"),
+        ("right down left left", (1, 1), "D"),  # fallen: what is told after that is not played
+        ("right left", (0, 0), "L"),
+    ],
+)
+def test_a_look_shows_the_map_after_the_moves_told(text, elf, last_move):
+    map_desc = ((1, 0, 0), (0, -1, 2))
+    record = Record("?", (draw_map(map_desc, 28),), (), map_desc=map_desc)
+    drawn = draw_look(record, text)
+    np.testing.assert_array_equal(drawn, draw_map(map_desc, 28, elf=elf, last_move=last_move))
+    assert draw_look(dataclasses.replace(record, images=(draw_map(map_desc),)), text).shape == (128, 192, 3)
+
+
+@pytest.mark.parametrize("read_out", ["distances", "map", "none"])
+def test_looks_of_generated_records_are_drawn_as_they_are(read_out):
+    source = FrozenLakeSource(FrozenLakeSettings(read_out=read_out), seed=3, count=10)
+    looks = 0
+    for record in (source[number] for number in range(10)):
+        for number, step in enumerate(record.steps):
+            if isinstance(step, Look):
+                told = answer_text(dataclasses.replace(record, steps=record.steps[:number]))
+                np.testing.assert_array_equal(draw_look(record, told), step.helper_image)
+                looks += 1
+    assert looks
 
 
 @given(maps())

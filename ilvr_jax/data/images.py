@@ -76,7 +76,7 @@ def load_image(
         image = Image.fromarray(source)
     else:
         name = f"an image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
-        image = _read(source, name)
+        image = open_image(source, name)
     if scale < 1.0:
         image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BOX)
     width, height = (side * max(scale, 1.0) for side in image.size)
@@ -104,7 +104,8 @@ def _fitting_size(
     return width, height
 
 
-def _read(source: Path | bytes, name: str) -> Image.Image:
+def open_image(source: Path | bytes, name: str) -> Image.Image:
+    """Returns an image file, or the content of one, as RGB in its own size; raises BadRecord as `load_image` does."""
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise BadRecord(f"{name}: there is no such file; an image file is accepted")
     try:

@@ -563,34 +563,41 @@ def image_digest(image: Picture) -> bytes:
 
 
 def fit_settings(
-    requests: Sequence[Request], rows: int, window_units: int, pictures: int = PICTURES, **changes
+    requests: Iterable[Request], rows: int, window_units: int, pictures: int = PICTURES, **changes
 ) -> EngineSettings:
     """Returns settings that hold all `requests`, with few sizes that leave little padding; `changes` go on top.
 
     An answer by "pixels" gets room for so many `pictures` of the size of its prompt's largest image. Raises ValueError
     if there are no requests.
     """
-    if not requests:
-        raise ValueError("there are no requests; at least one is needed to choose sizes from")
-    lengths, windows, columns = [], [], 0
+    lengths, windows, columns, most, count, latents = [], [], 0, 0, 0, False
     for request in requests:
+        images = request.prompt.images
         sizes = [len(request.prompt.tokens)]
-        windows += [window_count(image, window_units) for image in request.prompt.images]
         if request.method == "pixels":
-            sizes += [4 + max((image.vision_tokens for image in request.prompt.images), default=0)] * pictures
+            sizes += [4 + max((image.vision_tokens for image in images), default=0)] * pictures
+        windows += [window_count(image, window_units) for image in images]
         lengths += sizes[:2]
         columns = max(columns, sum(sizes) + request.max_new_tokens)
-    widest = min(WIDEST_CHUNK, -(-max(lengths) // COLUMN_STEP) * COLUMN_STEP)
-    rests = [-(-(length % widest or widest) // COLUMN_STEP) * COLUMN_STEP for length in lengths]
+        most, count = max(most, request.max_new_tokens), count + 1
+        latents |= request.latent_vectors
+    if not count:
+        raise ValueError("there are no requests; at least one is needed to choose sizes from")
+    widest = min(WIDEST_CHUNK, _rounded(max(lengths)))
+    rests = [_rounded(length % widest or widest) for length in lengths]
     settings = {
-        "rows": min(rows, len(requests)),
-        "columns": -(-columns // COLUMN_STEP) * COLUMN_STEP,
-        "max_new_tokens": max(request.max_new_tokens for request in requests),
+        "rows": min(rows, count),
+        "columns": _rounded(columns),
+        "max_new_tokens": most,
         "chunks": few_sizes([*rests, widest]),
         "image_windows": few_sizes(windows),
-        "latent_vectors": any(request.latent_vectors for request in requests),
+        "latent_vectors": latents,
     }
     return EngineSettings(**settings | changes)
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // COLUMN_STEP) * COLUMN_STEP
 
 
 def few_sizes(needed: Sequence[int], most: int = MOST_SIZES) -> tuple[int, ...]:

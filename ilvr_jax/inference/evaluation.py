@@ -15,15 +15,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerFast
 
-from ilvr_jax.data.drawing import draw_map
 from ilvr_jax.data.examples import ExampleSettings, build_prompt
 from ilvr_jax.data.pipeline import Source
-from ilvr_jax.data.records import BadRecord, MapDesc, Record
+from ilvr_jax.data.records import MapDesc, Record
 from ilvr_jax.inference.decode import Decoded, DecodeSettings, generate
 from ilvr_jax.inference.transcript import show_text, split_at_looks
 from ilvr_jax.latents.layout import Batch, Sample, collate, merge_layouts, required_layout
@@ -33,13 +31,14 @@ from ilvr_jax.models.sharding import divisor, fill_rows, place_rows
 from ilvr_jax.tasks.vsp_planning import (
     Outcome,
     Rates,
+    check,
     hole_blind_rates,
     hole_blind_success,
     mean_success,
+    paint_holes_over,
     parse_moves,
     play,
     stated_moves,
-    without_holes,
 )
 
 SMALLEST_BUCKET = 64  # tokens; prompts up to this length share one layout
@@ -223,10 +222,7 @@ def evaluate_maps(
     started = time.monotonic()
     records = [source[number] for number in range(len(source))]
     for record in records:
-        if record.map_desc is None:
-            raise BadRecord(f'{record.name}: has no "map_desc", which evaluation needs to play the moves on')
-        if len(record.images) != 1:
-            raise BadRecord(f"{record.name}: has {len(record.images)} images; the one of its map is accepted")
+        check(record)
     build = functools.partial(build_prompt, tokenizer=tokenizer, special=special, settings=settings)
     samples = [build(record, number=number) for number, record in enumerate(records)]
     samples += [build(paint_holes_over(record), number=number) for number, record in enumerate(records)]
@@ -244,19 +240,6 @@ def evaluate_maps(
         for number, record in enumerate(records)
     )
     return Evaluation(answers, time.monotonic() - started)
-
-
-def paint_holes_over(record: Record) -> Record:
-    """Returns a map's record with ice in place of its holes; the image is drawn anew with cells of the same size."""
-    image = record.images[0]
-    if isinstance(image, np.ndarray):
-        height = image.shape[0]
-    else:
-        with Image.open(image) as file:
-            height = file.height
-    map_desc = without_holes(record.map_desc)
-    drawn = draw_map(map_desc, max(1, round(height / len(map_desc))))
-    return dataclasses.replace(record, map_desc=map_desc, images=(drawn,), name=f"{record.name} without holes")
 
 
 def prompt_batches(

@@ -7,13 +7,24 @@ import dataclasses
 import enum
 import math
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import numpy as np
+from jaxtyping import UInt8
+
+from ilvr_jax.data.drawing import draw_map
+from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.data.frozen_lake import MOVE_WORDS, MOVES, Cell, find_cell
-from ilvr_jax.data.records import MapDesc
+from ilvr_jax.data.images import open_image
+from ilvr_jax.data.pipeline import Source
+from ilvr_jax.data.records import BadRecord, MapDesc, Record
 
 LETTERS = {word: letter for letter, word in MOVE_WORDS.items()}
+PAINTED = "without holes"
 STATED_MOVE = re.compile(rf"\b({'|'.join(LETTERS)})\b", re.IGNORECASE)
 
 
@@ -24,6 +35,34 @@ class Outcome(enum.StrEnum):
     HOLE = "hole"
     SHORT = "short"  # on the ice, but not at the goal
     UNPARSED = "unparsed"  # no moves could be read
+
+
+def open_source(path: Path, root: Path | None, on_bad_record: str) -> Source:
+    """Opens JSON lines of maps, with steps or without; raises BadRecord for what cannot be read."""
+    return FORMATS["vsp"](path, root, on_bad_record)
+
+
+def check(record: Record) -> None:
+    """Raises BadRecord, naming the record, if it has no map or not exactly one image."""
+    if record.map_desc is None:
+        raise BadRecord(f'{record.name}: has no "map_desc", which evaluation needs to play the moves on')
+    if len(record.images) != 1:
+        raise BadRecord(f"{record.name}: has {len(record.images)} images; the one of its map is accepted")
+
+
+def find_answer(text: str) -> str | None:
+    """Returns the moves that a decoded text ends in, as `parse_moves` reads them."""
+    return parse_moves(text)
+
+
+def canonical(answer: str) -> str:
+    """Returns an answer as it is: letters of UDLR are one spelling already."""
+    return answer
+
+
+def is_right(record: Record, answer: str) -> bool:
+    """Says whether the moves end on the goal of the record's map."""
+    return play(record.map_desc, answer) == Outcome.GOAL
 
 
 def parse_moves(text: str) -> str | None:
@@ -66,6 +105,67 @@ def walk(map_desc: MapDesc, moves: str) -> list[Cell]:
         inside = 0 <= row + down < len(map_desc) and 0 <= column + right < len(map_desc[0])
         cells.append((row + down, column + right) if inside else (row, column))
     return cells
+
+
+def draw_look(record: Record, text: str) -> UInt8[np.ndarray, "height width 3"]:
+    """Draws a record's map after the moves told in `text`, which is what a look that follows it should show.
+
+    Before any move that is the map at the start; after one into a hole, the elf in that hole. Cells are of the size
+    that they have in the record's image.
+    """
+    moves = stated_moves(text)
+    cells = walk(record.map_desc, moves)
+    played = moves[: len(cells) - 1]
+    return draw_map(record.map_desc, cell_pixels(record), elf=cells[-1], last_move=played[-1:] or "D")
+
+
+def cell_pixels(record: Record) -> int:
+    """Returns the side of a cell in the record's image; raises BadRecord if that cannot be read."""
+    image = record.images[0]
+    if not isinstance(image, np.ndarray):
+        try:
+            image = np.asarray(open_image(image, record.name if isinstance(image, bytes) else str(image)))
+        except BadRecord as error:
+            raise BadRecord(f"{record.name}: {error}") from error
+    return max(1, round(image.shape[0] / len(record.map_desc)))
+
+
+def controls(record: Record) -> dict[str, Record]:
+    """Returns the records that are asked beside this one and not scored: its map with its holes painted over."""
+    return {PAINTED: paint_holes_over(record)}
+
+
+def paint_holes_over(record: Record) -> Record:
+    """Returns a map's record with ice in place of its holes; the image is drawn anew with cells of the same size."""
+    map_desc = without_holes(record.map_desc)
+    drawn = draw_map(map_desc, cell_pixels(record))
+    return dataclasses.replace(record, map_desc=map_desc, images=(drawn,), name=f"{record.name} without holes")
+
+
+def figures(records: Mapping[int, Record], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns what success means on these maps: by groups of them, and beside a policy that ignores holes.
+
+    `records` are by number; `lines` as `tasks.results` keeps them. A map's success is the mean of its samples.
+    """
+    right, first, painted = defaultdict(list), {}, {}
+    for line in lines:
+        if line["form"] == PAINTED:
+            painted[line["number"]] = line["answer"]
+        else:
+            right[line["number"]].append(line["right"])
+            if line["sample"] == 0 and line["answer"] is not None:
+                first[line["number"]] = line["answer"]
+    maps = [record.map_desc for record in records.values()]
+    success, hole_blind = mean_success(maps, [fmean(right[number]) for number in records]), hole_blind_rates(maps)
+    both = first.keys() & painted.keys()
+    return {
+        "success_by_level": {str(level): rate for level, rate in success.by_level.items()},
+        "success_where_holes_matter": success.where_holes_matter,
+        "success_on_detours": success.on_detours,
+        "hole_blind_success": hole_blind.overall,
+        "hole_blind_where_holes_matter": hole_blind.where_holes_matter,
+        "unchanged_when_holes_painted_over": fmean(first[n] == painted[n] for n in both) if both else None,
+    }
 
 
 def play(map_desc: MapDesc, moves: str | None) -> Outcome:

@@ -1,0 +1,155 @@
+"""python -m ilvr_jax.generate: a question, with images or without, answered in text and latent slots."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from ilvr_jax.data.examples import build_prompt
+from ilvr_jax.data.records import BadRecord, Record
+from ilvr_jax.inference.engine import Answer, Engine, Request, fit_settings
+from ilvr_jax.inference.flags import add_decoding_flags, how_to_decode, over_limits
+from ilvr_jax.inference.transcript import show_look
+from ilvr_jax.models.tensor_files import BadCheckpoint
+from ilvr_jax.tasks.final_answer import find_final_answer
+from ilvr_jax.training.checkpoints import NoCheckpoint
+from ilvr_jax.training.configuration import BadConfig
+from ilvr_jax.training.trained import TrainedModel, open_trained
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0 done, 1 not written, 2 bad input, 130 stopped."""
+    logging.set_verbosity(logging.FATAL)  # libraries log the errors that they raise: each is to be said once
+    parser = argparse.ArgumentParser(prog="python -m ilvr_jax.generate", description=__doc__, allow_abbrev=False)
+    parser.add_argument("checkpoint", help="the workdir of a run, a folder of a Qwen2.5-VL, or its name on the hub")
+    parser.add_argument(
+        "question", nargs="?", help="with <image> where an image belongs, or without (default: the run's)"
+    )
+    parser.add_argument("--image", type=Path, action="append", default=[], help="an image file; may be given again")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing before")
+    parser.add_argument("--log-probabilities", action="store_true", help="of the tokens, in the JSON object")
+    parser.add_argument("--latents", type=Path, help="a .npy file for what the slots held: float32 [slots, channels]")
+    add_decoding_flags(parser)
+    options = parser.parse_intermixed_args(arguments)  # so that the question may come last
+    try:
+        if options.method == "pixels":
+            raise BadConfig("--method is pixels, which takes a task that has pictures to show; evaluate does that")
+        trained = open_trained(options.checkpoint, options.stage, options.dtype)
+        if not trained.looks and options.method != "text":
+            print(f"{options.checkpoint} has no latent tokens; it is decoded as plain text", file=sys.stderr)
+            options.method = "text"
+        engine, request = prepare(options, trained)
+        answer = generate(engine, request, None if options.json else Printer(trained, request.latent_size))
+    except (BadConfig, BadCheckpoint, BadRecord, NoCheckpoint) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    if options.json:
+        print(json.dumps(as_json(answer), ensure_ascii=False))
+    else:
+        show_end(answer)
+    if options.latents:
+        try:
+            with options.latents.open("wb") as file:
+                np.save(file, np.asarray(answer.latent_vectors, np.float32))
+        except OSError as error:
+            print(f"--latents {options.latents} cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def prepare(options: argparse.Namespace, trained: TrainedModel) -> tuple[Engine, Request]:
+    """Returns an engine that holds the question, and its request; raises BadConfig or BadRecord if it is no good."""
+    prompts = trained.prompts
+    question = options.question if options.question is not None else prompts.question
+    if question is None:
+        raise BadConfig(f"there is no question, and {options.checkpoint} has none of its own; a text is accepted")
+    record = Record(question, tuple(options.image), (), name="the question")
+    prompt = build_prompt(record, trained.tokenizer, trained.special, dataclasses.replace(prompts, question=None))
+    if refusal := over_limits(options, prompt):
+        raise BadConfig(refusal)
+    try:
+        request = Request(
+            prompt,
+            **how_to_decode(options, prompts, trained.max_new_tokens),
+            seed=options.seed,
+            log_probabilities=options.log_probabilities,
+            latent_vectors=options.latents is not None,
+        )
+    except ValueError as error:
+        raise BadConfig(str(error)) from error
+    settings = fit_settings([request], 1, trained.model.config.vision.window_units)
+    engine = Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer)
+    if refusal := engine.refusal(request):
+        raise BadConfig(refusal)
+    return engine, request
+
+
+def generate(engine: Engine, request: Request, printer: "Printer | None") -> Answer:
+    """Returns the answer; with a printer its text comes as it is written."""
+    if printer is None:
+        return engine.answer([request])[0]
+    return next(engine.serve([request], lambda _, tokens: printer.show(tokens)))
+
+
+class Printer:
+    """Prints tokens as they come: text, and looks while they happen."""
+
+    def __init__(self, trained: TrainedModel, latent_size: int):
+        self._tokenizer, self._special = trained.tokenizer, trained.special
+        self._text: list[int] = []  # since the last look
+        self._shown = ""
+        self._slots = 0
+
+    def show(self, tokens: Sequence[int]) -> None:
+        """Prints what new tokens add."""
+        for token in tokens:
+            if token == self._special.latent_start:
+                self._print("‹looking")
+                self._text, self._shown, self._slots = [], "", 0
+            elif token == self._special.latent_pad:
+                self._slots += 1
+            elif token == self._special.latent_end:
+                self._print(show_look(self._slots).removeprefix("‹looking"))
+            else:
+                self._text.append(token)
+                text = self._tokenizer.decode(self._text, skip_special_tokens=True)
+                if not text.endswith("\ufffd"):  # a letter of which more bytes are to come
+                    self._print(text[len(self._shown) :])
+                    self._shown = text
+
+    def _print(self, text: str) -> None:
+        print(text, end="", flush=True)
+
+
+def show_end(answer: Answer) -> None:
+    """Prints the final answer, if one can be read out of the text, and what it took."""
+    print()
+    if answer.stop_reason == "length":
+        print(f"(stopped after {len(answer.tokens)} tokens, as --max-new-tokens says)")
+    seconds = answer.timings.total
+    looks = f"{len(answer.looks)} look{'' if len(answer.looks) == 1 else 's'}"
+    print(f"{len(answer.tokens)} tokens, {looks} with {answer.slots} slots, {seconds:.1f} s")
+    print(f"answer: {find_final_answer(answer.text) or 'none found'}")
+
+
+def as_json(answer: Answer) -> dict[str, Any]:
+    """Returns an answer as a JSON object."""
+    fields = dataclasses.asdict(answer)
+    for name in ("number", "name", "latent_vectors", "error", "shared_tokens"):
+        del fields[name]
+    if fields["log_probabilities"] is None:
+        del fields["log_probabilities"]
+    return {"answer": find_final_answer(answer.text), **fields}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

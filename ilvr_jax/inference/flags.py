@@ -1,0 +1,62 @@
+"""Flags that say how answers are decoded, for the commands that do."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+from ilvr_jax.data.examples import ExampleSettings
+from ilvr_jax.inference.decode import DecodeSettings
+from ilvr_jax.inference.engine import METHODS
+from ilvr_jax.latents.layout import Sample
+from ilvr_jax.models.config import DTYPES
+
+LONGEST_PROMPT = 8192  # tokens
+LARGEST_IMAGE = 4096  # vision tokens
+
+
+def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags to a parser."""
+    methods = "; ".join(f"{name}: {what}" for name, what in METHODS.items())
+    parser.add_argument("--stage", help="of a run: the stage whose checkpoint is used (default: the last that has one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: the checkpoint's own)")
+    parser.add_argument("--method", choices=METHODS, default="latent", help=f"how it may look; {methods}")
+    parser.add_argument("--max-new-tokens", type=int, help="of an answer, slots included (default: the run's, or 1024)")
+    parser.add_argument("--latent-size", type=int, help="slots a look (default: the run's, or 8)")
+    parser.add_argument("--early-end", action="store_true", help="let the model end a latent segment early")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="0, the default: all tokens")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--longest-prompt", type=int, default=LONGEST_PROMPT, help=f"in tokens (default: {LONGEST_PROMPT})"
+    )
+    parser.add_argument(
+        "--largest-image", type=int, default=LARGEST_IMAGE, help=f"in vision tokens (default: {LARGEST_IMAGE})"
+    )
+
+
+def how_to_decode(options: argparse.Namespace, prompts: ExampleSettings, max_new_tokens: int) -> dict[str, Any]:
+    """Returns the fields of a Request that the flags say, `seed` left out; the others are what the model came with.
+
+    Raises ValueError, one sentence, for a bad value.
+    """
+    settings = DecodeSettings(
+        max_new_tokens=max_new_tokens if options.max_new_tokens is None else options.max_new_tokens,
+        latent_size=prompts.latent_size if options.latent_size is None else options.latent_size,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        early_end=options.early_end,
+    )
+    return {"method": options.method, **dataclasses.asdict(settings)}
+
+
+def over_limits(options: argparse.Namespace, prompt: Sample) -> str | None:
+    """Returns one sentence if a prompt or one of its images is larger than the flags allow, else None."""
+    largest = max((image.vision_tokens for image in prompt.images), default=0)
+    if largest > options.largest_image:
+        return f"an image takes {largest} vision tokens; at most {options.largest_image} are accepted (--largest-image)"
+    if len(prompt.tokens) > options.longest_prompt:
+        accepted = f"at most {options.longest_prompt} are accepted (--longest-prompt)"
+        return f"the prompt has {len(prompt.tokens)} tokens; {accepted}"
+    return None

@@ -1,0 +1,91 @@
+"""A model to be used: a run of ours, or a Qwen2.5-VL from the Hugging Face hub or a folder."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerFast
+
+from ilvr_jax.data.examples import ExampleSettings
+from ilvr_jax.data.images import image_processor_settings
+from ilvr_jax.data.tokenizer import special_tokens
+from ilvr_jax.inference.evaluation import prompt_settings
+from ilvr_jax.latents.tokens import SpecialTokens
+from ilvr_jax.models.config import model_config_from_hf
+from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.tensor_files import BadCheckpoint
+from ilvr_jax.training.checkpoints import restore_for_inference
+from ilvr_jax.training.configuration import BadConfig, blame, read_config
+from ilvr_jax.training.pretrained import IMAGE_PROCESSOR, load_params, open_pretrained
+
+SYSTEM = "You are a helpful assistant."  # what Qwen2.5-VL's chat template begins with
+LATENT_SIZE, MAX_NEW_TOKENS = 8, 1024  # of a checkpoint that does not say
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A model with its parameters, and how it is asked."""
+
+    model: Qwen2_5VL
+    params: PyTree
+    tokenizer: PreTrainedTokenizerFast
+    special: SpecialTokens
+    prompts: ExampleSettings  # how prompts are made, latent_size included
+    max_new_tokens: int
+    looks: bool  # whether it came with latent tokens; without, it has never learnt to look
+    config: ConfigDict | None  # of a run of ours
+
+
+def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = None) -> TrainedModel:
+    """Returns the model of a workdir, by default after its last stage, or of a published checkpoint.
+
+    `dtype` is that of parameters and activations, by default the run's or the checkpoint's own. Raises BadConfig,
+    NoCheckpoint or BadCheckpoint, one sentence, if it cannot be opened.
+    """
+    folder = Path(checkpoint)
+    if folder.is_dir() and not is_published(folder):
+        config = read_config(folder)
+        if dtype:
+            with config.unlocked():
+                config.model.dtype = dtype
+        with blame("data"):
+            prompts = prompt_settings(config)
+        model, params, tokenizer, special = restore_for_inference(folder, config, stage)
+        return TrainedModel(model, params, tokenizer, special, prompts, config.eval.max_new_tokens, True, config)
+    if stage:
+        raise BadConfig(f"--stage is {stage}, and {checkpoint} is no run of ours; none is accepted")
+    pretrained = open_pretrained(checkpoint)
+    config = model_config_from_hf(pretrained.published, dtype=dtype or pretrained.dtype)
+    config = dataclasses.replace(config, vocab_size=max(config.vocab_size, len(pretrained.tokenizer)))
+    bounds = {}
+    if any((pretrained.folder / name).is_file() for name in IMAGE_PROCESSOR):
+        processor = image_processor_settings(pretrained.folder)
+        bounds = {key: processor[key] for key in ("min_pixels", "max_pixels")}
+    params = load_params(pretrained, config, config.dtype, jax.random.key(0))
+    return TrainedModel(
+        Qwen2_5VL(config),
+        params,
+        pretrained.tokenizer,
+        special_tokens(pretrained.tokenizer),
+        ExampleSettings(latent_size=LATENT_SIZE, system=SYSTEM, **bounds),
+        MAX_NEW_TOKENS,
+        not pretrained.added,
+        None,
+    )
+
+
+def is_published(folder: Path) -> bool:
+    """Says whether a folder is one of a published checkpoint; raises BadCheckpoint if it is nothing that we know."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BadCheckpoint(
+            f"{folder} has no config.json; the workdir of a run, or a folder of a published checkpoint, is accepted"
+        )
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise BadCheckpoint(f"{path} is not JSON ({error}); that of a run or a checkpoint is accepted") from error
+    return isinstance(fields, dict) and "model_type" in fields

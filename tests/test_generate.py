@@ -1,0 +1,122 @@
+"""python -m ilvr_jax.generate: what it prints for runs and published checkpoints, and for what it cannot answer."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ilvr_jax.data.drawing import draw_map
+from ilvr_jax.generate import main
+from ilvr_jax.training.configuration import REPOSITORY
+from tests.published import save_published
+from tests.samples import untrained_run
+
+MAP = ((1, 0, 2), (0, -1, 0), (0, 0, 0))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return untrained_run(tmp_path_factory.mktemp("generate") / "run")
+
+
+@pytest.fixture(scope="module")
+def picture(run):
+    Image.fromarray(draw_map(MAP)).save(run.parent / "map.png")
+    return run.parent / "map.png"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    save_published(folder, dtype="float32", texts=["What is this?"])
+    return folder
+
+
+def printed(capsys, *flags) -> str:
+    assert main([str(flag) for flag in flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_looks_are_shown_as_they_happen_and_the_same_answer_comes_as_json(run, picture, capsys):
+    out = printed(capsys, run, f"--image={picture}")
+    text, counts, answer = out.rstrip("\n").rsplit("\n", 2)[-3:]
+    told = json.loads(printed(capsys, run, f"--image={picture}", "--json"))
+    assert told["looks"] and out.startswith(told["text"].partition("‹")[0])
+    whole = [look for look in told["looks"] if look["slots"] == 4]
+    assert out.count("‹looking: 4 slots›") == len(whole) or told["stop_reason"] == "length"
+    assert re.match(rf"{len(told['tokens'])} tokens, {len(told['looks'])} looks? with", counts)
+    assert answer == "answer: none found" and told["answer"] is None
+    assert set(told) == {"answer", "tokens", "text", "looks", "stop_reason", "timings"}
+
+
+def test_what_slots_held_and_log_probabilities_are_given_on_request(run, picture, tmp_path, capsys):
+    file = tmp_path / "latents.npy"
+    flags = (run, f"--image={picture}", "--json", "--log-probabilities", f"--latents={file}")
+    told = json.loads(printed(capsys, *flags))
+    assert len(told["log_probabilities"]) == len(told["tokens"]) and max(told["log_probabilities"]) <= 0
+    latents = np.load(file)
+    assert latents.shape == (sum(look["slots"] for look in told["looks"]), 32) and latents.dtype == np.float32
+    assert main([*map(str, flags[:-1]), f"--latents={tmp_path / 'none' / 'latents.npy'}"]) == 1
+    assert "cannot be written: No such file or directory" in capsys.readouterr().err
+
+
+def test_methods_and_sampling_are_chosen_by_flags(run, picture, capsys):
+    def answer(*flags):
+        return json.loads(printed(capsys, run, f"--image={picture}", "--json", *flags))
+
+    assert not answer("--method=text")["looks"]
+    assert [look["position"] for look in answer("--method=single", "--latent-size=2")["looks"]] == [0]
+    assert len(answer("--max-new-tokens=3")["tokens"]) <= 3
+    drawn = [answer("--temperature=1.5", f"--seed={seed}")["tokens"] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_published_checkpoint_without_latent_tokens_answers_in_plain_text_and_says_so(published, picture, capsys):
+    flags = [str(published), "What is this?", f"--image={picture}", "--max-new-tokens=6", "--json"]
+    assert main(flags) == 0
+    out, err = capsys.readouterr()
+    assert err == f"{published} has no latent tokens; it is decoded as plain text\n"
+    told = json.loads(out)
+    assert not told["looks"] and 1 <= len(told["tokens"]) <= 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--image=missing.png"], "missing.png: there is no such file; an image file is accepted"),
+        (["--max-new-tokens=0"], "max_new_tokens is 0; accepted is 1 or more"),
+        (["--latent-size=0"], "latent_size is 0; accepted is 1 or more"),
+        (["--temperature=-1"], "temperature is -1.0; accepted is 0 (greedy) or more"),
+        (["--longest-prompt=10"], "the prompt has 25 tokens; at most 10 are accepted"),
+        (["--largest-image=8"], "an image takes 9 vision tokens; at most 8 are accepted"),
+        (["--method=pixels"], "--method is pixels, which takes a task"),
+        (["--stage=stage2"], "no checkpoint of stage 'stage2'"),
+        (["one <image> two <image>"], "has <image> 2 times in its question and 1 images"),
+        (["<|latent_start|>"], "a text holds <|latent_start|>, a special token"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(run, picture, capsys, flags, sentence):
+    assert main([str(run), *([] if "missing" in flags[0] else [f"--image={picture}"]), *flags]) == 2
+    out, err = capsys.readouterr()
+    assert sentence in err and err.count("\n") == 1 and out == ""
+
+
+def test_a_checkpoint_that_is_none_is_named(tmp_path, published, capsys):
+    for name, sentence in (
+        (tmp_path, "has no config.json; the workdir of a run, or a folder of a published checkpoint, is accepted"),
+        (tmp_path / "absent", "is not a folder"),
+    ):
+        assert main([str(name), "What?"]) == 2
+        assert sentence in capsys.readouterr().err
+    assert main([str(published)]) == 2
+    assert "there is no question" in capsys.readouterr().err
+
+
+def test_the_example_of_the_readme_runs(run, capsys):
+    readme = (REPOSITORY / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(example.replace('"runs/base"', repr(str(run))).replace('"tests/', f'"{REPOSITORY}/tests/'), {})
+    names = re.findall(r"^level3_\d+\.png", capsys.readouterr().out, re.MULTILINE)
+    assert len(names) == len(set(names)) == 50
