@@ -53,19 +53,11 @@ def curve(workdir):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_well_and_once(tmp_path_factory):
-    """Steps over a whole vocabulary take longer than compiling them well, and each is met again after a stop."""
-    compiled = str(tmp_path_factory.mktemp("compiled"))
-    options = {  # here, and as the other files have them
-        "jax_disable_most_optimizations": (False, os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "true"),
-        "jax_compilation_cache_dir": (compiled, jax.config.jax_compilation_cache_dir),
-        "jax_persistent_cache_min_compile_time_secs": (0.0, jax.config.jax_persistent_cache_min_compile_time_secs),
-    }
-    for name, (here, _) in options.items():
-        jax.config.update(name, here)
+def compiled_well():
+    """Steps over a whole vocabulary take longer than compiling them well."""
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
-    for name, (_, elsewhere) in options.items():
-        jax.config.update(name, elsewhere)
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "true")
 
 
 @pytest.fixture(scope="module")
