@@ -139,9 +139,10 @@ class Work:
     def settings(self) -> dict[str, Any]:
         """Returns what makes an answer what it is, for the head of the results."""
         options = self.options
-        names = ("task", "stage", "dtype", "question", "instruction", "samples_per_question", "seed", "limit")
+        names = ("task", "dtype", "question", "instruction", "samples_per_question", "seed", "limit")
         return {
             "checkpoint": str(options.checkpoint),
+            "stage": self.trained.stage,
             "data": str(self.data),
             **{name: getattr(options, name) for name in names},
             **self.how,

@@ -35,6 +35,7 @@ from ilvr_jax.inference.sampling import Sampling, check_sampling
 from ilvr_jax.inference.transcript import show_look, show_text, split_at_looks
 from ilvr_jax.latents.layout import NO_IMAGE, Sample
 from ilvr_jax.latents.tokens import SpecialTokens
+from ilvr_jax.models.decoder import split_layers
 from ilvr_jax.models.images import MERGE, EncodedImage, PatchedImage, stack_images, window_count
 from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.positions import mrope_positions
@@ -160,7 +161,8 @@ class _Served:
 class Engine:
     """Answers requests with one model; holds the keys and values of `settings.rows` of them.
 
-    The parameters are kept in the model's own dtype, so those in another are there twice while the caller holds them.
+    It has a copy of the parameters, in the model's own dtype and layer by layer: they are there twice while the caller
+    holds them, too.
     """
 
     def __init__(
@@ -173,8 +175,8 @@ class Engine:
     ):
         self.settings = settings
         self._model, self._special, self._tokenizer = model, special, tokenizer
-        self._vision = params["vision"]
-        self._decoder = jax.tree_util.tree_map_with_path(self._in_dtype, decoder_params(params))
+        self._vision = jax.tree_util.tree_map_with_path(self._in_dtype, params["vision"])
+        self._decoder = split_layers(jax.tree_util.tree_map_with_path(self._in_dtype, decoder_params(params)))
         self._window_units = model.config.vision.window_units
         self._rows = empty_rows(model, settings.rows, settings.max_new_tokens, settings.latent_vectors)
         self._cache = empty_cache(model, settings.rows, settings.columns)
@@ -190,8 +192,11 @@ class Engine:
         self._features: dict[bytes, Array] = {}  # of images, the longest unused first
 
     def _in_dtype(self, path: tuple[Any, ...], leaf: Array) -> Array:
-        """Returns a matrix as it is multiplied with, so that it is not turned into that for every token."""
-        matrix = path[-1].key in ("kernel", "embed_tokens", "lm_head", "a", "b")
+        """Returns a matrix as it is multiplied with, so that it is not turned into that for every token.
+
+        That of the patch embedding is first summed, in the dtype that it has.
+        """
+        matrix = path[-1].key in ("kernel", "embed_tokens", "lm_head", "a", "b") and path[0].key != "patch_embed"
         return leaf.astype(self._model.config.dtype) if matrix else leaf
 
     def warm_up(self) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ilvr_jax.inference.decode import Mode, next_inputs, next_token
 from ilvr_jax.inference.sampling import Sampling
 from ilvr_jax.latents.tokens import SpecialTokens
-from ilvr_jax.models.decoder import KeyValues
+from ilvr_jax.models.decoder import LayerKeyValues, decode_by_layers
 from ilvr_jax.models.images import ImageBatch
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 
@@ -74,11 +74,14 @@ def empty_rows(model: Qwen2_5VL, rows: int, new_tokens: int, keep_latents: bool)
     )
 
 
-def empty_cache(model: Qwen2_5VL, rows: int, columns: int) -> KeyValues:
+Cache = list[LayerKeyValues]  # of each layer, [rows, columns, key_value_heads, head_dim]
+
+
+def empty_cache(model: Qwen2_5VL, rows: int, columns: int) -> Cache:
     """Returns room for the keys and values of all rows."""
     config = model.config
-    shape = (config.num_hidden_layers, rows, columns, config.num_key_value_heads, config.head_dim)
-    return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+    shape = (rows, columns, config.num_key_value_heads, config.head_dim)
+    return [(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.num_hidden_layers)]
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -99,7 +102,7 @@ def place_features(
 def prefill(
     model: Qwen2_5VL,
     decoder: PyTree,
-    cache: KeyValues,
+    cache: Cache,
     vision_inputs: Float[Array, "places channels"],
     row: Int[Array, ""],
     start: Int[Array, ""],
@@ -107,33 +110,33 @@ def prefill(
     positions: Int[Array, "3 chunk"],
     count: Int[Array, ""],
     special: SpecialTokens,
-) -> tuple[KeyValues, Float[Array, " channels"]]:
+) -> tuple[Cache, Float[Array, " channels"]]:
     """Adds the first `count` tokens of a chunk to a row that has `start` columns; returns the last one's hidden state.
 
     Vision tokens take their inputs from `vision_inputs`, at the column that they stand in.
     """
-    chunk, columns = len(tokens), cache[0].shape[2]
+    chunk, columns = len(tokens), cache[0][0].shape[1]
     features = jax.lax.dynamic_slice_in_dim(vision_inputs, start, chunk)
     embedded = model.embed(decoder, tokens[None])
-    inputs = jnp.where((tokens == special.image_pad)[:, None], features.astype(embedded.dtype), embedded)
-    past = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, row, 1, axis=1), cache)
+    inputs = jnp.where((tokens == special.image_pad)[:, None], features.astype(embedded.dtype), embedded[0])
+    past = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, row, 1), cache)
     places = jnp.arange(chunk)
     before = jnp.broadcast_to(jnp.arange(columns) < start, (chunk, columns))
     here = (places[:, None] >= places) & (places < count)
     mask = jnp.concatenate([before, here], axis=1)
-    hidden, new = model.decode(decoder, inputs, positions[None], mask[None], [past])
+    hidden, new = decode_by_layers(model.config, decoder, inputs[None], positions[None], mask[None], past)
     written = jnp.where(places < count, start + places, columns)  # what is outside is dropped
-    cache = jax.tree.map(lambda old, part: old.at[:, row, written].set(part[:, 0], mode="drop"), cache, new)
+    cache = jax.tree.map(lambda old, part: old.at[row, written].set(part[0], mode="drop"), cache, new)
     return cache, hidden[0, count - 1]
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def copy_row(cache: KeyValues, source: Int[Array, ""], row: Int[Array, ""]) -> KeyValues:
+def copy_row(cache: Cache, source: Int[Array, ""], row: Int[Array, ""]) -> Cache:
     """Returns the cache with the keys and values of one row in another, too."""
 
     def copy(array: Array) -> Array:
-        one = jax.lax.dynamic_slice_in_dim(array, source, 1, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(array, one, row, axis=1)
+        one = jax.lax.dynamic_slice_in_dim(array, source, 1)
+        return jax.lax.dynamic_update_slice_in_dim(array, one, row, axis=0)
 
     return jax.tree.map(copy, cache)
 
@@ -169,26 +172,26 @@ def resume_row(
 
 @functools.partial(jax.jit, static_argnames=("model", "special"), donate_argnames=("cache", "rows"))
 def decode_rows(
-    model: Qwen2_5VL, decoder: PyTree, cache: KeyValues, rows: Rows, steps: Int[Array, ""], special: SpecialTokens
-) -> tuple[KeyValues, Rows]:
+    model: Qwen2_5VL, decoder: PyTree, cache: Cache, rows: Rows, steps: Int[Array, ""], special: SpecialTokens
+) -> tuple[Cache, Rows]:
     """Lets all running rows write up to `steps` tokens; returns sooner once one of them stops."""
     running = rows.status == Status.RUNNING
 
-    def go_on(carry: tuple[Array, KeyValues, Rows]) -> Array:
+    def go_on(carry: tuple[Array, Cache, Rows]) -> Array:
         step, _, rows = carry
         return (step < steps) & jnp.all((rows.status == Status.RUNNING) == running) & running.any()
 
-    def advance(carry: tuple[Array, KeyValues, Rows]) -> tuple[Array, KeyValues, Rows]:
+    def advance(carry: tuple[Array, Cache, Rows]) -> tuple[Array, Cache, Rows]:
         step, cache, rows = carry
-        columns = cache[0].shape[2]
+        columns = cache[0][0].shape[1]
         inputs = next_inputs(model, decoder, rows.token, rows.hidden, special)
         position = jnp.broadcast_to(rows.position[:, None, None], (*rows.position.shape, 3, 1))
         before = jnp.arange(columns) < rows.length[:, None]
         mask = jnp.pad(before, ((0, 0), (0, 1)), constant_values=True)[:, None]
-        hidden, new = model.decode(decoder, inputs, position, mask, [cache])
+        hidden, new = decode_by_layers(model.config, decoder, inputs, position, mask, cache)
         written = jnp.where(running, rows.length, columns)  # what is outside is dropped
         every = jnp.arange(len(written))
-        cache = jax.tree.map(lambda old, one: old.at[:, every, written].set(one[:, :, 0], mode="drop"), cache, new)
+        cache = jax.tree.map(lambda old, one: old.at[every, written].set(one[:, 0], mode="drop"), cache, new)
         rows = rows._replace(
             hidden=jnp.where(running[:, None], hidden[:, 0], rows.hidden),
             length=rows.length + running,

@@ -1,11 +1,12 @@
 """Qwen2.5-VL's decoder: a causal transformer over embeddings, with explicit masks, positions and past."""
 
+import operator
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from ilvr_jax.models.attention import attention, causal_attention
 from ilvr_jax.models.config import ModelConfig
@@ -16,6 +17,7 @@ from ilvr_jax.models.rotary import decoder_angles, rotate
 # Keys and values of some columns, each [layers, batch, columns, key_value_heads, head_dim].
 Heads = Float[Array, "layers batch columns heads head_dim"]
 KeyValues = tuple[Heads, Heads]
+LayerKeyValues = tuple[Float[Array, "batch columns heads head_dim"], Float[Array, "batch columns heads head_dim"]]
 
 
 def remat_policy(name: str):
@@ -141,3 +143,32 @@ class Decoder(nn.Module):
             return flat.reshape(*hidden.shape[:2], -1, self.config.head_dim)
 
         return project("q_proj"), project("k_proj")
+
+
+def split_layers(decoder: PyTree) -> PyTree:
+    """Returns a decoder's parameters with those of each layer by themselves, for `decode_by_layers`: a copy of them."""
+    count = len(decoder["layers"]["input_layernorm"]["weight"])
+    layers = [jax.tree.map(operator.itemgetter(number), decoder["layers"]) for number in range(count)]
+    return {**decoder, "layers": layers}
+
+
+def decode_by_layers(
+    config: ModelConfig,
+    decoder: PyTree,
+    inputs: Float[Array, "batch time channels"],
+    positions: Int[Array, "batch 3 time"],
+    mask: Bool[Array, "batch time keys"],
+    past: Sequence[LayerKeyValues],
+) -> tuple[Float[Array, "batch time channels"], list[LayerKeyValues]]:
+    """Returns what `Decoder` does with a past, from parameters of `split_layers` and one past a layer.
+
+    A scan over stacked layers copies the weights of each before it multiplies with them, which for a single column
+    takes longer than the product. Here they are read where they are.
+    """
+    angles = decoder_angles(positions, config.head_dim, config.rope_theta, config.mrope_section)
+    hidden, key_values = inputs.astype(config.dtype), []
+    for number, (layer, layer_past) in enumerate(zip(decoder["layers"], past, strict=True)):
+        call = DecoderLayer(config).apply
+        hidden, new = call({"params": layer}, hidden, [layer_past], angles, mask, jnp.int32(number), None)
+        key_values.append(new)
+    return RMSNorm(config.rms_norm_eps).apply({"params": decoder["norm"]}, hidden), key_values

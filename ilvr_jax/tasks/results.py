@@ -119,7 +119,7 @@ def figures(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "right": right,
         "wrong": len(every) - right - unparsed,
         "unparsed": unparsed,
-        "cut_off": sum(line["stop_reason"] == "length" for line in every),
+        "cut_off": sum(line["stop_reason"] != "end" for line in every),
     }
     if every:
         means = [fmean(line["right"] for line in question) for question in questions]

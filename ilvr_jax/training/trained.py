@@ -17,7 +17,7 @@ from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.tensor_files import BadCheckpoint
-from ilvr_jax.training.checkpoints import restore_for_inference
+from ilvr_jax.training.checkpoints import choose_stage, restore_for_inference
 from ilvr_jax.training.configuration import BadConfig, blame, read_config
 from ilvr_jax.training.pretrained import IMAGE_PROCESSOR, load_params, open_pretrained
 
@@ -37,6 +37,7 @@ class TrainedModel:
     max_new_tokens: int
     looks: bool  # whether it came with latent tokens; without, it has never learnt to look
     config: ConfigDict | None  # of a run of ours
+    stage: str | None  # of that run
 
 
 def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = None) -> TrainedModel:
@@ -53,8 +54,9 @@ def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = 
                 config.model.dtype = dtype
         with blame("data"):
             prompts = prompt_settings(config)
-        model, params, tokenizer, special = restore_for_inference(folder, config, stage)
-        return TrainedModel(model, params, tokenizer, special, prompts, config.eval.max_new_tokens, True, config)
+        stage = choose_stage(folder, config, stage)
+        restored = restore_for_inference(folder, config, stage)
+        return TrainedModel(*restored, prompts, config.eval.max_new_tokens, True, config, stage)
     if stage:
         raise BadConfig(f"--stage is {stage}, and {checkpoint} is no run of ours; none is accepted")
     pretrained = open_pretrained(checkpoint)
@@ -73,6 +75,7 @@ def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = 
         ExampleSettings(latent_size=LATENT_SIZE, system=SYSTEM, **bounds),
         MAX_NEW_TOKENS,
         not pretrained.added,
+        None,
         None,
     )
 
