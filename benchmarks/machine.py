@@ -1,10 +1,15 @@
-"""The machine that a figure was measured on, in a line."""
+"""The machine that a figure was measured on, in a line, and what benchmarks share beside it."""
 
+import argparse
+import dataclasses
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 
 def machine(packages: Sequence[str]) -> str:
@@ -19,3 +24,71 @@ def processor() -> str:
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a bad value with one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(message)
+
+
+def positive(text: str) -> int:
+    """Reads the value of a flag that is a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def refuse(sentence: str) -> NoReturn:
+    """Ends the program with a sentence about what it was given."""
+    print(sentence, file=sys.stderr)
+    sys.exit(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Peaks:
+    """What the device does at most, as measured."""
+
+    flops: float  # a second, in a product of large matrices
+    bandwidth: float  # bytes a second, of memory
+
+    def seconds(self, flops: float, moved: float) -> float:
+        """Returns the least time for so many multiplications and additions and bytes moved."""
+        return max(flops / self.flops, moved / self.bandwidth)
+
+
+def measure_peaks(dtype: str, repeats: int = 5) -> Peaks:
+    """Measures JAX's default device: the best of several large products, and of ways to go through a large array."""
+    import jax
+    import jax.numpy as jnp
+
+    small = jax.default_backend() == "cpu"
+    side, length = (4096, 2**27) if small else (8192, 2**30)
+
+    def best(function: Callable, *inputs: jax.Array) -> float:
+        compiled, times = jax.jit(function), []
+        jax.block_until_ready(compiled(*inputs))
+        for _ in range(repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*inputs))
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    square = jnp.ones((side, side), dtype)
+    flops = 2 * side**3 / best(jnp.dot, square, square)
+    array = jnp.ones((length // side, side), dtype)
+    ways = (
+        (1, jnp.sum, (array,)),
+        (1, jnp.dot, (array, square[0])),
+        (2, jnp.negative, (array,)),
+    )
+    return Peaks(flops, max(passes * array.nbytes / best(function, *inputs) for passes, function, inputs in ways))
+
+
+def device_line(packages: Sequence[str]) -> str:
+    """Returns the machine line with JAX's default device ahead, if that is not the processor."""
+    import jax
+
+    device = jax.devices()[0]
+    return machine(packages) if device.platform == "cpu" else f"{device.device_kind}; {machine(packages)}"

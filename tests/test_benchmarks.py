@@ -1,0 +1,103 @@
+"""The arithmetic of the benchmarks: least times against numbers worked out by hand."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks import decode, latency
+from benchmarks.latency import CASES, Case, Work, decoder_work, figures, forced_tokens, layer_weights, least, trace
+from benchmarks.machine import Peaks
+from ilvr_jax.models.config import ModelConfig, VisionConfig
+
+VISION = VisionConfig(4, 16, 24, 2, 8, 112, (3,))
+# Two layers of 2 heads of 4 channels, one of them with keys and values, and a vocabulary of 10.
+CONFIG = ModelConfig(10, 8, 12, 2, 2, 1, 1e4, (0, 1, 1), VISION)
+SMALL = Case("small", vision_tokens=64, looks=2, slots=3, text=2)
+
+
+def test_weights_of_a_layer():
+    assert layer_weights(CONFIG) == 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12
+
+
+def test_one_token_of_the_decoder():
+    """416 numbers a layer, 80 in the head; two layers keep 2 x 4 numbers a column, and 5 columns are there."""
+    work = decoder_work(CONFIG, start=5, count=1, rows=1)
+    assert work.moved == 2 * 480 + 80 + 5 * 2 * 2 * 4
+    # Each layer multiplies 8 channels with the keys, and again with the values, of 6 columns.
+    assert work.flops == 2 * (2 * 480 + 80 + 2 * 2 * 8 * 6)
+
+
+def test_rows_share_weights_and_what_is_there_once():
+    one, four = (decoder_work(CONFIG, 5, 1, rows) for rows in (1, 4))
+    assert four.flops == 4 * one.flops
+    assert four.moved - one.moved == 3 * 5 * 16
+    assert decoder_work(CONFIG, 5, 1, 4, once=3).moved == 2 * 480 + 80 + 16 * (4 * 2 + 3)
+
+
+def test_many_columns_take_what_they_take_one_by_one_but_for_the_head():
+    together = decoder_work(CONFIG, 5, 4, 1).flops
+    single = sum(decoder_work(CONFIG, start, 1, 1).flops for start in range(5, 9))
+    assert together == single - 3 * 2 * 80
+
+
+def test_an_image():
+    """64 vision tokens are 256 patches; 3 blocks see windows of 64 patches, one sees all."""
+    work = latency.vision_work(CONFIG, 64, images=1)
+    block, embedding, merger = 4 * 16 * 16 + 3 * 16 * 24, 588 * 16, 64 * (64 + 8)
+    assert work.moved == 4 * block + embedding + merger
+    attention = 256 * 2 * 16 * (3 * 64 + 256)
+    assert work.flops == 2 * (256 * (4 * block + embedding) + attention + 64 * merger)
+    assert latency.vision_work(CONFIG, 64, 3) == Work(3 * work.flops, work.moved)
+
+
+def test_the_steps_of_an_answer():
+    """A prompt of 102 tokens; three texts of 2, and looks of 5 columns or pictures of 68 in between."""
+    assert SMALL.prompt == 102
+    latent, pixels, text, single = (trace(SMALL, method) for method in ("latent", "pixels", "text", "single"))
+    assert latent.text == (103, 104, 110, 111, 117) and latent.slots == (*range(105, 110), *range(112, 117))
+    assert pixels.text == (103, 104, 173, 174, 243) and pixels.pictures == (104, 174) and not pixels.slots
+    assert text.text == tuple(range(103, 108)) and text.steps == 5
+    assert single.slots == tuple(range(103, 108)) and single.text == tuple(range(108, 113))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_method_writes_the_same_text(case):
+    counts = {method: forced_tokens(case, method).count(latency.FIRST_WORD) for method in latency.METHODS}
+    assert set(counts.values()) == {case.text * (case.looks + 1)}
+    assert len(trace(case, "pixels").pictures) == case.looks
+    assert len(trace(case, "latent").slots) == case.looks * (case.slots + 2)
+
+
+def test_the_least_time_is_the_larger_of_arithmetic_and_memory():
+    assert Peaks(flops=100.0, bandwidth=10.0).seconds(1000, 50) == 10.0
+    assert Peaks(flops=100.0, bandwidth=10.0).seconds(1000, 200) == 20.0
+
+
+def test_the_least_answer_is_made_of_its_parts():
+    peaks = Peaks(flops=1e30, bandwidth=4.0)  # as many numbers of 4 bytes a second as have to be read
+    floor = least(CONFIG, SMALL, "latent", peaks)
+    weights = 2 * 480 + 80
+    assert floor["first_token"] == latency.vision_work(CONFIG, 64, 1).moved + weights
+    columns = sum(column - 1 for column in trace(SMALL, "latent").slots)
+    assert floor["look"] == (10 * weights + 16 * columns) / 2
+    assert floor["answer"] == pytest.approx(floor["first_token"] + floor["text"] + floor["looks"])
+    assert "look" not in least(CONFIG, SMALL, "text", peaks)
+
+
+def test_figures_are_shares_of_an_answer():
+    steps = trace(SMALL, "pixels")
+    found = figures(3.0, 10.0, 4.0, steps, "pixels", SMALL)
+    assert found["text_token"] == 2.0 and found["look"] == 2.0 and found["answer"] == 17.0
+
+
+@pytest.mark.parametrize("model, layers, whole", [("3b", 9, 36), ("7b", 7, 28)])
+def test_a_quarter_of_a_model_keeps_its_proportions(model, layers, whole):
+    full, quarter = (latency.scaled_config(model, count, "bfloat16") for count in (whole, layers))
+    assert quarter.num_hidden_layers * 4 == full.num_hidden_layers and quarter.vision.depth * 4 == full.vision.depth
+    assert quarter.vision.fullatt_block_indexes == (7,) and abs(quarter.vocab_size * 4 - full.vocab_size) <= 128
+    same = {"num_hidden_layers": 1, "vocab_size": 1, "vision": VISION}
+    assert dataclasses.replace(quarter, **same) == dataclasses.replace(full, **same)
+
+
+def test_rates_leave_the_first_tokens_out():
+    assert decode.rates(batch=4, new_tokens=11, seconds=6.0, first=1.0) == (44 / 6, 8.0)
