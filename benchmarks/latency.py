@@ -44,7 +44,7 @@ FIRST_WORD = len(dataclasses.fields(SpecialTokens))
 QUESTION = 32  # words of a prompt beside its image
 LAYERS_ON_CPU = 4
 VOCABULARY_STEP = 64
-LONG_ENOUGH = 60.0  # seconds after which an answer is not repeated
+LONG_ENOUGH = 20.0  # seconds after which an answer is not repeated
 GRIDS = {64: (8, 8), 256: (16, 16), 512: (16, 32), 1024: (32, 32), 2048: (32, 64)}  # of vision tokens
 
 

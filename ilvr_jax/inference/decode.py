@@ -74,7 +74,7 @@ def next_token(
     text = text if forced is None else jnp.where(forced >= 0, forced, text)
     latent = mode.slots_left != 0
     ends = mode.slots_left < 0
-    ends |= mode.early_end & latent & (jnp.argmax(logits, axis=-1) == special.latent_end)
+    ends |= mode.early_end & latent & (logits[:, special.latent_end] >= logits.max(axis=-1))
     token = jnp.where(latent, jnp.where(ends, special.latent_end, special.latent_pad), text)
     log_probability = jnp.take_along_axis(in_text, text[:, None], axis=1)[:, 0] - jax.nn.logsumexp(in_text, axis=1)
     # After K slots the count passes from 1 to -1: one more step in latent mode, which emits `latent_end`.

@@ -176,7 +176,8 @@ class Engine:
         self.settings = settings
         self._model, self._special, self._tokenizer = model, special, tokenizer
         self._vision = jax.tree_util.tree_map_with_path(self._in_dtype, params["vision"])
-        self._decoder = split_layers(jax.tree_util.tree_map_with_path(self._in_dtype, decoder_params(params)))
+        decoder = jax.tree_util.tree_map_with_path(self._in_dtype, decoder_params(params))
+        self._decoder = split_layers(decoder, outputs_first=settings.rows > 1)
         self._window_units = model.config.vision.window_units
         self._rows = empty_rows(model, settings.rows, settings.max_new_tokens, settings.latent_vectors)
         self._cache = empty_cache(model, settings.rows, settings.columns)

@@ -74,13 +74,13 @@ def empty_rows(model: Qwen2_5VL, rows: int, new_tokens: int, keep_latents: bool)
     )
 
 
-Cache = list[LayerKeyValues]  # of each layer, [rows, columns, key_value_heads, head_dim]
+Cache = list[LayerKeyValues]  # of each layer, [rows, key_value_heads, columns, head_dim]
 
 
 def empty_cache(model: Qwen2_5VL, rows: int, columns: int) -> Cache:
     """Returns room for the keys and values of all rows."""
     config = model.config
-    shape = (rows, columns, config.num_key_value_heads, config.head_dim)
+    shape = (rows, config.num_key_value_heads, columns, config.head_dim)
     return [(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.num_hidden_layers)]
 
 
@@ -115,7 +115,7 @@ def prefill(
 
     Vision tokens take their inputs from `vision_inputs`, at the column that they stand in.
     """
-    chunk, columns = len(tokens), cache[0][0].shape[1]
+    chunk, columns = len(tokens), cache[0][0].shape[2]
     features = jax.lax.dynamic_slice_in_dim(vision_inputs, start, chunk)
     embedded = model.embed(decoder, tokens[None])
     inputs = jnp.where((tokens == special.image_pad)[:, None], features.astype(embedded.dtype), embedded[0])
@@ -126,7 +126,7 @@ def prefill(
     mask = jnp.concatenate([before, here], axis=1)
     hidden, new = decode_by_layers(model.config, decoder, inputs[None], positions[None], mask[None], past)
     written = jnp.where(places < count, start + places, columns)  # what is outside is dropped
-    cache = jax.tree.map(lambda old, part: old.at[row, written].set(part[0], mode="drop"), cache, new)
+    cache = jax.tree.map(lambda old, part: old.at[row, :, written].set(part[0].swapaxes(0, 1), mode="drop"), cache, new)
     return cache, hidden[0, count - 1]
 
 
@@ -183,7 +183,7 @@ def decode_rows(
 
     def advance(carry: tuple[Array, Cache, Rows]) -> tuple[Array, Cache, Rows]:
         step, cache, rows = carry
-        columns = cache[0][0].shape[1]
+        columns = cache[0][0].shape[2]
         inputs = next_inputs(model, decoder, rows.token, rows.hidden, special)
         position = jnp.broadcast_to(rows.position[:, None, None], (*rows.position.shape, 3, 1))
         before = jnp.arange(columns) < rows.length[:, None]
@@ -191,7 +191,7 @@ def decode_rows(
         hidden, new = decode_by_layers(model.config, decoder, inputs, position, mask, cache)
         written = jnp.where(running, rows.length, columns)  # what is outside is dropped
         every = jnp.arange(len(written))
-        cache = jax.tree.map(lambda old, one: old.at[every, written].set(one[:, 0], mode="drop"), cache, new)
+        cache = jax.tree.map(lambda old, one: old.at[every, :, written].set(one[:, :, 0], mode="drop"), cache, new)
         rows = rows._replace(
             hidden=jnp.where(running[:, None], hidden[:, 0], rows.hidden),
             length=rows.length + running,
