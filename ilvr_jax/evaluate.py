@@ -137,9 +137,9 @@ class Work:
             print(f"left out: {sentence}", file=sys.stderr)
 
     def settings(self) -> dict[str, Any]:
-        """Returns what makes an answer what it is, for the head of the results."""
+        """Returns what makes an answer what it is, for the head of the results: not how many are asked for."""
         options = self.options
-        names = ("task", "dtype", "question", "instruction", "samples_per_question", "seed", "limit")
+        names = ("task", "dtype", "question", "instruction", "seed")
         return {
             "checkpoint": str(options.checkpoint),
             "stage": self.trained.stage,
@@ -155,7 +155,8 @@ class Work:
         """
         began, trained = time.monotonic(), self.trained
         every = [key for key, _ in self.keys()]
-        if all(key in results.lines for key in every):
+        done = sum(key in results.lines for key in every)
+        if done == len(every):
             return 0.0
         prompts = (request for _, _, request in self.requests(results.lines))  # made twice: all at once fill memory
         try:
@@ -170,10 +171,9 @@ class Work:
                 asked.append((key, record))
                 yield request
 
-        total = len(every)
         log = results.path.with_suffix(".log")
-        with Progress(log) as progress, progress.stage(self.options.task, len(results.lines), total):
-            progress.say(f"{len(results.lines)} of {total} answers are there; {settings.rows} are decoded at once")
+        with Progress(log) as progress, progress.stage(self.options.task, done, len(every)):
+            progress.say(f"{done} of {len(every)} answers are there; {settings.rows} are decoded at once")
             new, reported = 0, time.monotonic()
             for answer in engine.serve(taken()):
                 key, record = asked[answer.number]
@@ -185,7 +185,7 @@ class Work:
                 new += 1
                 if time.monotonic() - reported > REPORT_SECONDS:
                     rate = new / (time.monotonic() - began)
-                    progress.report({}, rate, (total - len(results.lines)) / rate)
+                    progress.report({}, rate, (len(every) - done - new) / rate)
                     reported = time.monotonic()
         return time.monotonic() - began
 

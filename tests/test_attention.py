@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ilvr_jax.models.attention import causal_attention, causal_mask
+from ilvr_jax.models.attention import (
+    CACHE_BLOCK,
+    Cache,
+    attention,
+    cached_attention,
+    causal_attention,
+    causal_mask,
+)
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.training.step import OBJECTIVES
 from tests.samples import CONFIG
@@ -67,3 +74,26 @@ def test_a_mask_of_columns_is_the_causal_mask_of_them():
 def test_a_step_with_splash_has_the_gradients_of_one_without(name):
     batch = lay_out(samples())
     assert_same(gradients(name, batch, attention="splash"), gradients(name, batch))
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_attention_to_a_cache_is_that_to_its_columns_in_use(queries):
+    """The cache has blocks that nobody uses, and rows that end within different ones."""
+    rng = np.random.default_rng(0)
+    columns, lengths = 2 * CACHE_BLOCK + 9, np.array([0, 7, CACHE_BLOCK, 2 * CACHE_BLOCK + 1])
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    query, key, value = normal(4, queries, 6, 8), normal(4, queries, 2, 8), normal(4, queries, 2, 8)
+    past = [normal(4, columns, 2, 8), normal(4, columns, 2, 8)]
+    here = np.tril(np.ones((1, queries, queries), bool))
+    keys_first = [part.swapaxes(1, 2) for part in past]
+    given = cached_attention(query, key, value, here, Cache(*keys_first, lengths))
+    before = np.broadcast_to(np.arange(columns) < lengths[:, None, None], (4, queries, columns))
+    mask = np.concatenate([before, np.broadcast_to(here, (4, queries, queries))], axis=2)
+    np.testing.assert_allclose(given, attention(query, [past[0], key], [past[1], value], mask), atol=1e-5)
+    for row in range(4):  # to the last bit, whatever the longest row is
+        longer = np.where(np.arange(4) == row, lengths, columns)
+        other = cached_attention(query, key, value, here, Cache(*keys_first, longer))
+        np.testing.assert_array_equal(other[row], given[row])

@@ -121,10 +121,9 @@ def prefill(
     inputs = jnp.where((tokens == special.image_pad)[:, None], features.astype(embedded.dtype), embedded[0])
     past = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, row, 1), cache)
     places = jnp.arange(chunk)
-    before = jnp.broadcast_to(jnp.arange(columns) < start, (chunk, columns))
-    here = (places[:, None] >= places) & (places < count)
-    mask = jnp.concatenate([before, here], axis=1)
-    hidden, new = decode_by_layers(model.config, decoder, inputs[None], positions[None], mask[None], past)
+    mask = places[:, None] >= places  # what fills the chunk up comes last, so nothing that counts sees it
+    lengths = start[None]
+    hidden, new = decode_by_layers(model.config, decoder, inputs[None], positions[None], mask[None], past, lengths)
     written = jnp.where(places < count, start + places, columns)  # what is outside is dropped
     cache = jax.tree.map(lambda old, part: old.at[row, :, written].set(part[0].swapaxes(0, 1), mode="drop"), cache, new)
     return cache, hidden[0, count - 1]
@@ -186,9 +185,9 @@ def decode_rows(
         columns = cache[0][0].shape[2]
         inputs = next_inputs(model, decoder, rows.token, rows.hidden, special)
         position = jnp.broadcast_to(rows.position[:, None, None], (*rows.position.shape, 3, 1))
-        before = jnp.arange(columns) < rows.length[:, None]
-        mask = jnp.pad(before, ((0, 0), (0, 1)), constant_values=True)[:, None]
-        hidden, new = decode_by_layers(model.config, decoder, inputs, position, mask, cache)
+        lengths = jnp.where(running, rows.length, 0)  # of the others nothing is wanted
+        mask = jnp.ones((1, 1, 1), bool)
+        hidden, new = decode_by_layers(model.config, decoder, inputs, position, mask, cache, lengths)
         written = jnp.where(running, rows.length, columns)  # what is outside is dropped
         every = jnp.arange(len(written))
         cache = jax.tree.map(lambda old, one: old.at[every, :, written].set(one[:, :, 0], mode="drop"), cache, new)

@@ -4,6 +4,7 @@ A whole sequence goes through a library's kernel where the platform has one, sin
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,9 +16,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     SegmentIds,
     make_splash_mha,
 )
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
+CACHE_BLOCK = 256  # columns of a cache that are read at a time
 BLOCKS = (512, 384, 256)  # columns that a kernel takes at a time, multiples of a TPU's 128 lanes
 
 
@@ -50,6 +52,64 @@ def attention(
         start += part.shape[1]
     output = output.reshape(batch, shared, -1, queries, head_dim).transpose(0, 3, 1, 2, 4)
     return output.reshape(batch, queries, heads, head_dim)
+
+
+class Cache(NamedTuple):
+    """Keys and values of earlier columns, heads first, of which each row has so many; there is room for more."""
+
+    keys: Float[Array, "batch key_value_heads columns head_dim"]
+    values: Float[Array, "batch key_value_heads columns head_dim"]
+    lengths: Int[Array, " batch"]
+
+
+def cached_attention(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch queries key_value_heads head_dim"],
+    value: Float[Array, "batch queries key_value_heads head_dim"],
+    mask: Bool[Array, "batch queries queries"] | Bool[Array, "1 queries queries"],
+    cache: Cache,
+) -> Float[Array, "batch queries heads head_dim"]:
+    """Returns grouped-query attention to the columns of a cache and, as the mask says, to the present ones.
+
+    A query sees at least one present column. For several queries the cache is read block by block, no further than its
+    longest row. What a row gets does not depend on that: a block that it sees nothing of changes its sums by nothing,
+    to the last bit. For a single query, taking blocks apart would take longer than what they spare.
+    """
+    batch, queries, heads, head_dim = query.shape
+    columns, shared = cache.keys.shape[2], key.shape[2]
+    if queries == 1:
+        seen = jnp.pad(jnp.arange(columns) < cache.lengths[:, None], ((0, 0), (0, 1)), constant_values=True)
+        keys, values = (part.swapaxes(1, 2) for part in cache[:2])
+        return attention(query, [keys, key], [values, value], seen[:, None])
+    grouped = (query * head_dim**-0.5).reshape(batch, queries, shared, -1, head_dim)
+    grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, shared, -1, head_dim)
+
+    def add(keys: Array, values: Array, seen: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        """Adds columns to the highest score, the sum of weights and the weighted sum of values so far."""
+        highest, weight, output = sums
+        scores = jnp.einsum("bhqd,bhkd->bhqk", grouped, keys, preferred_element_type=jnp.float32)
+        by_query = scores.reshape(batch, shared, -1, queries, scores.shape[-1])
+        by_query = jnp.where(seen[:, None, None], by_query, jnp.finfo(jnp.float32).min)
+        scores = by_query.reshape(scores.shape)
+        higher = jnp.maximum(highest, scores.max(-1, keepdims=True))
+        weights, scale = jnp.exp(scores - higher), jnp.exp(highest - higher)
+        mixed = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return higher, weight * scale + weights.sum(-1, keepdims=True), output * scale + mixed
+
+    nothing = jnp.full((*grouped.shape[:3], 1), jnp.finfo(jnp.float32).min), jnp.float32(0), jnp.float32(0)
+    present = add(key.swapaxes(1, 2), value.swapaxes(1, 2), mask, nothing)
+    block = min(columns, CACHE_BLOCK)
+
+    def add_block(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        start = jnp.minimum(number * block, columns - block)  # the last one may overlap the one before it
+        keys, values = (jax.lax.dynamic_slice_in_dim(part, start, block, axis=2) for part in cache[:2])
+        places = start + jnp.arange(block)
+        return add(keys, values, (places >= number * block) & (places < cache.lengths[:, None, None]), sums)
+
+    blocks = (cache.lengths.max() + block - 1) // block
+    _, weight, output = jax.lax.fori_loop(0, blocks, add_block, present)
+    output = (output / weight).astype(query.dtype).reshape(batch, shared, -1, queries, head_dim)
+    return output.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head_dim)
 
 
 def causal_mask(valid: Bool[Array, "rows columns"]) -> Bool[Array, "rows columns columns"]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from ilvr_jax.models.attention import attention, causal_attention
+from ilvr_jax.models.attention import Cache, attention, cached_attention, causal_attention
 from ilvr_jax.models.config import ModelConfig
 from ilvr_jax.models.layers import GatedMLP, RMSNorm
 from ilvr_jax.models.lora import SUFFIX, linear
@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         hidden: Float[Array, "batch time channels"],
-        past: Sequence[tuple[Array, Array]],
+        past: Sequence[tuple[Array, Array]] | Cache,
         angles: Float[Array, "batch time half"],
         mask: Bool[Array, "batch time"] | Bool[Array, "batch time keys"],
         number: Int[Array, ""],
@@ -63,6 +63,8 @@ class DecoderLayer(nn.Module):
         value = project("v_proj", config.num_key_value_heads)
         if mask.ndim == 2:
             mixed = causal_attention(query, key, value, mask, config.attention)
+        elif isinstance(past, Cache):
+            mixed = cached_attention(query, key, value, mask, past)
         else:
             keys, values = [*(part[0] for part in past), key], [*(part[1] for part in past), value]
             mixed = attention(query, keys, values, mask)
@@ -165,20 +167,22 @@ def decode_by_layers(
     decoder: PyTree,
     inputs: Float[Array, "batch time channels"],
     positions: Int[Array, "batch 3 time"],
-    mask: Bool[Array, "batch time keys"],
+    mask: Bool[Array, "batch time time"] | Bool[Array, "1 time time"],
     past: Sequence[LayerKeyValues],
+    lengths: Int[Array, " batch"],
 ) -> tuple[Float[Array, "batch time channels"], list[LayerKeyValues]]:
     """Returns what `Decoder` does with a past, from parameters of `split_layers` and one past a layer, heads first.
 
-    A scan over stacked layers copies the weights of each before it multiplies with them, which for a single column
-    takes longer than the product; and with heads first, attention reads keys and values in the order they lie in.
+    Each row sees the first `lengths` columns of its past, and the present ones as the mask says. A scan over stacked
+    layers copies the weights of each before it multiplies with them, which for a single column takes longer than the
+    product; and with heads first, attention reads keys and values in the order they lie in.
     """
     angles = decoder_angles(positions, config.head_dim, config.rope_theta, config.mrope_section)
     hidden, key_values = inputs.astype(config.dtype), []
     layers = decoder.get("split_layers") or [jax.tree.map(jnp.transpose, one) for one in decoder["transposed_layers"]]
     for number, (layer, layer_past) in enumerate(zip(layers, past, strict=True)):
         call = DecoderLayer(config).apply
-        before = tuple(jnp.swapaxes(part, 1, 2) for part in layer_past)
-        hidden, new = call({"params": layer}, hidden, [before], angles, mask, jnp.int32(number), None)
+        cache = Cache(*layer_past, lengths)
+        hidden, new = call({"params": layer}, hidden, cache, angles, mask, jnp.int32(number), None)
         key_values.append(tuple(jnp.swapaxes(part, 1, 2) for part in new))
     return RMSNorm(config.rms_norm_eps).apply({"params": decoder["norm"]}, hidden), key_values
