@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{options.out or 'the results'} cannot be written: {error.strerror or error}", file=sys.stderr)
+        print(f"{error.filename or options.out} cannot be read or written: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         kept = f"{len(results.lines)} answers are in {results.path}, and the same command goes on" if results else ""

@@ -140,7 +140,7 @@ def test_a_published_checkpoint_is_evaluated_in_plain_text(data, tmp_path, capsy
         (["--data=absent.jsonl"], "absent.jsonl: there is no such file"),
         (["--task=comt", "--method=pixels"], "comt has no pictures to show; vsp_planning is accepted"),
         (["--stage=stage2"], "no checkpoint of stage 'stage2'"),
-        (["--out=/dev/null/x.jsonl"], "cannot be written"),
+        (["--out=/dev/null/x.jsonl"], "/dev/null cannot be read or written"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(run, data, tmp_path, capsys, flags, sentence):
