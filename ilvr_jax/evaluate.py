@@ -174,7 +174,7 @@ class Work:
         log = results.path.with_suffix(".log")
         with Progress(log) as progress, progress.stage(self.options.task, done, len(every)):
             progress.say(f"{done} of {len(every)} answers are there; {settings.rows} are decoded at once")
-            new, reported = 0, time.monotonic()
+            new = 0
             for answer in engine.serve(taken()):
                 key, record = asked[answer.number]
                 if answer.stop_reason == "refused":
@@ -182,11 +182,12 @@ class Work:
                     continue
                 results.add(self.line(key, record, answer))
                 progress.advance()
-                new += 1
-                if time.monotonic() - reported > REPORT_SECONDS:
-                    rate = new / (time.monotonic() - began)
+                now, new = time.monotonic(), new + 1
+                if new == 1:  # from here on: what was compiled before says nothing about the rate
+                    first = reported = now
+                elif now - reported > REPORT_SECONDS:
+                    rate, reported = (new - 1) / (now - first), now
                     progress.report({}, rate, (len(every) - done - new) / rate)
-                    reported = time.monotonic()
         return time.monotonic() - began
 
     def keys(self) -> Iterator[tuple[Key, Record]]:
