@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from ilvr_jax.command import ArgumentParser, command
 from ilvr_jax.latents.layout import padded_tokens
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
-from ilvr_jax.models.tensor_files import BadCheckpoint
 from ilvr_jax.training.ahead_of_time import (
     GIB,
     Chip,
@@ -50,10 +50,11 @@ SWEEP = (
 SWEEP_BUCKET = "few_looks"
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0 all fits, 1 something does not, 2 bad input."""
     jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, not to run
-    parser = argparse.ArgumentParser(prog="python -m ilvr_jax.aot", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m ilvr_jax.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--topology", help="such as v5e:4x4, v5p:2x2x2 or v6e:4x4")
     parser.add_argument("--sweep", type=Path, help="compiles the cases of docs/scale.md, each kept in this file")
     parser.add_argument(
@@ -61,36 +62,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--bucket", help="of data.buckets (default: the one with the most tokens)")
     console = Console(highlight=False, soft_wrap=True)
-    try:
-        options = read_config_flags(parser, arguments, REPOSITORY / "configs" / "base.py", without_data)
-        if options.sweep:
-            return sweep(options.sweep, console)
-        if options.config_file is None or options.topology is None:
-            raise BadConfig("--config and --topology are needed, or --sweep; --topology=v5e:4x4 is one")
-        config, model = options.config, open_model(options.config)
-        stages = [options.stage] if options.stage else [*config.stages, "decoding"]
-        known = (*config.stages, "decoding")
-        if stages[0] not in known:
-            raise BadConfig(f"--stage is {stages[0]!r}, one of {', '.join(known)} is accepted")
-        bucket = options.bucket or largest_bucket(config, model)
-        if bucket not in config.data.buckets:
-            raise BadConfig(f"--bucket is {bucket!r}, one of {', '.join(config.data.buckets)} is accepted")
-        chip, devices = open_topology(options.topology)
-        fits = True
-        for stage in stages:
-            try:
-                report = compile_stage(config, stage, bucket, model, chip, devices)
-            except DoesNotFit as error:
-                fits = False
-                console.print(f"[bold]{stage}, {bucket}[/]: does not fit: {error}; {advice(config, stage)}")
-                continue
-            fits &= report.spare >= SPARE
-            show(report, options.topology, console)
-            if report.spare < SPARE:
-                console.print(f"does not fit with {SPARE:.0%} to spare; {advice(config, stage)}")
-    except (BadConfig, BadCheckpoint) as error:
-        print(error, file=sys.stderr)
-        return 2
+    options = read_config_flags(parser, arguments, REPOSITORY / "configs" / "base.py", without_data)
+    if options.sweep:
+        return sweep(options.sweep, console)
+    if options.config_file is None or options.topology is None:
+        raise BadConfig("--config and --topology are needed, or --sweep; --topology=v5e:4x4 is one")
+    config, model = options.config, open_model(options.config)
+    stages = [options.stage] if options.stage else [*config.stages, "decoding"]
+    known = (*config.stages, "decoding")
+    if stages[0] not in known:
+        raise BadConfig(f"--stage is {stages[0]!r}, one of {', '.join(known)} is accepted")
+    bucket = options.bucket or largest_bucket(config, model)
+    if bucket not in config.data.buckets:
+        raise BadConfig(f"--bucket is {bucket!r}, one of {', '.join(config.data.buckets)} is accepted")
+    chip, devices = open_topology(options.topology)
+    fits = True
+    for stage in stages:
+        try:
+            report = compile_stage(config, stage, bucket, model, chip, devices)
+        except DoesNotFit as error:
+            fits = False
+            console.print(f"[bold]{stage}, {bucket}[/]: does not fit: {error}; {advice(config, stage)}")
+            continue
+        fits &= report.spare >= SPARE
+        show(report, options.topology, console)
+        if report.spare < SPARE:
+            console.print(f"does not fit with {SPARE:.0%} to spare; {advice(config, stage)}")
     return 0 if fits else 1
 
 

@@ -111,8 +111,8 @@ def test_the_command_takes_config_values_and_the_configs_seed(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--count=0"], "--count is 0, at least 1 is accepted"),
-        (["--seed=-1"], "--seed is -1, at least 0 is accepted"),
+        (["--count=0"], "--count must be at least 1, got 0"),
+        (["--seed=-1"], "--seed must be at least 0, got -1"),
         (
             ["--config.data.frozen_lake.level=3"],
             "--config.data.frozen_lake.level is not a key of the config; the nearest is data.frozen_lake.levels",
@@ -167,8 +167,11 @@ def test_existing_data_are_not_overwritten(exported):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["export", f"--config={CONFIG}", "--count=1", f"--out={tmp_path / 'file' / 'out'}"]) == 1
-    assert f"{tmp_path / 'file' / 'out'} cannot be written: Not a directory\n" in capsys.readouterr().err
+    assert main(["export", f"--config={CONFIG}", "--count=1", f"--out={tmp_path / 'file' / 'out'}"]) == 2
+    assert (
+        f"{tmp_path / 'file' / 'out' / 'images'} cannot be read or written: Not a directory\n"
+        in capsys.readouterr().err
+    )
 
 
 def test_nothing_looks_finished_after_a_failure_midway(tmp_path, capsys):

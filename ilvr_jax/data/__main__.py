@@ -11,9 +11,11 @@ import rich.console
 import rich.progress
 from PIL import Image
 
+from ilvr_jax.command import STOPPED, ArgumentParser, command, fail
 from ilvr_jax.data.drawing import CELL_PIXELS
 from ilvr_jax.data.frozen_lake import FrozenLakeSource, frozen_lake_settings
 from ilvr_jax.data.records import Record, Text
+from ilvr_jax.errors import InputError
 from ilvr_jax.training.configuration import BadConfig, read_config_flags, resolve_path
 
 
@@ -56,10 +58,11 @@ def _fields(record: Record, folder: Path, number: int) -> dict:
     }
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 130 stopped, others as `export_command` and `check.main` say."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m ilvr_jax.data", description=__doc__)
+    parser = ArgumentParser(prog="python -m ilvr_jax.data", description=__doc__)
     parser.add_argument("command", choices=["export", "check"], help="its flags: export --help, check --help")
     if parser.parse_args(arguments[:1]).command == "export":
         return export_command(arguments[1:])
@@ -68,36 +71,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return check.main(arguments[1:])
     except KeyboardInterrupt:
-        print("stopped; no page was written", file=sys.stderr)
-        return 130
+        return fail(STOPPED, "stopped; no page was written")
 
 
 def export_command(arguments: Sequence[str]) -> int:
     """Writes generated FrozenLake records and their images; returns 0 done, 1 not written, 2 bad input, 130 stopped."""
-    parser = argparse.ArgumentParser(prog="python -m ilvr_jax.data export", description=export_command.__doc__)
+    parser = ArgumentParser(prog="python -m ilvr_jax.data export", description=export_command.__doc__)
     parser.add_argument("--count", required=True, type=int, help="how many records")
     parser.add_argument("--out", required=True, type=Path, help="the folder to write to")
     parser.add_argument("--seed", type=int, help="of the generator (default: the config's seed)")
-    try:
-        options = read_config_flags(parser, arguments)
-        if options.count < 1:
-            raise BadConfig(f"--count is {options.count}, at least 1 is accepted")
-        if options.seed is not None and options.seed < 0:
-            raise BadConfig(f"--seed is {options.seed}, at least 0 is accepted")
-    except BadConfig as error:
-        print(error, file=sys.stderr)
-        return 2
+    options = read_config_flags(parser, arguments)
+    if options.count < 1:
+        raise BadConfig(f"--count must be at least 1, got {options.count}")
+    if options.seed is not None and options.seed < 0:
+        raise BadConfig(f"--seed must be at least 0, got {options.seed}")
     try:
         _export_config(options)
     except (ValueError, FileExistsError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{options.out} cannot be written: {error.strerror or error}", file=sys.stderr)
-        return 1
+        raise InputError(error) from error
     except KeyboardInterrupt:
-        print(f"stopped; {options.out} is incomplete and has no train.jsonl", file=sys.stderr)
-        return 130
+        return fail(STOPPED, f"stopped; {options.out} is incomplete and has no train.jsonl")
     return 0
 
 

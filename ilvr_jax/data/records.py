@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ilvr_jax.errors import InputError
+
 ImageSource = Path | bytes | np.ndarray
 """An image file, the content of one (PNG, JPEG, ...), or the pixels themselves: uint8 [height, width, 3]."""
 
@@ -49,5 +51,5 @@ class Record:
     name: str = ""
 
 
-class BadRecord(ValueError):
+class BadRecord(InputError):
     """A record that cannot be used; the message is one sentence naming the record and what is wrong with it."""

@@ -11,13 +11,15 @@ import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
+from ilvr_jax.errors import InputError
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # in a file's header
 SHARD_BYTES = 5 * 10**9  # as transformers cuts them
 
 
-class BadCheckpoint(ValueError):
+class BadCheckpoint(InputError):
     """Weights that cannot be used; one sentence says which file or tensors, and what is accepted."""
 
 

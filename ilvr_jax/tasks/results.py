@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from ilvr_jax.errors import InputError
 from ilvr_jax.tasks.scores import majority, pass_at_k, wilson_interval
 
 FIELDS = {
@@ -29,7 +30,7 @@ FIELDS = {
 }
 
 
-class BadResults(ValueError):
+class BadResults(InputError):
     """A results file that cannot be gone on with; one sentence names it and says what is wrong."""
 
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens
+from ilvr_jax.errors import InputError
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import model_config
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
@@ -28,7 +29,7 @@ from ilvr_jax.training.processes import open_exchange, wait_for_all
 PRETRAINED = "pretrained"  # in a workdir: what describes the checkpoint that the run began from
 
 
-class NoCheckpoint(ValueError):
+class NoCheckpoint(InputError):
     """There is nothing to restore; one sentence says where it was looked for."""
 
 

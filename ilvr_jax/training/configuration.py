@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ilvr_jax.data.formats import FORMATS
+from ilvr_jax.errors import InputError
 from ilvr_jax.latents.layout import Layout
 from ilvr_jax.latents.selection import LatentSettings
 from ilvr_jax.models.config import DTYPES, STORAGE, ModelConfig, VisionConfig
@@ -41,7 +42,7 @@ NO_EFFECT_ON_TRAINING = (
 HELPER_IMAGES = {"text": ("omit", "encode"), "alignment": ("latent",), "autonomy": ("latent", "slots")}
 
 
-class BadConfig(ValueError):
+class BadConfig(InputError):
     """A configuration that cannot be used; one sentence says why."""
 
 

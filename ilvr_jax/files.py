@@ -1,0 +1,145 @@
+"""Files that users name: regular ones alone are read and written, and a file is replaced as a whole."""
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+from ilvr_jax.errors import InputError, quote
+
+POINTER = b"version https://git-lfs"  # what a clone without large-file storage holds in place of a file
+
+
+class InUse(InputError):
+    """A file or folder that another process writes; the sentence names that process."""
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a file for reading bytes.
+
+    Raises OSError, with the path, if it is not there or is no regular file: a FIFO or a device may never end.
+    """
+    # Without O_NONBLOCK opening a FIFO waits for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_json(path: str | Path, raises: type[InputError] = InputError) -> Any:
+    """Returns the content of a JSON file; raises `raises`, naming the file, if it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            content = file.read()
+        return json.loads(content)
+    except OSError as error:
+        raise raises(f"{path} must be a JSON file, but cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if content.startswith(POINTER):
+            problem = "holds a pointer of Git's large-file storage; fetch the file itself (git lfs pull)"
+        else:
+            problem = f"is not ({error}); {len(content)} bytes are there"
+        raise raises(f"{path} must be JSON in UTF-8, but {problem}") from error
+
+
+def check_output(path: Path) -> None:
+    """Raises InputError if writing to `path` would not make or replace a regular file."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device, FIFO or socket"
+        raise InputError(f"{path} must be a regular file or a new one, but it is {kind}")
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Yields the path of a new file beside `path`, which takes that file's place if nothing is raised.
+
+    Folders are made as needed. Raises InputError if `path` is no regular file, OSError, with the path, if it cannot be
+    written.
+    """
+    check_output(path)
+    path = Path(os.path.realpath(path))  # a link keeps pointing to the file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with named_errors(path):
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.parent)
+        os.close(descriptor)
+        unfinished = Path(name)
+        try:
+            unfinished.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
+            yield unfinished
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8, as a whole or not at all; raises as `written` does."""
+    with written(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON; raises as `written` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def named_errors(path: str | Path) -> Iterator[None]:
+    """Gives the errors of writes and reads within it, which lack a file name (a full disk), that of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def lock(path: Path, what: str) -> Iterator[None]:
+    """Holds the lock file `path` for one writer of `what`; ends with the process, however that ends.
+
+    Raises InUse, naming the process that holds it, its host and since when, if there is one; OSError if the file cannot
+    be made.
+    """
+    holder = {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+    def sign(descriptor: int) -> None:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+
+    held = FileLock(path, blocking=False, thread_local=False, preserve_lock_file=True, on_acquired=sign)
+    try:
+        held.acquire()
+    except Timeout as error:
+        raise InUse(f"{what} is being written by {_holder(path)}; wait for it to end or stop it") from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_bytes())
+        return f"process {quote(holder['process'])} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, LookupError, TypeError):  # it has only just been made
+        return "another process"
