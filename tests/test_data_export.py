@@ -167,11 +167,9 @@ def test_existing_data_are_not_overwritten(exported):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["export", f"--config={CONFIG}", "--count=1", f"--out={tmp_path / 'file' / 'out'}"]) == 2
-    assert (
-        f"{tmp_path / 'file' / 'out' / 'images'} cannot be read or written: Not a directory\n"
-        in capsys.readouterr().err
-    )
+    out = tmp_path / "file" / "out"
+    assert main(["export", f"--config={CONFIG}", "--count=1", f"--out={out}"]) == 2
+    assert f"{out / 'images'} cannot be read or written: Not a directory\n" in capsys.readouterr().err
 
 
 def test_nothing_looks_finished_after_a_failure_midway(tmp_path, capsys):
