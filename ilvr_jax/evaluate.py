@@ -19,8 +19,9 @@ from rich.table import Table
 from ilvr_jax.data.examples import ExampleSettings, build_prompt, read_image
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import BadRecord, Record
-from ilvr_jax.inference.engine import Answer, Engine, Picture, Request, fit_settings
+from ilvr_jax.inference.engine import Engine, fit_settings
 from ilvr_jax.inference.flags import add_decoding_flags, how_to_decode, over_limits
+from ilvr_jax.inference.requests import Answer, Picture, Request
 from ilvr_jax.inference.transcript import split_at_looks
 from ilvr_jax.models.tensor_files import BadCheckpoint
 from ilvr_jax.tasks import TASKS

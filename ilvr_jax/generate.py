@@ -13,8 +13,9 @@ from absl import logging
 
 from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.records import BadRecord, Record
-from ilvr_jax.inference.engine import Answer, Engine, Request, fit_settings
+from ilvr_jax.inference.engine import Engine, fit_settings
 from ilvr_jax.inference.flags import add_decoding_flags, how_to_decode, over_limits
+from ilvr_jax.inference.requests import Answer, Request
 from ilvr_jax.inference.transcript import show_look
 from ilvr_jax.models.tensor_files import BadCheckpoint
 from ilvr_jax.tasks.final_answer import find_final_answer

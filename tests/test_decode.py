@@ -152,9 +152,9 @@ def test_sampling_follows_the_truncated_distribution():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; accepted is 1 or more"),
-        ({"temperature": -1.0}, r"temperature is -1.0; accepted is 0 \(greedy\) or more"),
-        ({"top_p": 0.0}, "top_p is 0.0; accepted is above 0, at most 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1 to 131072, got 0"),
+        ({"temperature": -1.0}, r"temperature must be 0 or a number from 1e-6 to 1e6, got -1.0"),
+        ({"top_p": 0.0}, "top_p must be a number above 0 and at most 1, got 0.0"),
     ],
 )
 def test_bad_settings_are_named(changes, message):

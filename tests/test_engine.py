@@ -1,6 +1,9 @@
 """The engine: an answer depends on its request alone, whatever else is served, reused or compiled beside it."""
 
+import contextlib
 import dataclasses
+import threading
+from unittest import mock
 
 import jax
 import numpy as np
@@ -13,6 +16,7 @@ from ilvr_jax.inference.decode import DecodeSettings, generate
 from ilvr_jax.inference.engine import (
     Answer,
     Engine,
+    EngineInUse,
     EngineSettings,
     Request,
     few_sizes,
@@ -246,40 +250,203 @@ def test_tokens_are_streamed_as_they_come(engine):
     assert max(len(tokens) for parts in streamed.values() for tokens in parts) <= 2
 
 
-def test_an_engine_serves_again_after_it_was_left_in_the_middle(engine):
-    requests = mixed_requests(9)
-    expected = engine.answer(requests)
-    next(engine.serve(requests))
-    for answer, other in zip(engine.answer(requests), expected, strict=True):
-        same(answer, other)
+GOOD = Request(make_prompt(0), 8, 3)
 
 
-REFUSALS = [
-    ({"prompt": make_prompt(0, ((2, 3),) * 12)}, "the prompt has 105 tokens; with 8 new ones at most 88 are accepted"),
-    ({"prompt": make_prompt(0, ((5, 5),))}, "an image has 5x5 vision tokens, which take 9 windows of 2x2; at most 4"),
-    ({"max_new_tokens": 0}, "max_new_tokens is 0; accepted is 1 to 24"),
-    ({"max_new_tokens": 25}, "max_new_tokens is 25; accepted is 1 to 24"),
-    ({"latent_size": 0}, "latent_size is 0; accepted is 1 or more"),
-    ({"temperature": -1.0}, r"temperature is -1.0; accepted is 0 (greedy) or more"),
-    ({"top_p": 0.0}, "top_p is 0.0; accepted is above 0, at most 1"),
-    ({"method": "pixel"}, "method is 'pixel'; one of latent, text, single, pixels is accepted"),
-    ({"method": "pixels"}, "there is no draw_look"),
-    ({"seed": -1}, "seed is -1"),
-    ({"forced_tokens": (11,) * 9}, "there are 9 forced_tokens for 8 new ones"),
+def changed(request: Request, **changes) -> Request:
+    """Returns a request whose prompt is changed, by field."""
+    return dataclasses.replace(request, prompt=dataclasses.replace(request.prompt, **changes))
+
+
+def with_image(image) -> Request:
+    return changed(GOOD, images=(image,))
+
+
+PATCHES = GOOD.prompt.images[0]
+NUMBERS = {
+    "max_new_tokens": ("8", 8.0, True, -1, 0, 25, None, 2**31, 10**20, float("nan")),
+    "latent_size": ("3", 0, -1, None, 2**31, 10**5000, 1.5),
+    "top_k": (-1, 2**31, 1.0, None, "all", False),
+    "seed": (-1, 2**32, 10**19, "1", None),
+    "temperature": (-1.0, float("nan"), float("inf"), 1e300, 1e-40, "hot", None, 1j),
+    "top_p": (0.0, -1, 1.1, float("nan"), 1e-50, None, "all"),
+    "method": ("pixel", None, ["text"]),
+    "early_end": (None, "no"),
+    "log_probabilities": (1,),
+    "forced_tokens": ((11,) * 9, (VOCABULARY,), (-2,), "ab", 5, (1.5,)),
+    "prompt": (None, "a question", np.zeros(3, np.int32)),
+}
+REFUSALS = [(dataclasses.replace(GOOD, **{name: value}), name) for name in NUMBERS for value in NUMBERS[name]] + [
+    (
+        dataclasses.replace(GOOD, prompt=make_prompt(0, ((2, 3),) * 12)),
+        "the prompt must have at most 88 tokens beside 8 new ones, got 105",
+    ),
+    (
+        dataclasses.replace(GOOD, prompt=make_prompt(0, ((5, 5),))),
+        "an image must take at most 4 windows of 2x2 vision tokens, got 9 for 5x5",
+    ),
+    (dataclasses.replace(GOOD, max_new_tokens=25), "max_new_tokens must be a whole number from 1 to 24, got 25"),
+    (dataclasses.replace(GOOD, temperature=-1.0), "temperature must be 0 or a number from 1e-6 to 1e6, got -1.0"),
+    (dataclasses.replace(GOOD, method="pixels"), "draw_look must be a function"),
+    (dataclasses.replace(GOOD, method="single", forced_tokens=(11,)), "forced_tokens must be empty"),
+    (changed(GOOD, tokens=np.zeros(0, np.int32), positions=np.zeros((3, 0), np.int32)), "the prompt must have one"),
+    (changed(GOOD, tokens=GOOD.prompt.tokens.astype(float)), "the prompt must have one token or more"),
+    (
+        changed(GOOD, tokens=GOOD.prompt.tokens + VOCABULARY),
+        "a token of the prompt must be a whole number from",
+    ),
+    (changed(GOOD, positions=GOOD.prompt.positions[:2]), "the prompt's positions must have shape (3, "),
+    (changed(GOOD, positions=GOOD.prompt.positions + 2**30), "the prompt's positions must be from 0"),
+    (changed(GOOD, images=None), "the prompt's images must be a tuple"),
+    (changed(GOOD, images=()), "the prompt must have an image_pad for each of 0 vision tokens, got 6"),
+    (changed(GOOD, images=(PATCHES, PATCHES)), "the prompt must have an image_pad for each of 12 vision tokens, got 6"),
+    (Request(random_sample(np.random.default_rng(0)), 8, 3), "the prompt must have no latent slots"),
+    (with_image("map.png"), "an image must be a PatchedImage or EncodedImage"),
+    (with_image(PATCHES._replace(height=3)), "the height of an image in patches must be even"),
+    (with_image(PATCHES._replace(width=-6)), "the width of an image in patches must be a whole number"),
+    (with_image(PATCHES._replace(pixels=PATCHES.pixels[:-1])), "pixels of 4x6 patches must have shape (24, 588)"),
+    (with_image(PATCHES._replace(pixels=PATCHES.pixels.astype(np.float32))), "pixels of 4x6 patches must have shape"),
+    (with_image(PATCHES._replace(pixels=np.full((24, 1176), np.nan, np.float32))), "values of an image must be finite"),
+    (with_image(EncodedImage(np.zeros((2, 3, 31), np.float32))), "an encoded image must have 32 channels, got 31"),
+    (with_image(EncodedImage(np.zeros((2, 3), np.float32))), "features of an image must be [rows, columns, channels]"),
+    (None, "a request must be a Request, got None"),
+    ({"prompt": "x"}, "a request must be a Request, got"),
 ]
 
 
-def test_what_cannot_be_served_is_answered_with_a_sentence_and_the_rest_is_served(engine):
-    good = Request(make_prompt(0), 8, 3)
-    requests = [good]
-    for changes, _ in REFUSALS:
-        requests += [dataclasses.replace(good, **changes), good]
+def test_what_cannot_be_served_is_answered_with_a_sentence_and_the_rest_as_without_it(engine):
+    others = mixed_requests(len(REFUSALS))
+    requests = [request for pair in zip(others, [bad for bad, _ in REFUSALS], strict=True) for request in pair]
     answers = engine.answer(requests)
-    assert len(answers) == len(requests)
+    assert [answer.number for answer in answers] == list(range(len(requests)))
     for (_, sentence), answer in zip(REFUSALS, answers[1::2], strict=True):
         assert answer.stop_reason == "refused" and sentence in answer.error and answer.tokens == ()
-    assert {answer.tokens for answer in answers[::2]} == {answers[0].tokens}
-    assert make_engine().answer([dataclasses.replace(good, latent_vectors=True)])[0].stop_reason == "refused"
+        assert len(answer.error) < 400 and " must " in answer.error
+    for answer, expected in zip(answers[::2], engine.answer(others), strict=True):
+        same(answer, expected)
+    assert make_engine().answer([dataclasses.replace(GOOD, latent_vectors=True)])[0].stop_reason == "refused"
+
+
+def test_sizes_are_chosen_from_the_requests_that_can_be_served():
+    bad = [request for request, sentence in REFUSALS if sentence in ("max_new_tokens", "prompt") or request is None]
+    bad = [request for request in bad if getattr(request, "max_new_tokens", 0) != 25]
+    assert fit_settings([*bad, GOOD], 4, WINDOW_UNITS) == fit_settings([GOOD], 4, WINDOW_UNITS)
+
+
+def raise_error(tokens):
+    raise ZeroDivisionError("a fault\nof the renderer")
+
+
+@pytest.mark.parametrize("draw", [raise_error, lambda tokens: None, lambda tokens: PATCHES._replace(height=2)])
+def test_a_renderer_that_fails_ends_its_own_answer_alone(engine, draw):
+    looking = Request(make_prompt(0), 24, 3, method="pixels", forced_tokens=(11, SPECIAL.latent_start), draw_look=draw)
+    others = mixed_requests(5)
+    answers = engine.answer([others[0], looking, *others[1:]])
+    failed = answers.pop(1)
+    assert failed.stop_reason == "refused" and failed.tokens == (11, SPECIAL.latent_start)
+    assert failed.error.startswith("draw_look must return a picture, got ") and "\n" not in failed.error
+    for answer, expected in zip(answers, engine.answer(others), strict=True):
+        same(answer, expected)
+
+
+def in_threads(function, count: int) -> None:
+    threads = [threading.Thread(target=function) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_second_caller_is_refused_and_the_first_is_not_disturbed(engine):
+    requests = mixed_requests(8)
+    expected = engine.answer(requests)
+    first = engine.serve(requests)
+    answers = [next(first)]
+    refused = []
+
+    def ask():
+        with pytest.raises(EngineInUse, match="the engine is serving another call"):
+            engine.answer(requests)
+        refused.append(True)
+
+    in_threads(ask, 2)
+    ask()
+    with pytest.raises(EngineInUse):
+        engine.warm_up()
+    assert len(refused) == 3
+    answers += first
+    for answer, other in zip(sorted(answers, key=lambda answer: answer.number), expected, strict=True):
+        same(answer, other)
+
+
+def test_threads_that_share_an_engine_get_their_own_answers_or_an_error(engine):
+    requests = mixed_requests(8)
+    expected, outcomes = engine.answer(requests), []
+
+    def ask():
+        try:
+            outcomes.append(engine.answer(requests))
+        except EngineInUse:
+            outcomes.append(None)
+
+    in_threads(ask, 4)
+    assert len(outcomes) == 4 and any(outcomes)
+    for answers in filter(None, outcomes):
+        for answer, other in zip(answers, expected, strict=True):
+            same(answer, other)
+
+
+def failing_requests(count):
+    yield from mixed_requests(count)
+    raise ZeroDivisionError
+
+
+def interrupt(name: str):
+    """Returns a stand-in for a method that is given arrays and interrupted before they are replaced."""
+
+    def run(engine, *arguments):
+        jax.tree.map(lambda array: array.delete(), (engine._rows, engine._cache))
+        raise KeyboardInterrupt
+
+    return mock.patch.object(Engine, name, run)
+
+
+def test_an_engine_serves_again_after_it_was_left_in_the_middle(engine):
+    requests = mixed_requests(9)
+    expected = engine.answer(requests)
+
+    def fail(number, tokens):
+        raise ZeroDivisionError
+
+    def leave():
+        next(engine.serve(requests))
+
+    def close():
+        served = engine.serve(requests)
+        next(served)
+        served.close()
+
+    def ask_again(number, tokens):
+        engine.answer(requests)
+
+    def interrupted():
+        with interrupt("_decode"):
+            engine.answer(requests)
+
+    for way, error in (
+        (leave, None),
+        (close, None),
+        (lambda: engine.serve(requests), None),
+        (lambda: list(engine.serve(requests, fail)), ZeroDivisionError),
+        (lambda: list(engine.serve(requests, ask_again)), EngineInUse),
+        (lambda: engine.answer(failing_requests(6)), ZeroDivisionError),
+        (lambda: engine.answer(None), TypeError),
+        (interrupted, KeyboardInterrupt),
+    ):
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            way()
+        for answer, other in zip(engine.answer(requests), expected, strict=True):
+            same(answer, other)
 
 
 def test_a_picture_that_does_not_fit_ends_its_answer_and_no_other(engine):
@@ -289,8 +456,8 @@ def test_a_picture_that_does_not_fit_ends_its_answer_and_no_other(engine):
     many = dataclasses.replace(many, forced_tokens=(SPECIAL.latent_start,) * 8)
     text = Request(make_prompt(0), 24, 3, method="text")
     expected, first, second = engine.answer([text, wide, many])
-    assert first.stop_reason == "picture" and "6x6 vision tokens" in first.error and len(first.tokens) == 2
-    assert second.stop_reason == "picture" and second.error == "picture 3 takes 20 tokens and there is room for 18"
+    assert first.stop_reason == "picture" and "got 9 for 6x6" in first.error and len(first.tokens) == 2
+    assert second.stop_reason == "picture" and second.error == "picture 3 must take at most 18 tokens here, got 20"
     assert [look.picture_tokens for look in second.looks] == [16, 16, 0]
     same(engine.answer([text])[0], expected)
 

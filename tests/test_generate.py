@@ -86,9 +86,9 @@ def test_a_published_checkpoint_without_latent_tokens_answers_in_plain_text_and_
     ("flags", "sentence"),
     [
         (["--image=missing.png"], "missing.png: there is no such file; an image file is accepted"),
-        (["--max-new-tokens=0"], "max_new_tokens is 0; accepted is 1 or more"),
-        (["--latent-size=0"], "latent_size is 0; accepted is 1 or more"),
-        (["--temperature=-1"], "temperature is -1.0; accepted is 0 (greedy) or more"),
+        (["--max-new-tokens=0"], "max_new_tokens must be a whole number from 1 to 131072, got 0"),
+        (["--latent-size=0"], "latent_size must be a whole number from 1 to 2147483647, got 0"),
+        (["--temperature=-1"], "temperature must be 0 or a number from 1e-6 to 1e6, got -1.0"),
         (["--longest-prompt=10"], "the prompt has 25 tokens; at most 10 are accepted"),
         (["--largest-image=8"], "an image takes 9 vision tokens; at most 8 are accepted"),
         (["--method=pixels"], "--method is pixels, which takes a task"),

@@ -321,7 +321,7 @@ def config_file(config, tmp_path):
         (["--config.data.source=ilvr", "--config.data.path=absent.jsonl"], "absent.jsonl: there is no such file"),
         (["--config.data.source=files"], "data.source is 'files', one of frozen_lake, ilvr, mirage"),
         (["--config.eval.data=absent.jsonl"], "absent.jsonl: there is no such file"),
-        (["--config.eval.max_new_tokens=0"], "eval: max_new_tokens is 0; accepted is 1 or more"),
+        (["--config.eval.max_new_tokens=0"], "eval: max_new_tokens must be a whole number from 1 to 131072, got 0"),
         (["--config.latents.coverage=0"], "latents.coverage is 0.0; accepted is a number more than 0"),
         (["--config.model.dtype=floot32"], "model.dtype is 'floot32'; accepted is one of float32"),
         (["--config.model.remat_policy=some"], "model.remat_policy is 'some'; accepted is one of none, full"),

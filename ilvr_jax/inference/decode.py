@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
-from ilvr_jax.inference.sampling import Sampling, check_sampling, sample_tokens
+from ilvr_jax.inference.sampling import Sampling, check_sampling, check_whole, sample_tokens
 from ilvr_jax.latents.layout import Batch
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+
+MOST_NEW_TOKENS = 2**17  # of an answer; published models have positions up to 128,000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +32,8 @@ class DecodeSettings:
     early_end: bool = False  # ends a segment where the model prefers `latent_end` to all else, even at its first slot
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "latent_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted is 1 or more")
+        check_whole("max_new_tokens", self.max_new_tokens, 1, MOST_NEW_TOKENS)
+        check_whole("latent_size", self.latent_size, 1)
         check_sampling(self.temperature, self.top_k, self.top_p)
 
 

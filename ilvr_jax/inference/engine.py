@@ -5,8 +5,10 @@ decoding, a row's numbers come from its own columns; and a prefix is taken over 
 hold what computing them again would give.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -17,7 +19,19 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 from transformers import PreTrainedTokenizerFast
 
+from ilvr_jax.errors import one_line
 from ilvr_jax.inference.decode import Mode
+from ilvr_jax.inference.requests import (
+    Answer,
+    Look,
+    Picture,
+    Request,
+    Timings,
+    check_picture,
+    check_prompt,
+    check_request,
+    check_tokens,
+)
 from ilvr_jax.inference.rows import (
     Rows,
     Status,
@@ -31,22 +45,16 @@ from ilvr_jax.inference.rows import (
     resume_row,
     set_row,
 )
-from ilvr_jax.inference.sampling import Sampling, check_sampling
+from ilvr_jax.inference.sampling import Sampling, check_whole
 from ilvr_jax.inference.transcript import show_look, show_text, split_at_looks
 from ilvr_jax.latents.layout import NO_IMAGE, Sample
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.decoder import split_layers
-from ilvr_jax.models.images import MERGE, EncodedImage, PatchedImage, stack_images, window_count
+from ilvr_jax.models.images import MERGE, EncodedImage, stack_images, window_count
 from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.positions import mrope_positions
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 
-METHODS = {
-    "latent": "the model looks when it wants to, into slots",
-    "text": "the model never looks",
-    "single": "the model looks once, before it says anything (as Mirage does)",
-    "pixels": "where the model wants to look it is shown a picture, which is encoded",
-}
 UNLIMITED = np.iinfo(np.int32).max
 STEPS = 32  # tokens that rows write between two looks at them from the host, if none of them stops
 WIDEST_CHUNK = 512  # prompt tokens prefilled at a time
@@ -55,7 +63,9 @@ MOST_SIZES = 3  # chunk sizes, and numbers of windows an image: each is compiled
 IMAGES_KEPT = 64  # images whose vision tokens are kept for requests to come
 PICTURES = 6  # of one answer, that room is made for if nothing else is said
 
-Picture = PatchedImage | EncodedImage
+
+class EngineInUse(RuntimeError):
+    """A second call of an engine that is serving; its rows hold the requests of the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,66 +92,6 @@ class EngineSettings:
             raise ValueError("chunks is empty; at least one size is accepted")
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One prompt and how to answer it. `max_new_tokens` counts slots and markers, but not the tokens of pictures."""
-
-    prompt: Sample  # as `data.examples.build_prompt` makes it; it ends with the assistant header
-    max_new_tokens: int
-    latent_size: int  # K
-    method: str = "latent"  # one of METHODS
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    seed: int = 0
-    early_end: bool = False  # ends a segment where the model prefers `latent_end` to all else
-    draw_look: Callable[[list[int]], Picture] | None = None  # for "pixels": the picture after the tokens so far
-    log_probabilities: bool = False
-    latent_vectors: bool = False
-    forced_tokens: tuple[int, ...] = ()  # tokens of the answer that are given, by place; -1 for those that are not
-    name: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Look:
-    """One look of an answer: slots, or a picture."""
-
-    position: int  # of its `latent_start` among the answer's tokens
-    slots: int
-    picture_tokens: int = 0  # vision tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Timings:
-    """Seconds on the host's clock."""
-
-    queued: float = 0.0  # from being taken from the queue to being given a row
-    first_token: float = 0.0  # from then to the first token: prompt and its images
-    total: float = 0.0  # from then to the last token
-    pictures: float = 0.0  # in pictures: drawn, encoded and prefilled
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What came of a request."""
-
-    number: int  # of the request, in the order in which they were given
-    name: str
-    tokens: tuple[int, ...]  # that the model wrote, `<|im_end|>` included; a slot's is `latent_pad`
-    text: str | None  # with looks shown; None for an engine without a tokenizer
-    looks: tuple[Look, ...]
-    stop_reason: str  # "end", "length", "picture" (there was no room for one) or "refused"
-    error: str | None = None  # one sentence, if it was refused or a picture did not fit
-    log_probabilities: tuple[float, ...] | None = None  # of the tokens, 0 where there was nothing to choose
-    latent_vectors: Float[np.ndarray, "slots channels"] | None = None
-    shared_tokens: int = 0  # of the prompt, whose keys and values were there already
-    timings: Timings = Timings()
-
-    @property
-    def slots(self) -> int:
-        return sum(look.slots for look in self.looks)
-
-
 @dataclasses.dataclass
 class _Served:
     """What the host knows of the request in a row."""
@@ -163,6 +113,10 @@ class Engine:
 
     It has a copy of the parameters, in the model's own dtype and layer by layer: they are there twice while the caller
     holds them, too.
+
+    One `serve`, `answer` or `warm_up` runs at a time: a second one, from the same thread or another, raises
+    EngineInUse. `serve` holds the engine from its first answer asked for until it is exhausted, closed, collected or
+    ended by an exception, after which the engine serves again.
     """
 
     def __init__(
@@ -179,6 +133,13 @@ class Engine:
         decoder = jax.tree_util.tree_map_with_path(self._in_dtype, decoder_params(params))
         self._decoder = split_layers(decoder, outputs_first=settings.rows > 1)
         self._window_units = model.config.vision.window_units
+        self._in_use = threading.Lock()
+        self._features: dict[bytes, Array] = {}  # of images, the longest unused first
+        self._empty()
+
+    def _empty(self) -> None:
+        """Makes all rows new, without a request or a prompt."""
+        model, settings = self._model, self.settings
         self._rows = empty_rows(model, settings.rows, settings.max_new_tokens, settings.latent_vectors)
         self._cache = empty_cache(model, settings.rows, settings.columns)
         units = max(settings.image_windows, default=0) * self._window_units**2
@@ -190,7 +151,6 @@ class Engine:
         self._digests: list[list[bytes]] = [[] for _ in range(settings.rows)]
         self._prompt_hidden: list[Array | None] = [None] * settings.rows
         self._last_used = [0.0] * settings.rows
-        self._features: dict[bytes, Array] = {}  # of images, the longest unused first
 
     def _in_dtype(self, path: tuple[Any, ...], leaf: Array) -> Array:
         """Returns a matrix as it is multiplied with, so that it is not turned into that for every token.
@@ -200,24 +160,44 @@ class Engine:
         matrix = path[-1].key in ("kernel", "embed_tokens", "lm_head", "a", "b") and path[0].key != "patch_embed"
         return leaf.astype(self._model.config.dtype) if matrix else leaf
 
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """Holds the engine for one caller, with free rows; raises EngineInUse if it has another."""
+        if not self._in_use.acquire(blocking=False):
+            raise EngineInUse(
+                "the engine is serving another call of serve, answer or warm_up; exhaust or close that one first, or "
+                "make an engine for each caller"
+            )
+        try:
+            if any(array.is_deleted() for array in jax.tree.leaves((self._rows, self._cache, self._vision_inputs))):
+                self._empty()  # an exception (Ctrl-C) came between a call that was given the arrays and its result
+            # Rows of a serve that was left are freed here, not at its end: the garbage collector may end it, at any
+            # moment, even while JAX traces a function.
+            for row, served in enumerate(self._served):
+                if served:
+                    self._free(row)
+            yield
+        finally:
+            self._in_use.release()
+
     def warm_up(self) -> None:
-        """Compiles all that requests can need. Rows must be free; they forget the prompts they hold."""
+        """Compiles all that requests can need. Rows forget the prompts they hold. Raises EngineInUse."""
         row = np.int32(0)
-        for windows in self.settings.image_windows:
-            self._place(self._encode(NO_IMAGE, windows), 0)
-        for size in self.settings.chunks:
-            self._prefill(0, 0, np.zeros(1, np.int32), np.zeros((3, 1), np.int32), size)
-        hidden = self._prefill(0, 0, np.zeros(1, np.int32), np.zeros((3, 1), np.int32), self.settings.chunks[0])
-        self._cache = copy_row(self._cache, row, row)
-        self._set_row(0, None)
-        self._resume(0, hidden, 1, 1)
-        self._decode(1)
-        self._set_row(0, None, Status.IDLE)
-        self._digests = [[] for _ in self._digests]
-        jax.block_until_ready(self._rows)
+        with self._held():
+            for windows in self.settings.image_windows:
+                self._place(self._encode(NO_IMAGE, windows), 0)
+            for size in self.settings.chunks:
+                hidden = self._prefill(0, 0, np.zeros(1, np.int32), np.zeros((3, 1), np.int32), size)
+            self._cache = copy_row(self._cache, row, row)
+            self._set_row(0, None)
+            self._resume(0, hidden, 1, 1)
+            self._decode(1)
+            self._set_row(0, None, Status.IDLE)
+            self._digests = [[] for _ in self._digests]
+            jax.block_until_ready(self._rows)
 
     def answer(self, requests: Iterable[Request]) -> list[Answer]:
-        """Returns the answers to all requests, in their order."""
+        """Returns the answers to all requests, in their order. Raises EngineInUse."""
         return sorted(self.serve(requests), key=lambda answer: answer.number)
 
     def serve(
@@ -226,22 +206,22 @@ class Engine:
         """Yields the answer to each request as it is complete.
 
         A request is taken from `requests` when there is a row for it. `on_tokens(number, tokens)` is called with the
-        new tokens of a request as they come. A request that cannot be served is answered with `error`.
+        new tokens of a request as they come. A request that cannot be served, whatever is in it, is answered with
+        `error`; the others are answered as without it. Raises EngineInUse, when the first answer is asked for.
         """
-        waiting = enumerate(requests)
-        exhausted = False
-        steps = np.int32(1 if on_tokens else STEPS)
-        try:
+        with self._held():
+            waiting, exhausted = enumerate(requests), False
+            steps = np.int32(1 if on_tokens else STEPS)
             while True:
                 while not exhausted and None in self._served:
-                    number, request = next(waiting, (-1, None))
-                    if request is None:
+                    number, request = next(waiting, (None, None))
+                    if number is None:
                         exhausted = True
                         break
                     taken = time.monotonic()
                     error = self.refusal(request)
                     if error:
-                        yield Answer(number, request.name, (), None, (), "refused", error)
+                        yield Answer(number, getattr(request, "name", ""), (), None, (), "refused", error)
                         continue
                     self._admit(number, request, taken)
                 if not any(self._served):
@@ -250,53 +230,40 @@ class Engine:
                 if any(self._served):
                     self._decode(steps)
                     yield from self._settle(on_tokens)
-        finally:
-            for row, served in enumerate(self._served):
-                if served:
-                    self._free(row)
 
     def refusal(self, request: Request) -> str | None:
-        """Returns one sentence that says why a request cannot be served, None if it can."""
-        settings, prompt = self.settings, request.prompt
-        if request.method not in METHODS:
-            return f"method is {request.method!r}; one of {', '.join(METHODS)} is accepted"
-        if request.method == "pixels" and request.draw_look is None:
-            return 'method is "pixels" and there is no draw_look; a function that draws the picture is accepted'
-        if not 1 <= request.max_new_tokens <= settings.max_new_tokens:
-            return f"max_new_tokens is {request.max_new_tokens}; accepted is 1 to {settings.max_new_tokens}"
-        if request.latent_size < 1:
-            return f"latent_size is {request.latent_size}; accepted is 1 or more"
-        if not 0 <= request.seed < 2**32:
-            return f"seed is {request.seed}; accepted is 0 to {2**32 - 1}"
-        if len(request.forced_tokens) > request.max_new_tokens:
-            given, new = len(request.forced_tokens), request.max_new_tokens
-            return f"there are {given} forced_tokens for {new} new ones; no more of them are accepted"
-        if request.latent_vectors and not settings.latent_vectors:
-            return "latent_vectors are asked for, and the engine was made without; one made with them is accepted"
-        room = settings.columns - request.max_new_tokens
-        if len(prompt.tokens) > room:
-            return (
-                f"the prompt has {len(prompt.tokens)} tokens; with {request.max_new_tokens} new ones at most {room} "
-                "are accepted"
-            )
-        for image in prompt.images:
-            if error := self._image_refusal(image):
-                return error
+        """Returns one sentence that states why a request cannot be served, None if it can."""
         try:
-            check_sampling(request.temperature, request.top_k, request.top_p)
+            check_request(request)
+            check_prompt(request.prompt, self._special, self._model.config)
+            check_tokens("each of forced_tokens", request.forced_tokens, -1, self._model.config.vocab_size)
+            self._check_room(request)
         except ValueError as error:
-            return str(error)
+            return one_line(str(error))
         return None
 
-    def _image_refusal(self, image: Picture) -> str | None:
-        largest = max(self.settings.image_windows, default=0)
-        if window_count(image, self._window_units) <= largest:
-            return None
-        side = self._window_units
-        return (
-            f"an image has {image.width // MERGE}x{image.height // MERGE} vision tokens, which take "
-            f"{window_count(image, side)} windows of {side}x{side}; at most {largest} windows are accepted"
-        )
+    def _check_room(self, request: Request) -> None:
+        """Raises ValueError, one sentence, if the engine was made for smaller requests."""
+        settings = self.settings
+        check_whole("max_new_tokens", request.max_new_tokens, 1, settings.max_new_tokens)
+        if request.latent_vectors and not settings.latent_vectors:
+            raise ValueError("latent_vectors must be false for an engine that was made without them, got true")
+        room, length = settings.columns - request.max_new_tokens, len(request.prompt.tokens)
+        if length > room:
+            raise ValueError(
+                f"the prompt must have at most {room} tokens beside {request.max_new_tokens} new ones, got {length}"
+            )
+        for image in request.prompt.images:
+            self._check_windows(image)
+
+    def _check_windows(self, image: Picture) -> None:
+        """Raises ValueError, one sentence, for an image that is larger than the engine was made for."""
+        largest, side = max(self.settings.image_windows, default=0), self._window_units
+        if window_count(image, side) > largest:
+            raise ValueError(
+                f"an image must take at most {largest} windows of {side}x{side} vision tokens, got "
+                f"{window_count(image, side)} for {image.width // MERGE}x{image.height // MERGE}"
+            )
 
     def _admit(self, number: int, request: Request, taken: float) -> None:
         """Gives a request a row, with the keys and values of its prompt, and lets it write its first token."""
@@ -310,11 +277,11 @@ class Engine:
             row = source
         else:  # the row that was not used for longest, but what is longer than the prefix stays for others
             row = min(free, key=lambda row: (row == source, self._last_used[row]))
-        if shared and row != source:
-            self._cache = copy_row(self._cache, np.int32(source), np.int32(row))
         hidden = self._prompt_hidden[source] if shared else None
         served.shared_tokens = sum(count for _, count, _ in plan[:shared])
         self._digests[row] = []  # should what follows be interrupted
+        if shared and row != source:
+            self._cache = copy_row(self._cache, np.int32(source), np.int32(row))
         for image, column in zip(prompt.images, image_columns(prompt, self._special), strict=True):
             if column + image.vision_tokens > served.shared_tokens:
                 self._place(self._image_features(image), column)
@@ -447,13 +414,15 @@ class Engine:
             looking = [row for row, served in enumerate(self._served) if served and status[row] == Status.LOOKING]
             if on_tokens:
                 self._stream(count, on_tokens)
-            refused = [row for row in looking if not self._show_picture(row)]
+            reasons = {Status.ENDED: "end", Status.FULL: "length"}
+            ended = {row: reasons[status[row]] for row in range(len(status)) if status[row] in reasons}
+            ended |= {row: reason for row in looking if (reason := self._show_picture(row))}
             for row, served in enumerate(self._served):
-                if served and (status[row] in (Status.ENDED, Status.FULL) or row in refused):
-                    answer = self._read_answer(row, int(count[row]), int(status[row]))
+                if served and row in ended:
+                    answer = self._read_answer(row, int(count[row]), ended[row])
                     self._free(row)
                     yield answer
-            if len(looking) == len(refused):
+            if all(row in ended for row in looking):
                 return
 
     def _stream(self, count: Int[np.ndarray, " rows"], on_tokens: Callable[[int, list[int]], None]) -> None:
@@ -463,24 +432,36 @@ class Engine:
                 on_tokens(served.number, tokens[row, served.streamed : count[row]].tolist())
                 served.streamed = int(count[row])
 
-    def _show_picture(self, row: int) -> bool:
-        """Prefills the picture that a row waits for, between latent markers; says whether there was room for it."""
+    def _show_picture(self, row: int) -> str | None:
+        """Prefills the picture that a row waits for, between latent markers.
+
+        Returns the reason if the answer ends here: "picture", there is no room for it, or "refused", there is none.
+        """
         served, special, began = self._served[row], self._special, time.monotonic()
         length, position, count, written = (
             jax.device_get(array)[row]
             for array in (self._rows.length, self._rows.position, self._rows.count, self._rows.tokens)
         )
-        image = served.request.draw_look(written[:count].tolist())
+        try:
+            image = served.request.draw_look(written[:count].tolist())
+            check_picture(image, self._model.config)
+        except Exception as error:  # of any kind: it is the caller's function, and other requests are being served
+            served.error = one_line(f"draw_look must return a picture, got {type(error).__name__}: {error}")
+            return "refused"
         grid = image.height // MERGE, image.width // MERGE
         pads = [special.image_pad] * image.vision_tokens
         tokens = [special.latent_start, special.vision_start, *pads, special.vision_end, special.latent_end]
         tokens = np.array(tokens, np.int32)
         room = self.settings.columns - length - (served.request.max_new_tokens - count)
-        served.error = self._image_refusal(image)
-        if not served.error and len(tokens) > room:
-            served.error = f"picture {len(served.looks) + 1} takes {len(tokens)} tokens and there is room for {room}"
-        if served.error:
-            return False
+        try:
+            self._check_windows(image)
+            if len(tokens) > room:
+                raise ValueError(
+                    f"picture {len(served.looks) + 1} must take at most {room} tokens here, got {len(tokens)}"
+                )
+        except ValueError as error:
+            served.error = str(error)
+            return "picture"
         positions = mrope_positions(tokens, [grid], special.image_pad) + position
         self._place(self._image_features(image), int(length) + 2)
         for start, part, size in plan_chunks(len(tokens), self.settings.chunks):
@@ -490,9 +471,9 @@ class Engine:
         jax.block_until_ready(self._rows.count)
         served.looks.append(image.vision_tokens)
         served.pictures += time.monotonic() - began
-        return True
+        return None
 
-    def _read_answer(self, row: int, count: int, status: int) -> Answer:
+    def _read_answer(self, row: int, count: int, reason: str) -> Answer:
         served, special = self._served[row], self._special
         request = served.request
         tokens = np.asarray(self._rows.tokens)[row, :count]
@@ -506,7 +487,6 @@ class Engine:
             text = show_text(texts, [show_look(look.slots, look.picture_tokens) for look in looks])
         log_probabilities = np.asarray(self._rows.log_probabilities)[row, :count] if request.log_probabilities else None
         latents = np.asarray(self._rows.latents)[row] if request.latent_vectors else None
-        reason = {Status.ENDED: "end", Status.FULL: "length"}.get(status, "picture")
         return Answer(
             number=served.number,
             name=request.name,
@@ -573,11 +553,15 @@ def fit_settings(
 ) -> EngineSettings:
     """Returns settings that hold all `requests`, with few sizes that leave little padding; `changes` go on top.
 
-    An answer by "pixels" gets room for so many `pictures` of the size of its prompt's largest image. Raises ValueError
-    if there are no requests.
+    An answer by "pixels" gets room for so many `pictures` of the size of its prompt's largest image. Requests that no
+    engine can serve are skipped. Raises ValueError if there are no others.
     """
     lengths, windows, columns, most, count, latents = [], [], 0, 0, 0, False
     for request in requests:
+        try:
+            check_request(request)
+        except ValueError:  # the engine answers it with this error
+            continue
         images = request.prompt.images
         sizes = [len(request.prompt.tokens)]
         if request.method == "pixels":
@@ -588,7 +572,7 @@ def fit_settings(
         most, count = max(most, request.max_new_tokens), count + 1
         latents |= request.latent_vectors
     if not count:
-        raise ValueError("there are no requests; at least one is needed to choose sizes from")
+        raise ValueError("there are no requests that can be served; one or more are needed to choose sizes from")
     widest = min(WIDEST_CHUNK, _rounded(max(lengths)))
     rests = [_rounded(length % widest or widest) for length in lengths]
     settings = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from ilvr_jax.data.examples import ExampleSettings
 from ilvr_jax.inference.decode import DecodeSettings
-from ilvr_jax.inference.engine import METHODS
+from ilvr_jax.inference.requests import METHODS
 from ilvr_jax.latents.layout import Sample
 from ilvr_jax.models.config import DTYPES
 

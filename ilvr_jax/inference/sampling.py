@@ -4,7 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
+
+from ilvr_jax.errors import quote
 
 
 class Sampling(NamedTuple):
@@ -17,14 +20,24 @@ class Sampling(NamedTuple):
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raises ValueError, naming the setting, for a value that cannot be sampled with."""
-    for name, value, good, accepted in (
-        ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
-        ("top_k", top_k, top_k >= 0, "0 (off) or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
-    ):
-        if not good:
-            raise ValueError(f"{name} is {value}; accepted is {accepted}")
+    """Raises ValueError, one sentence that begins with the setting's name, for a value that cannot be sampled with."""
+    # The limits keep quotients of logits, and what sums are compared with, inside float32.
+    if not (_is_real(temperature) and (temperature == 0 or 1e-6 <= temperature <= 1e6)):
+        raise ValueError(f"temperature must be 0 or a number from 1e-6 to 1e6, got {quote(temperature)}")
+    check_whole("top_k", top_k)
+    if not (_is_real(top_p) and np.finfo(np.float32).tiny <= top_p <= 1):
+        raise ValueError(f"top_p must be a number above 0 and at most 1, got {quote(top_p)}")
+
+
+def check_whole(name: str, value: object, least: int = 0, most: int = np.iinfo(np.int32).max) -> None:
+    """Raises ValueError, one sentence that begins with the name, unless the value is a whole number in these limits."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not (whole and least <= value <= most):
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {quote(value)}")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def sample_tokens(

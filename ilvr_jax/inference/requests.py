@@ -1,0 +1,198 @@
+"""Requests to the engine and their answers; what makes a request one that no engine can serve."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from jaxtyping import Float
+
+from ilvr_jax.errors import quote
+from ilvr_jax.inference.decode import MOST_NEW_TOKENS
+from ilvr_jax.inference.sampling import check_sampling, check_whole
+from ilvr_jax.latents.layout import Sample
+from ilvr_jax.latents.tokens import SpecialTokens
+from ilvr_jax.models.config import ModelConfig
+from ilvr_jax.models.images import MERGE, EncodedImage, PatchedImage
+
+METHODS = {
+    "latent": "the model looks when it wants to, into slots",
+    "text": "the model never looks",
+    "single": "the model looks once, before it says anything (as Mirage does)",
+    "pixels": "where the model wants to look it is shown a picture, which is encoded",
+}
+
+Picture = PatchedImage | EncodedImage
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt and how to answer it. `max_new_tokens` counts slots and markers, but not the tokens of pictures.
+
+    Any values can be put in: `Engine.refusal` checks all of them, in that one place.
+    """
+
+    prompt: Sample  # as `data.examples.build_prompt` makes it; it ends with the assistant header
+    max_new_tokens: int
+    latent_size: int  # K
+    method: str = "latent"  # one of METHODS
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    seed: int = 0
+    early_end: bool = False  # ends a segment where the model prefers `latent_end` to all else
+    draw_look: Callable[[list[int]], Picture] | None = None  # for "pixels": the picture after the tokens so far
+    log_probabilities: bool = False
+    latent_vectors: bool = False
+    forced_tokens: tuple[int, ...] = ()  # tokens of the answer that are given, by place; -1 for those that are not
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """One look of an answer: slots, or a picture."""
+
+    position: int  # of its `latent_start` among the answer's tokens
+    slots: int
+    picture_tokens: int = 0  # vision tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Seconds on the host's clock."""
+
+    queued: float = 0.0  # from being taken from the queue to being given a row
+    first_token: float = 0.0  # from then to the first token: prompt and its images
+    total: float = 0.0  # from then to the last token
+    pictures: float = 0.0  # in pictures: drawn, encoded and prefilled
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The result of a request."""
+
+    number: int  # of the request, in the order in which they were given
+    name: str
+    tokens: tuple[int, ...]  # that the model wrote, `<|im_end|>` included; a slot's is `latent_pad`
+    text: str | None  # with looks shown; None for an engine without a tokenizer
+    looks: tuple[Look, ...]
+    stop_reason: str  # "end", "length", "picture" (there was no room for one) or "refused"
+    error: str | None = None  # one sentence, if it was refused or a picture did not fit
+    log_probabilities: tuple[float, ...] | None = None  # of the tokens, 0 where there was nothing to choose
+    latent_vectors: Float[np.ndarray, "slots channels"] | None = None
+    shared_tokens: int = 0  # of the prompt, whose keys and values were there already
+    timings: Timings = Timings()
+
+    @property
+    def slots(self) -> int:
+        return sum(look.slots for look in self.looks)
+
+
+def check_request(request: Request) -> None:
+    """Raises ValueError, one sentence, for values of a request's settings that no engine can serve."""
+    if not isinstance(request, Request):
+        raise ValueError(f"a request must be a Request, got {quote(request)}")
+    if not isinstance(request.method, str) or request.method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {quote(request.method)}")
+    if request.method == "pixels" and not callable(request.draw_look):
+        raise ValueError(f'draw_look must be a function for method "pixels", got {quote(request.draw_look)}')
+    check_whole("max_new_tokens", request.max_new_tokens, 1, MOST_NEW_TOKENS)
+    check_whole("latent_size", request.latent_size, 1)
+    check_whole("seed", request.seed, 0, 2**32 - 1)
+    check_sampling(request.temperature, request.top_k, request.top_p)
+    for name in ("early_end", "log_probabilities", "latent_vectors"):
+        if not isinstance(getattr(request, name), (bool, np.bool_)):
+            raise ValueError(f"{name} must be true or false, got {quote(getattr(request, name))}")
+    if not isinstance(request.forced_tokens, (tuple, list)):
+        raise ValueError(f"forced_tokens must be a tuple of tokens, got {quote(request.forced_tokens)}")
+    if len(request.forced_tokens) > request.max_new_tokens:
+        given, new = len(request.forced_tokens), request.max_new_tokens
+        raise ValueError(f"forced_tokens must be no more than max_new_tokens ({new}), got {given}")
+    if len(request.forced_tokens) and request.method == "single":
+        raise ValueError('forced_tokens must be empty for method "single", which begins with a look')
+    _check_shapes(request.prompt)
+
+
+def _check_shapes(prompt: Sample) -> None:
+    """Raises ValueError unless a prompt has tokens, and images of some size."""
+    if not isinstance(prompt, Sample):
+        raise ValueError(f"prompt must be a Sample, got {quote(prompt)}")
+    if not _is_whole_array(prompt.tokens) or prompt.tokens.ndim != 1 or not len(prompt.tokens):
+        raise ValueError(f"the prompt must have one token or more, got {_described(prompt.tokens)}")
+    if not isinstance(prompt.images, (tuple, list)):
+        raise ValueError(f"the prompt's images must be a tuple, got {quote(prompt.images)}")
+    for image in prompt.images:
+        _check_size(image)
+
+
+def _check_size(image: Picture) -> None:
+    """Raises ValueError unless an image is one, and its height and width can be patches of vision tokens."""
+    if not isinstance(image, (PatchedImage, EncodedImage)):
+        raise ValueError(f"an image must be a PatchedImage or EncodedImage, got {quote(image)}")
+    if isinstance(image, EncodedImage) and not (_is_float_array(image.features) and image.features.ndim == 3):
+        raise ValueError(f"features of an image must be [rows, columns, channels], got {_described(image.features)}")
+    for name in ("height", "width"):
+        check_whole(f"the {name} of an image in patches", getattr(image, name), MERGE)
+        if getattr(image, name) % MERGE:
+            raise ValueError(f"the {name} of an image in patches must be even, got {getattr(image, name)}")
+
+
+def check_prompt(prompt: Sample, special: SpecialTokens, config: ModelConfig) -> None:
+    """Raises ValueError, one sentence, if a prompt that `check_request` passed is not one for a model."""
+    tokens, positions = prompt.tokens, prompt.positions
+    if not _is_whole_array(positions) or positions.shape != (3, len(tokens)):
+        raise ValueError(f"the prompt's positions must have shape (3, {len(tokens)}), got {_described(positions)}")
+    check_tokens("a token of the prompt", (tokens.min(), tokens.max()), 0, config.vocab_size)
+    if positions.min() < 0 or positions.max() >= 2**30:
+        raise ValueError(f"the prompt's positions must be from 0 to 2**30, got up to {positions.max()}")
+    if (tokens == special.latent_pad).any():
+        raise ValueError("the prompt must have no latent slots, got a sample for training")
+    for image in prompt.images:
+        check_picture(image, config)
+    pads = np.flatnonzero(tokens == special.image_pad)
+    counts = [image.vision_tokens for image in prompt.images]
+    if len(pads) != sum(counts):
+        raise ValueError(f"the prompt must have an image_pad for each of {sum(counts)} vision tokens, got {len(pads)}")
+    for run in np.split(pads, np.cumsum(counts)[:-1]) if counts else ():
+        if run[-1] - run[0] >= len(run):
+            raise ValueError(f"the {len(run)} vision tokens of an image must follow each other in the prompt")
+
+
+def check_picture(image: Picture, config: ModelConfig) -> None:
+    """Raises ValueError, one sentence, if an image is not one that a model takes."""
+    _check_size(image)
+    if isinstance(image, EncodedImage):
+        values, channels = image.features, config.hidden_size
+        if values.shape[2] != channels:
+            raise ValueError(f"an encoded image must have {channels} channels, got {values.shape[2]}")
+    else:
+        values, patches = image.pixels, image.height * image.width
+        still = config.vision.patch_dim // config.vision.temporal_patch_size
+        is_bytes = isinstance(values, np.ndarray) and values.dtype == np.uint8
+        shape = patches, still if is_bytes else config.vision.patch_dim
+        if not (is_bytes or _is_float_array(values)) or values.shape != shape:
+            raise ValueError(
+                f"pixels of {image.height}x{image.width} patches must have shape ({patches}, {still}) in uint8 or "
+                f"({patches}, {config.vision.patch_dim}) in float32, got {_described(values)}"
+            )
+    if not np.isfinite(values.astype(np.float32, copy=False)).all():
+        raise ValueError("the values of an image must be finite, got some that are not")
+
+
+def check_tokens(name: str, tokens: Iterable[int], least: int, vocab_size: int) -> None:
+    """Raises ValueError, one sentence, for a token below `least` or past the vocabulary."""
+    for token in tokens:
+        check_whole(name, token, least, vocab_size - 1)
+
+
+def _is_whole_array(value: object) -> bool:
+    return isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.integer)
+
+
+def _is_float_array(value: object) -> bool:
+    # kind "V" with a name of its own: bfloat16, which numpy does not know as a float
+    return isinstance(value, np.ndarray) and (np.issubdtype(value.dtype, np.floating) or value.dtype.name == "bfloat16")
+
+
+def _described(value: object) -> str:
+    """Returns an array's shape and dtype, or the value if it is none."""
+    return f"{value.shape} {value.dtype}" if isinstance(value, np.ndarray) else quote(value)
