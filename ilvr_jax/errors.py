@@ -43,8 +43,8 @@ def quote(value: Any) -> str:
     return shown if len(shown) <= QUOTE_LENGTH else f"{shown[: QUOTE_LENGTH - 3]}..."
 
 
-def listed(names: Iterable[str]) -> str:
-    """Returns names for a message: the first `LISTED`, each cut as values are, and the number of the others."""
+def listed(names: Iterable[str], limit: int = LISTED) -> str:
+    """Returns names for a message: the first `limit`, each cut as values are, and the number of the others."""
     names = list(names)
-    shown = [name if len(name) <= QUOTE_LENGTH else f"{name[: QUOTE_LENGTH - 3]}..." for name in names[:LISTED]]
-    return ", ".join(shown) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    shown = [name if len(name) <= QUOTE_LENGTH else f"{name[: QUOTE_LENGTH - 3]}..." for name in names[:limit]]
+    return ", ".join(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -117,6 +117,7 @@ def damaged(folder, how):
     elif how == "no config":
         (folder / "config.json").unlink()
     elif how == "index":
+        weights.unlink()
         index = {"weight_map": {name: "model-00001-of-00002.safetensors" for name in tensors}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif how == "tokenizer":
@@ -135,15 +136,18 @@ def published(tmp_path_factory):
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        ("missing", "does not fit the model: model.norm.weight is missing"),
-        ("extra", "model.layers.7.norm.weight is not part of the model"),
-        ("misshapen", r"visual.merger.mlp.0.bias has shape \[5\] where \[64\] was expected"),
-        ("truncated", "model.safetensors is truncated or not a safetensors file"),
-        ("pickle", r"holds pickled weights \(pytorch_model.bin\).*only safetensors files are accepted"),
-        ("empty", r"holds no \*.safetensors files"),
+        ("missing", "must have the tensors of its config.json, but lacks model.norm.weight$"),
+        ("extra", "has besides model.layers.7.norm.weight$"),
+        ("misshapen", r"another shape in visual.merger.mlp.0.bias \(\[5\] in place of \[64\]\)"),
+        ("truncated", "model.safetensors must be a whole safetensors file, but is truncated"),
+        (
+            "pickle",
+            r"must hold model.safetensors, .* its weights are pickled \(pytorch_model.bin\), which can run any code",
+        ),
+        ("empty", r"must hold model.safetensors, or .* but holds no weights"),
         ("architecture", "describes a model of type 'llama'; qwen2_5_vl is accepted"),
         ("no config", "has no config.json"),
-        ("index", "names model-00001-of-00002.safetensors, which is not in"),
+        ("index", "names model-00001-of-00002.safetensors, which must be files of .*, but are not there"),
         ("tokenizer", r"the tokenizer has \d+ tokens and the embedding 100 rows"),
     ],
 )
@@ -174,7 +178,7 @@ def test_large_checkpoints_are_cut_into_files_with_an_index(tmp_path):
     back = read_all(tmp_path)
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(back[name], tensor)
-    with safe_open(weight_files(tmp_path)[0], framework="numpy") as file:
+    with safe_open(next(iter(weight_files(tmp_path))), framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}
 
 

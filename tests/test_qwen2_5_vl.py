@@ -151,9 +151,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
     state["model.layers.9.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
     with pytest.raises(ValueError) as error:
         params_from_state_dict(state, config)
-    assert "model.norm.weight is missing" in str(error.value)
-    assert "visual.blocks.0.norm1.weight has shape [7] where [32] was expected" in str(error.value)
-    assert "model.layers.9.mlp.up_proj.weight is not part of the model" in str(error.value)
+    assert "lacks model.norm.weight;" in str(error.value)
+    assert "has another shape in visual.blocks.0.norm1.weight ([7] in place of [32]);" in str(error.value)
+    assert "has besides model.layers.9.mlp.up_proj.weight" in str(error.value)
 
 
 def test_bytes_of_a_still_image_equal_two_normalised_frames():

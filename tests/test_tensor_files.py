@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from ilvr_jax.models.checkpoint import put
 from ilvr_jax.models.config import model_config_from_hf
-from ilvr_jax.models.tensor_files import TensorFolder, TensorToWrite, write_tensors
+from ilvr_jax.models.tensor_files import TensorFiles, TensorToWrite, checkpoint_tensors, write_tensors
 from ilvr_jax.training.pretrained import load_params, open_pretrained
 from tests.published import save_published
 
@@ -38,17 +38,17 @@ class Held:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_tensor_is_let_go_before_the_next_is_read(tmp_path, monkeypatch, dtype):
     save_published(tmp_path, shard="40KB")
-    pretrained, held, read = open_pretrained(tmp_path), Held(), TensorFolder.__getitem__
+    pretrained, held, read = open_pretrained(tmp_path), Held(), TensorFiles.__getitem__
 
     def watched(self, name):
         # The runtime lets go of the tensor before when it is next called.
         assert held.count() <= 1, f"two tensors are held when {name} is read"
         return held.hand_out(read(self, name))
 
-    monkeypatch.setattr(TensorFolder, "__getitem__", watched)
+    monkeypatch.setattr(TensorFiles, "__getitem__", watched)
     config = model_config_from_hf(pretrained.published)
     params = load_params(pretrained, config, dtype, jax.random.key(0))
-    assert len(held.references) == len(TensorFolder(tmp_path))
+    assert len(held.references) == len(checkpoint_tensors(tmp_path))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from ilvr_jax.data.records import ImageSource
 from ilvr_jax.models.images import EncodedImage
-from ilvr_jax.models.tensor_files import TensorFolder
+from ilvr_jax.models.tensor_files import TensorFiles, tensor_places
 
 UNFINISHED = ".partial"
 
@@ -31,7 +31,7 @@ class FeatureStore:
         """`channels` and `dtype` are those of the features."""
         self.folder = folder
         self.no_image = EncodedImage(np.zeros((0, 0, channels), jnp.dtype(dtype)))
-        self._tensors: TensorFolder | None = None
+        self._tensors: TensorFiles | None = None
 
     def get(self, source: ImageSource) -> EncodedImage | None:
         """Returns an image's features, None if they were not computed."""
@@ -75,9 +75,10 @@ class FeatureStore:
 
     def _opened(self) -> Mapping[str, np.ndarray]:
         if self._tensors is None:
-            if not any(self.folder.glob("*.safetensors")):
+            paths = sorted(self.folder.glob("*.safetensors"))
+            if not paths:
                 return {}
-            self._tensors = TensorFolder(self.folder)
+            self._tensors = TensorFiles({key: place for path in paths for key, place in tensor_places(path).items()})
         return self._tensors
 
     def __getstate__(self) -> dict[str, Any]:

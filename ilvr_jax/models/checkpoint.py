@@ -6,7 +6,7 @@ Both naming schemes are read and written: "flat", `model.layers...` with `visual
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
+from ilvr_jax.errors import LISTED, listed, quote
 from ilvr_jax.models.config import ModelConfig
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.sharding import one_device, shardings, to_mesh
-from ilvr_jax.models.tensor_files import DTYPES, BadCheckpoint, TensorFolder, TensorToWrite
+from ilvr_jax.models.tensor_files import DTYPES, BadCheckpoint, TensorFiles, TensorToWrite, warn
 
 # Module names that differ between a checkpoint and our parameters.
 RENAMED = {
@@ -34,9 +35,38 @@ RENAMED = {
 }
 
 
+# Modules around the model that training leaves in names: PEFT's, and those of data parallelism and torch.compile.
+WRAPPERS = re.compile(
+    r"^base_model\.model\.|(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+BUFFERS = re.compile(r"(^|\.)rotary(_pos)?_emb\.\w+$")  # computed from the config, as transformers does
+# Modules that are computed here: a tensor in them that is not expected belongs to another computation.
+COMPUTED = re.compile(r"visual\.|lm_head\.|model\.(layers|norm|embed)")
+# The last parts of the names of quantised weights.
+QUANTISED = {
+    "GPTQ": ("g_idx",),
+    "AWQ or GPTQ": ("qweight", "qzeros", "scales"),
+    "compressed-tensors": ("weight_packed", "weight_shape", "weight_zero_point"),
+    "bitsandbytes": ("absmax", "nested_absmax", "quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4", "SCB"),
+    "fp8": ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale"),
+    "HQQ": ("W_q",),
+    "AQLM": ("codes", "codebooks"),
+    "quanto": ("_data", "_scale"),
+}
+UNMERGED = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)\.")
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def unwrapped(name: str) -> str:
+    """Returns a tensor's name without the modules around the model, in any order."""
+    while (inner := WRAPPERS.sub("", name)) != name:
+        name = inner
+    return name
+
+
 def flat_name(name: str) -> str:
-    """Returns a tensor's name in the flat scheme, the older of the two."""
-    name = re.sub(r"^model\.language_model\.", "model.", name)
+    """Returns a tensor's name in the flat scheme, the older of the two, without modules around the model."""
+    name = re.sub(r"^model\.language_model\.", "model.", unwrapped(name))
     return re.sub(r"^model\.visual\.", "visual.", name)
 
 
@@ -46,8 +76,8 @@ def nested_name(name: str) -> str:
 
 
 def is_nested(names: Mapping[str, object]) -> bool:
-    """Says which naming scheme a checkpoint has."""
-    return any(name.startswith(("model.language_model.", "model.visual.")) for name in names)
+    """Returns whether a checkpoint has the nested naming scheme."""
+    return any(flat_name(name) != unwrapped(name) for name in names)
 
 
 def tensor_name(path: tuple[str, ...], layer: int | None = None) -> str:
@@ -83,11 +113,10 @@ def params_from_state_dict(
     each put in its place on the mesh, by default one device, before the next, so that no more than one is held beside
     the parameters.
 
-    Raises BadCheckpoint naming the tensors that are missing, left over or misshapen.
+    Raises BadCheckpoint as `check_tensors` does.
     """
     shapes = jax.eval_shape(Qwen2_5VL(config).init, jax.random.key(0))
-    check_tensors(state, shapes, config)
-    tensors = {flat_name(name): name for name in state}
+    tensors = check_tensors(state, shapes, config)
 
     def parameter(keys, leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.Array:
         path = tuple(key.key for key in keys)
@@ -119,22 +148,65 @@ def put(stacked: Float[Array, "layers ..."], tensor: Float[Array, "..."], layer:
     return jax.lax.dynamic_update_index_in_dim(stacked, tensor.astype(stacked.dtype), layer, axis=0)
 
 
-def check_tensors(state: Mapping[str, np.ndarray], shapes: PyTree, config: ModelConfig) -> None:
-    """Raises BadCheckpoint naming the tensors that are missing, left over or misshapen, before any is read."""
-    found = {flat_name(name): name for name in state}
+def check_tensors(state: Mapping[str, np.ndarray], shapes: PyTree, config: ModelConfig) -> dict[str, str]:
+    """Returns the names in `state` of the model's tensors by their flat names, before any tensor is read.
+
+    Tensors of modules that are not computed here, such as heads of other methods, are named on stderr and ignored.
+    Raises BadCheckpoint naming those that are missing, of other shapes or dtypes, or besides in modules that are.
+    """
+    found: dict[str, str] = {}
+    for name in state:
+        if (other := found.setdefault(flat_name(name), name)) != name:
+            raise BadCheckpoint(f"the checkpoint must hold a tensor once, but has {quote(other)} and {quote(name)}")
+    check_not_quantised(found)
     if config.tie_word_embeddings:
         found.pop("lm_head.weight", None)
-    problems, expected = [], published_shapes(shapes, config)
-    for name, shape in expected.items():
-        if name not in found:
-            problems.append(f"{name} is missing")
-            continue
-        size = state.shape(found[name]) if isinstance(state, TensorFolder) else np.shape(state[found[name]])
-        if size != shape:
-            problems.append(f"{name} has shape {list(size)} where {list(shape)} was expected")
-    problems += [f"{name} is not part of the model" for name in sorted(found.keys() - expected.keys())]
+    expected = published_shapes(shapes, config)
+    others = sorted(found.keys() - expected.keys())
+    misshapen, numbers = [], []
+    for name in sorted(expected.keys() & found.keys()):
+        shape, dtype = shape_and_dtype(state, found[name])
+        if dtype not in FLOATS:
+            numbers.append(f"{name} ({dtype})")
+        elif shape != expected[name]:
+            misshapen.append(f"{name} ({list(shape)} in place of {list(expected[name])})")
+    problems = {
+        "lacks": [name for name in expected if name not in found],
+        "has another shape in": misshapen,
+        f"has a dtype other than {', '.join(FLOATS)} in": numbers,
+        "has besides": [name for name in others if COMPUTED.match(name) and not BUFFERS.search(name)],
+    }
+    problems = {what: names for what, names in problems.items() if names}
     if problems:
-        raise BadCheckpoint("the checkpoint does not fit the model: " + "; ".join(problems))
+        described = [f"{what} {listed(names, max(1, LISTED // len(problems)))}" for what, names in problems.items()]
+        raise BadCheckpoint(f"the checkpoint must have the tensors of its config.json, but {'; '.join(described)}")
+    if others:
+        warn(f"ignored tensors that are not part of the model: {listed(others)}")
+    return {name: found[name] for name in expected}
+
+
+def check_not_quantised(names: Collection[str]) -> None:
+    """Raises BadCheckpoint if flat names are those of quantised weights or of adapters that are not merged."""
+    computed = [name for name in names if COMPUTED.match(name)]
+    for kind, endings in QUANTISED.items():
+        if quantised := [name for name in computed if name.rpartition(".")[2] in endings]:
+            raise BadCheckpoint(
+                f"the checkpoint must hold weights that are not quantised, but has those of {kind} "
+                f"({quantised[0]} and {len(quantised) - 1} more); give the one that it was made from"
+            )
+    if adapters := [name for name in computed if UNMERGED.search(name)]:
+        raise BadCheckpoint(
+            f"the checkpoint must hold merged weights, but has LoRA adapters beside them ({adapters[0]} and "
+            f"{len(adapters) - 1} more); merge them with PEFT's merge_and_unload"
+        )
+
+
+def shape_and_dtype(state: Mapping[str, np.ndarray], name: str) -> tuple[tuple[int, ...], str]:
+    """Returns a tensor's shape and the name of its dtype in a safetensors header, without reading it from a file."""
+    if isinstance(state, TensorFiles):
+        return state.places[name].shape, state.places[name].dtype
+    dtype = np.dtype(state[name].dtype)
+    return np.shape(state[name]), "BF16" if dtype == DTYPES["bfloat16"] else f"{dtype.kind.upper()}{8 * dtype.itemsize}"
 
 
 def published_shapes(shapes: PyTree, config: ModelConfig) -> dict[str, tuple[int, ...]]:

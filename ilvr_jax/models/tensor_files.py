@@ -1,92 +1,177 @@
-"""Folders of safetensors files, read and written one tensor at a time."""
+"""Safetensors files, read and written one tensor at a time: those of a published checkpoint, and others."""
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
-from ilvr_jax.errors import InputError
+from ilvr_jax.errors import InputError, listed, one_line, quote
+from ilvr_jax.files import POINTER, named_errors, open_regular, read_json, write_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # in a file's header
 SHARD_BYTES = 5 * 10**9  # as transformers cuts them
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+FOREIGN = (*PICKLES, ".gguf", ".safetensors", ".safetensors.index.json")  # files of weights, by how names end
 
 
 class BadCheckpoint(InputError):
-    """Weights that cannot be used; one sentence says which file or tensors, and what is accepted."""
+    """A checkpoint that cannot be used; one sentence names the file or tensors, what they must be and what they are."""
 
 
-class TensorFolder(Mapping[str, Shaped[np.ndarray, "..."]]):
-    """The tensors of a folder's safetensors files by name, each read from disk when it is asked for.
+class Place(NamedTuple):
+    """Where a tensor is, and what its file's header states of it."""
 
-    Raises BadCheckpoint if the folder has no such files, an index names a file that is not there, or a file is
-    truncated.
-    """
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str  # "F32", "BF16", "F8_E4M3" and so on
 
-    def __init__(self, folder: Path):
-        self._places: dict[str, tuple[Path, tuple[int, ...]]] = {}  # file and shape
-        for path in weight_files(folder):
-            try:
-                with safe_open(path, framework="numpy") as file:
-                    for name in file.keys():
-                        self._places[name] = path, tuple(file.get_slice(name).get_shape())
-            except (SafetensorError, OSError) as error:
-                raise BadCheckpoint(
-                    f"{path} is truncated or not a safetensors file ({error}); a whole one is accepted"
-                ) from error
+
+class TensorFiles(Mapping[str, Shaped[np.ndarray, "..."]]):
+    """Tensors of safetensors files by name, each read from disk when it is asked for."""
+
+    def __init__(self, places: Mapping[str, Place]):
+        self.places = places
 
     def __getitem__(self, name: str) -> Shaped[np.ndarray, "..."]:
         # Opened anew each time: the pages that were read stay in the process as long as their file is open.
-        with safe_open(self._places[name][0], framework="numpy") as file:
+        with safe_open(self.places[name].path, framework="numpy") as file:
             return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self.places)
 
     def __len__(self) -> int:
-        return len(self._places)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Returns a tensor's shape without reading it."""
-        return self._places[name][1]
+        return len(self.places)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a checkpoint: those of its index, or all there are.
+def tensor_places(path: Path) -> dict[str, Place]:
+    """Returns the places of a safetensors file's tensors; raises BadCheckpoint, naming it, if it is not a whole one."""
+    try:
+        with open_regular(path) as file:
+            start = file.read(len(POINTER))
+        with safe_open(path, framework="numpy") as file:
+            views = {name: file.get_slice(name) for name in file.keys()}
+            return {name: Place(path, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
+    except OSError as error:
+        raise BadCheckpoint(f"{path} must be a safetensors file, but cannot be read: {error.strerror}") from error
+    except SafetensorError as error:
+        if start == POINTER:
+            problem = "holds a pointer of Git's large-file storage; fetch the file itself (git lfs pull)"
+        elif not start:
+            problem = "is empty"
+        else:
+            problem = _unknown_dtype(path) or f"is truncated or of another format ({error})"
+        raise BadCheckpoint(f"{path} must be a whole safetensors file, but {problem}") from error
 
-    Raises BadCheckpoint if there are none, or one is missing.
+
+def _unknown_dtype(path: Path) -> str:
+    """Returns which tensor of a file has a dtype that the library does not read, empty if it is not known."""
+    try:
+        with open_regular(path) as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**8)))
+        for name, described in header.items():
+            if name != "__metadata__" and described["dtype"] not in _LIBRARY_DTYPES:
+                return f"{quote(name)} in it has the dtype {quote(described['dtype'])}"
+    except (ValueError, RecursionError, AttributeError, TypeError, LookupError):
+        pass
+    return ""
+
+
+_LIBRARY_DTYPES = "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 I16 U16 F16 BF16 I32 U32 F32 C64 F64 I64 U64".split()
+
+
+def checkpoint_tensors(folder: Path) -> TensorFiles:
+    """Returns the tensors of a published checkpoint, of the files that `weight_files` names.
+
+    Raises BadCheckpoint as it does, or if a file is damaged, lacks a tensor that the index places in it, or holds one
+    that another holds too.
+    """
+    places: dict[str, Place] = {}
+    for path, promised in weight_files(folder).items():
+        found = tensor_places(path)
+        if missing := [name for name in promised if name not in found]:
+            raise BadCheckpoint(f"{path} must hold what {INDEX} places in it, but lacks {listed(missing)}")
+        if twice := [name for name in found if name in places]:
+            other = places[twice[0]].path.name
+            raise BadCheckpoint(f"a tensor must be in one file, but {path} and {other} both hold {listed(twice)}")
+        places |= found
+    return TensorFiles(places)
+
+
+def weight_files(folder: Path) -> dict[Path, Sequence[str]]:
+    """Returns the files that hold a checkpoint's weights, and the names of the tensors that the index places in each.
+
+    They are those that transformers loads: `model.safetensors`, or else the files of its index. Raises BadCheckpoint if
+    there are none, one is missing, or the index is damaged.
+    """
+    if (folder / WEIGHTS).is_file():
+        return {folder / WEIGHTS: ()}
+    if os.path.lexists(folder / INDEX):
+        return _indexed_files(folder)
+    if os.path.lexists(folder / WEIGHTS):
+        raise BadCheckpoint(f"{folder / WEIGHTS} must be a regular file, but is a folder, a broken link or a device")
+    others = ignored_files(folder)
+    wanted = f"{folder} must hold {WEIGHTS}, or {INDEX} and its files"
+    if pickles := [name for name in others if name.endswith(PICKLES)]:
+        raise BadCheckpoint(
+            f"{wanted}, but its weights are pickled ({listed(pickles)}), which can run any code when they are opened; "
+            "save them with transformers again"
+        )
+    raise BadCheckpoint(f"{wanted}, but holds {f'only {listed(others)}' if others else 'no weights'}")
+
+
+def ignored_files(folder: Path, used: Collection[Path] = ()) -> list[str]:
+    """Returns the names of a folder's files of weights, indexes among them, beside those that are used."""
+    files = {path for path in folder.iterdir() if path.name.endswith(FOREIGN)}.difference(used)
+    if used and folder / WEIGHTS not in used:
+        files.discard(folder / INDEX)
+    return sorted(path.name for path in files)
+
+
+def _indexed_files(folder: Path) -> dict[Path, list[str]]:
+    files: dict[Path, list[str]] = {}
+    for name, file in read_index(folder).items():
+        files.setdefault(folder / file, []).append(name)
+    if missing := [str(path.relative_to(folder)) for path in files if not os.path.isfile(path)]:
+        raise BadCheckpoint(
+            f"{folder / INDEX} names {listed(missing)}, which must be files of {folder}, but are not there"
+        )
+    return dict(sorted(files.items()))
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Returns the files, relative to the folder, in which a checkpoint's index places tensors, by their names.
+
+    Raises BadCheckpoint if the index is damaged or names files elsewhere.
     """
     index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+    content = read_json(index, BadCheckpoint)
+    placed = content.get("weight_map") if isinstance(content, dict) else content
+    if not isinstance(placed, dict) or not placed:
+        raise BadCheckpoint(f"{index} must be an object with `weight_map`, files by tensor names, got {quote(content)}")
+    for name, file in placed.items():
+        if not isinstance(file, str) or not file or file.startswith("/") or ".." in PurePosixPath(file).parts:
             raise BadCheckpoint(
-                f"{index} is damaged ({error}); the JSON object with a weight_map is accepted"
-            ) from error
-        for name in names:
-            if not (folder / name).is_file():
-                raise BadCheckpoint(
-                    f"{index} names {name}, which is not in {folder}; all files of the index are needed"
-                )
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
-        if pickles:
-            raise BadCheckpoint(
-                f"{folder} holds pickled weights ({', '.join(pickles)}), which can run any code when they are opened; "
-                "only safetensors files are accepted"
+                f"{index} must place {quote(name)} in a file of its own folder, but names {quote(file)}"
             )
-        raise BadCheckpoint(f"{folder} holds no *.safetensors files; a folder of a published checkpoint is accepted")
-    return files
+    return placed
+
+
+def warn(sentence: str) -> None:
+    """Prints a sentence on stderr, from one of several processes."""
+    if jax.process_index() == 0:
+        print(one_line(sentence), file=sys.stderr)
 
 
 class TensorToWrite(NamedTuple):
@@ -116,7 +201,7 @@ def write_tensors(tensors: Sequence[TensorToWrite], folder: Path, shard_bytes: i
         files |= dict.fromkeys([tensor.name for tensor in shard], name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(tensor.bytes for tensor in tensors)}, "weight_map": files}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / INDEX, index)
 
 
 def write_file(tensors: Sequence[TensorToWrite], path: Path) -> None:
@@ -128,7 +213,7 @@ def write_file(tensors: Sequence[TensorToWrite], path: Path) -> None:
         header[tensor.name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": (start, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors are aligned
-    with path.open("wb") as file:
+    with named_errors(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             file.write(tensor.make().view(np.uint8))

@@ -18,11 +18,20 @@ from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.images import image_processor_settings
 from ilvr_jax.data.tokenizer import add_latent_tokens, read_tokenizer
+from ilvr_jax.errors import listed
 from ilvr_jax.models.checkpoint import is_nested, params_from_state_dict, put
 from ilvr_jax.models.config import CLIP_MEAN, CLIP_STD, ModelConfig, model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.sharding import one_device, placed_like, shardings
-from ilvr_jax.models.tensor_files import BadCheckpoint, TensorFolder
+from ilvr_jax.models.tensor_files import (
+    INDEX,
+    WEIGHTS,
+    BadCheckpoint,
+    checkpoint_tensors,
+    ignored_files,
+    read_index,
+    warn,
+)
 
 # What is kept beside the weights; the tokenizer is saved by itself.
 IMAGE_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
@@ -45,7 +54,9 @@ class Pretrained:
     def nested(self) -> bool:
         """Whether its tensors have nested names; see `models.checkpoint`."""
         source = self.folder / "source.json"
-        return json.loads(source.read_text())["nested"] if source.is_file() else is_nested(TensorFolder(self.folder))
+        return (
+            json.loads(source.read_text())["nested"] if source.is_file() else is_nested(checkpoint_tensors(self.folder))
+        )
 
     @property
     def dtype(self) -> str:
@@ -99,14 +110,26 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
     if Path(name).exists() or str(name).count("/") != 1 or str(name).startswith((".", "~", "/")):
         raise BadCheckpoint(f"{name} is not a folder; a folder of a checkpoint or a name on the hub is accepted")
     try:
-        patterns = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
+        folder = _fetch(name, ["*.json", "*.txt", "*.jinja"])
+        if weights:
+            _fetch(name, [WEIGHTS])
+            if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+                _fetch(name, sorted(set(read_index(folder).values())))
+        return folder
+    except BadCheckpoint:
+        raise
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadCheckpoint(
             f"{name} is no folder here and could not be fetched from the hub ({first_line}); without a network, give "
             "the folder that holds its config.json and *.safetensors"
         ) from error
+
+
+def _fetch(name: str | Path, patterns: Sequence[str]) -> Path:
+    """Returns the folder in the hub's cache into which a repository's files of these names are fetched."""
+    others = ["*/*.json", "*/*.txt"]  # such as those of training's own checkpoints
+    return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns, ignore_patterns=others))
 
 
 def read_published(folder: Path) -> dict[str, Any]:
@@ -151,7 +174,10 @@ def load_params(
     if (pretrained.folder / CONVERTED).is_dir():
         params = _restore_converted(pretrained.folder, stored, pretrained.dtype, dtype, mesh)
     else:
-        params = params_from_state_dict(TensorFolder(pretrained.folder), stored, dtype, mesh)
+        tensors = checkpoint_tensors(pretrained.folder)
+        if ignored := ignored_files(pretrained.folder, {place.path for place in tensors.places.values()}):
+            warn(f"ignored weights in {pretrained.folder} that transformers does not load either: {listed(ignored)}")
+        params = params_from_state_dict(tensors, stored, dtype, mesh)
     if pretrained.added:
         for name in {"embed_tokens", "lm_head"} & params["decoder"].keys():
             table = params["decoder"].pop(name)
