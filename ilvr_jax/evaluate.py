@@ -247,7 +247,7 @@ class Work:
 
     def line(self, key: Key, record: Record, answer: Answer) -> dict[str, Any]:
         """Returns what is written down of an answer."""
-        found = self.task.find_answer("".join(self._texts(answer)))
+        found = self.task.find_answer("".join(self._texts(answer)), record)
         return {
             **key._asdict(),
             "record": record.name,

@@ -19,7 +19,8 @@ from PIL import Image
 from ilvr_jax.data.formats import find_format
 from ilvr_jax.data.records import BadRecord, Look, Record, Text
 from ilvr_jax.tasks import TASKS, comt, vsp_planning, vsp_reasoning, zebra_cot
-from ilvr_jax.tasks.final_answer import answer_text, find_boxed, find_final_answer, normalise
+from ilvr_jax.tasks.final_answer import answer_text, find_boxed, find_final_answer
+from ilvr_jax.tasks.spelling import normalise
 
 REAL = Path(__file__).parent / "data" / "mirage"
 
@@ -29,7 +30,7 @@ def test_every_task_has_the_documented_functions(task):
     functions = {
         "open_source": ["path", "root", "on_bad_record"],
         "check": ["record"],
-        "find_answer": ["text"],
+        "find_answer": ["text", "record"],
         "canonical": ["answer"],
         "is_right": ["record", "answer"],
     }
@@ -116,7 +117,7 @@ def test_final_answers_of_reasoning_records(answer, letter):
 
 @pytest.mark.parametrize("changes", [{"answer": "D"}, {"answer": ""}, {"steps": ()}, {"steps": (Text("Who knows?"),)}])
 def test_reasoning_records_without_an_answer_are_refused(changes):
-    with pytest.raises(BadRecord, match="^train.jsonl line 3: tells no right answer; A, B or C is accepted"):
+    with pytest.raises(BadRecord, match="^train.jsonl line 3: must have one of A, B, C as final answer or .*, got"):
         vsp_reasoning.check(
             Record(**{"question": "?", "images": (), "steps": (), "name": "train.jsonl line 3"} | changes)
         )
@@ -176,7 +177,7 @@ def test_zebra_cot_answers_are_those_of_its_column(tmp_path):
         assert zebra_cot.is_right(record, zebra_cot.find_answer(answer_text(record)))
     assert zebra_cot.is_right(price, "3.5") and not zebra_cot.is_right(price, "3.05")
     assert zebra_cot.is_right(place, "st. louis, 1000") and not zebra_cot.is_right(place, "St")
-    with pytest.raises(BadRecord, match="^a.parquet row 2: tells no final answer"):
+    with pytest.raises(BadRecord, match="^a.parquet row 2: must have a final answer"):
         zebra_cot.check(unanswered)
     with pytest.raises(BadRecord, match="no root is accepted"):
         zebra_cot.open_source(tmp_path, tmp_path, "error")
@@ -186,12 +187,12 @@ def test_zebra_cot_answers_are_those_of_its_column(tmp_path):
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (None, "tells no final answer"),
-        (" ", "tells no final answer"),
-        ("**", "tells no final answer"),
-        ("$.$", "tells no final answer"),
-        (r"\boxed{}", "tells no final answer"),
-        ("1. up\n2. down", "has a final answer of 2 lines; one line is accepted"),
+        (None, "must have a final answer"),
+        (" ", "must have a final answer"),
+        ("**", "must have a final answer"),
+        ("$.$", "must have a final answer"),
+        (r"\boxed{}", "must have a final answer"),
+        ("1. up\n2. down", "must have a final answer of one line, got 2 lines"),
     ],
 )
 def test_answers_that_cannot_be_compared_are_refused(task, answer, sentence):
@@ -258,21 +259,6 @@ SAME = [
     ["3 cm", "3.0 cm.", r"3 \text{cm}"],
     ["(3, 4.5)", "(3.0, 4.50)"],
     ["½", "1/2"],
-    [
-        "a",
-        "A",
-        "(a)",
-        "a.",
-        "A)",
-        "(A).",
-        "option a",
-        "Option (A)",
-        "a: red",
-        "A. red",
-        "(A) red",
-        "option a: red",
-        "a:",
-    ],
     ["straße", "STRASSE"],
 ]
 

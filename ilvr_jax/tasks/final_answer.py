@@ -1,35 +1,50 @@
-r"""Free-text answers: where a text says its final answer, and when two of them are the same."""
+r"""Where a text says its final answer."""
 
 import re
-import unicodedata
+from collections import deque
 
-from ilvr_jax.data.records import BadRecord, Record, Text
+from ilvr_jax.data.records import Record, Text
+from ilvr_jax.tasks.spelling import first_sentence
 
-BOX = re.compile(r"\\boxed\s*\{")
+BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is matched with its backslash
-TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
+TAIL = 100_000  # characters at the end of a text in which statements are looked for
+LAST = 20  # statements that are looked at, so that a model that repeats itself is read fast
+LONGEST_LINE = 2_000  # characters of what a statement says
+TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+THOUGHT_END = "</think>"
 STATEMENT = re.compile(
-    r"\b(?:(?P<line>final\s+answer\**\s*:)|answer\b\**(?:\s*:|\s+is\b\s*:?))\**\s*",
+    r"""
+    (?:
+        (?<![\w-])(?P<line>
+            (?:final\s+answer|^[ \t#>*_]*(?:(?:final|correct)\s+)?answer(?=[ \t*_]*$))[*_]*(?:\s*[:：]|[ \t*_]*$))
+      | (?<![\w-])(?:answer|(?:correct|right|best)\s+(?:choice|option|answer))\b[*_]*
+        (?:\s(?:to|for|of)\s[^.:：\n]{1,80}?)?
+        (?:\s*[:：]|\s+[-–—](?=\s)|\s+(?:is|was|will\s+be|would\s+be|must\s+be|should\s+be)(?P<negated>n['’]t)?\b\s*[:：]?)
+      | 答案\s*(?:[:：]|(?:应该是|应为|是|为|选)\s*[:：]?)
+    )
+    [*_\s]*
+    """,
+    re.IGNORECASE | re.VERBOSE | re.MULTILINE,
+)
+NEGATION = re.compile(r"(?:not|neither|never|no longer|definitely not|clearly not)\b(?=\s+\S)", re.IGNORECASE)
+# What follows a denied answer in its place: "The answer is not A. It is B."
+INSTEAD = re.compile(
+    r"(?:,?\s+but(?:\s+rather|\s+instead)?|[.;,–—-]\s+(?:rather,?|instead,?|(?:it|that|this)(?:['’]s|\s+is|\s+must\s+be)))"
+    r"\s+(?:rather\s+|actually\s+|instead\s+)?",
     re.IGNORECASE,
 )
-# Up to a full stop before whitespace, so not that of 3.5; nor that of an option, "B. Because ...".
-SENTENCE = re.compile(r"(?:[A-Za-z]\.\s)?.*?(?=[.!?](?:\s|$)|$)")
 
-QUOTES = "\"'`“”‘’"
-WRAPPED = re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]")
-LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-THOUSANDS = re.compile(r"(?<![\w.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!\w|,[0-9])")
-DECIMAL = re.compile(r"(?<![\w.])(0|[1-9][0-9]*)?\.([0-9]+)(?!\w|\.[0-9])")
-POSITIVE = re.compile(r"\+([0-9]+(?:\.[0-9]+)?)")
-OPTION_ALONE = re.compile(r"(?:option )?\(?([a-j])\)?[.:]?")
-# "(a) and (b)" or "(a) + b" chooses no single option.
-OPTION_WITH_TEXT = re.compile(r"(?:option )?\(?([a-j])(?:\)[.:]?|[.:]) (?!(?:and|or)\b|[&+=*/]|\([a-j]\)).+")
+
+def answer_text(record: Record) -> str:
+    """Returns the texts of a record's own answer, joined."""
+    return "".join(step.content for step in record.steps if isinstance(step, Text))
 
 
 def find_boxed(text: str) -> str | None:
     r"""Returns what stands in the last `\boxed{...}`, braces in it balanced; "" if it is not closed, None without one.
 
-    Braces that follow a backslash do not count.
+    `\fbox` counts as well. Braces that follow a backslash do not count.
     """
     boxes = list(BOX.finditer(text))
     if not boxes:
@@ -42,97 +57,66 @@ def find_boxed(text: str) -> str | None:
     return ""
 
 
+def find_tagged(text: str) -> str | None:
+    """Returns what stands in the last `<answer>...</answer>`, or behind an `<answer>` that nothing closes.
+
+    None without one.
+    """
+    tags = list(TAG.finditer(text))
+    opened = [number for number, tag in enumerate(tags) if not tag[1]]
+    if not opened:
+        return None
+    last = opened[-1]
+    end = tags[last + 1].start() if last + 1 < len(tags) else len(text)
+    return text[tags[last].end() : end].strip()
+
+
+def find_statements(text: str) -> list[tuple[str, bool]]:
+    """Returns the rest of the line behind each of the LAST "answer is", "Answer:" and their like, in their order.
+
+    Beside it is whether its whole line is the answer, and not its first sentence alone. Denied answers are skipped;
+    what is put in their place counts.
+    """
+    statements = []
+    for statement in deque(STATEMENT.finditer(text, max(0, len(text) - TAIL)), maxlen=LAST):
+        line = text[statement.end() : statement.end() + LONGEST_LINE].partition("\n")[0]
+        if statement["negated"] or NEGATION.match(line):
+            instead = INSTEAD.search(line)
+            if not instead:
+                continue
+            line = line[instead.end() :]
+        statements.append((line, statement["line"] is not None))
+    return statements
+
+
 def find_final_answer(text: str) -> str | None:
     r"""Returns the final answer that a text says; None if it says none, or an empty one.
 
     It is what stands in the last `\boxed{...}`; without a box, in the last `<answer>...</answer>`; without that, what
     follows the last "final answer:", "answer is" or "answer:". After "final answer:" that is the rest of the line,
-    after the others the rest of the sentence, if that ends earlier. The answer may begin on a later line.
+    after the others the rest of the sentence, if that ends earlier. The answer may begin on a later line. What comes
+    after `</think>` counts, if there is an answer in it.
     """
+    return next(filter(None, map(stated_answer, parts(text))), None)
+
+
+def stated_answer(text: str) -> str | None:
+    """Returns the final answer that a text or a part of one says, as `find_final_answer` does."""
     answer = find_boxed(text)
     if answer is None:
-        tags = TAG.findall(text)
-        answer = tags[-1] if tags else _stated(text)
-    return answer.strip().strip("*").strip() or None
+        answer = find_tagged(text)
+    if answer is None and (statements := find_statements(text)):
+        line, whole = statements[-1]
+        answer = line if whole else first_sentence(line)
+    return (answer or "").strip().strip("*").strip() or None
 
 
-def _stated(text: str) -> str:
-    statements = list(STATEMENT.finditer(text))
-    if not statements:
-        return ""
-    line = text[statements[-1].end() :].partition("\n")[0]
-    return line if statements[-1]["line"] else SENTENCE.match(line)[0]
+def parts(text: str) -> list[str]:
+    """Returns where to look for an answer, first what comes after the thoughts and then all of the text."""
+    after = text.rpartition(THOUGHT_END)[2]
+    return [after, text] if after.strip() and len(after) < len(text) else [text]
 
 
-def normalise(answer: str) -> str:
-    r"""Returns one spelling for the ways to write an answer; "" if nothing is left of it.
-
-    - Case, Unicode's compatibility forms and runs of whitespace make no difference.
-    - Around the answer, whitespace, quotes, `$`, `*`, `\( \)`, `\[ \]` and final full stops are dropped; `\text{x}` is
-      x, `\$` is $ and `\%` is %.
-    - Numbers, in a text too: thousands commas are dropped, 3.0 is 3, .50 is 0.5; alone, +3 is 3 and -0 is 0. What
-      has an exponent or begins with zeros is left as it is.
-    - A letter from a to j that names an option is that letter alone: "(a)", "a.", "a)", "option a", and with the
-      option's text behind it: "a: the red one", "a. the red one", "(a) the red one".
-    """
-    while (plainer := _normalise_once(answer)) != answer:
-        answer = plainer
-    return answer
-
-
-def _normalise_once(text: str) -> str:
-    text = _fold(text).replace("−", "-").replace("⁄", "/")
-    text = " ".join(text.split()).lstrip(f"{QUOTES}$* ").rstrip(f"{QUOTES}$* .")
-    if wrapped := WRAPPED.fullmatch(text):
-        text = wrapped[1] or wrapped[2] or ""
-    text = LATEX_TEXT.sub(r"\1", text)
-    text = text.replace(r"\$", "$").replace(r"\%", "%")
-    text = THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
-    text = DECIMAL.sub(lambda number: f"{number[1] or 0}.{number[2].rstrip('0')}".rstrip("."), text)
-    if positive := POSITIVE.fullmatch(text):
-        text = positive[1]
-    elif text == "-0":
-        text = "0"
-    if option := OPTION_ALONE.fullmatch(text) or OPTION_WITH_TEXT.fullmatch(text):
-        text = option[1]
-    return text
-
-
-def _fold(text: str) -> str:
-    """Returns a text without differences of case and compatibility, as Unicode's D147 defines it."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFD", text).casefold())
-    return unicodedata.normalize("NFKC", folded.casefold())
-
-
-def answer_text(record: Record) -> str:
-    """Returns the texts of a record's own answer, joined."""
-    return "".join(step.content for step in record.steps if isinstance(step, Text))
-
-
-def right_answer(record: Record) -> str | None:
-    """Returns the answer that is right, None if the record tells none.
-
-    That is its final answer, read as if a text ended in it, so that who writes the same is right; for a record
-    without one, the final answer that its own text says.
-    """
-    if record.answer is not None:
-        return find_final_answer(f"Final answer: {record.answer}")
-    return find_final_answer(answer_text(record))
-
-
-def check_right_answer(record: Record) -> None:
-    """Raises BadRecord, naming the record, if it tells no right answer, or one of several lines.
-
-    A final answer ends with its line, and the first line of a list or of an explanation is not enough to compare.
-    """
-    answer = right_answer(record)
-    if answer is None or not normalise(answer):
-        raise BadRecord(f"{record.name}: tells no final answer, which evaluation needs to compare answers with")
-    lines = len((record.answer or "").strip().splitlines())
-    if lines > 1:
-        raise BadRecord(f"{record.name}: has a final answer of {lines} lines; one line is accepted")
-
-
-def is_right_answer(record: Record, answer: str) -> bool:
-    """Says whether an answer is the record's own, in any spelling; the record must have passed the check."""
-    return normalise(answer) == normalise(right_answer(record))
+def last_line(text: str) -> str:
+    """Returns the last line that is not empty."""
+    return TAG.sub("", text).strip().rpartition("\n")[2].strip()

@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import math
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,28 @@ from ilvr_jax.data.frozen_lake import MOVE_WORDS, MOVES, Cell, find_cell
 from ilvr_jax.data.images import open_image
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import BadRecord, MapDesc, Record
+from ilvr_jax.tasks.final_answer import find_boxed
 
 LETTERS = {word: letter for letter, word in MOVE_WORDS.items()}
 PAINTED = "without holes"
+
+LONGEST = 10_000  # characters of a box that is read
+ARROW_MOVES = {"→": "R", "←": "L", "↑": "U", "↓": "D"}
+ARROWS = {move.lower(): arrow for arrow, move in ARROW_MOVES.items()} | {"t": "→", "i": "→"}
+LATEX_ARROW = re.compile(r"\\(?:long|x)?(right|left|up|down|to|implies)(?:arrow)?(?![A-Za-z])", re.IGNORECASE)
+TYPESETTING = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|sf|it|tt)|mbox|q?quad|newline|left|right|[lr]angle|displaystyle"
+    r"|[cl]?dots?|[bB]igg?[lr]?)(?![A-Za-z])|\\[\\,;:!> {}]|\ufe0f"
+)
+HEADING = re.compile(
+    r"^[\s{*]*(?:the )?(?:final |action |full |correct )?(?:moves?|path|plan|actions?|answer|sequence|solution)\s*[:=]",
+    re.I,
+)
+GLOSS = re.compile(r"([A-Za-z]+)\s*\(\s*([A-Za-z]+)\s*\)")
+NUMBERED = re.compile(r"(?:(?<=^)|(?<=[\s{(\[,;]))\(?([1-9][0-9]?)(?:[.:]|\s?\))(?=\s*[*\"'{(\[]*[A-Za-z])")
+BETWEEN = re.compile(r"(?:[-=]+>|>|[\s,;:.。、|{}()\[\]<⟨⟩\"'`“”‘’*_$~&•·+–—→←↑↓-])+")
+FILLERS = ("and", "then", "move", "go")
+JOINED_WORD = re.compile("|".join(form for word in LETTERS for form in (word.title(), word.upper())))
 STATED_MOVE = re.compile(rf"\b({'|'.join(LETTERS)})\b", re.IGNORECASE)
 
 
@@ -50,8 +70,8 @@ def check(record: Record) -> None:
         raise BadRecord(f"{record.name}: has {len(record.images)} images; the one of its map is accepted")
 
 
-def find_answer(text: str) -> str | None:
-    """Returns the moves that a decoded text ends in, as `parse_moves` reads them."""
+def find_answer(text: str, record: Record | None = None) -> str | None:
+    """Returns the moves that a decoded text ends in, as `parse_moves` reads them; the record makes no difference."""
     return parse_moves(text)
 
 
@@ -66,24 +86,50 @@ def is_right(record: Record, answer: str) -> bool:
 
 
 def parse_moves(text: str) -> str | None:
-    r"""Returns the moves in the last `\boxed{...}` as letters of UDLR, None if that is not a list of moves.
+    r"""Returns the moves in the last `\boxed{...}` as letters of UDLR, None if that is not a list of moves and no more.
 
-    Accepted are the letters and the words up, down, left and right, in any case, with spaces and commas anywhere
-    between them. An empty box, or one that is not closed, is None.
+    Moves are the letters, together or apart, the words up, down, left and right, in any case, or arrows. Between them
+    may stand whitespace, punctuation, brackets, quotes, arrows to the right, LaTeX that typesets them, "and", "then",
+    "move" and "go", and the numbers of a numbered list; before them a heading such as "Moves:". An empty box, or one
+    that is not closed, is None.
     """
-    _, box, rest = text.rpartition("\\boxed")
-    inside = re.match(r"\s*\{([^{}]*)\}", rest)
-    if not box or not inside:
+    inside = find_boxed(text)
+    if not inside or len(inside) > LONGEST:
         return None
-    moves = ""
-    for piece in re.split(r"[\s,]+", inside[1].strip(" \t\n,")):
-        if piece.lower() in LETTERS:
-            moves += LETTERS[piece.lower()]
-        elif piece and set(piece.upper()) <= MOVES.keys():
-            moves += piece.upper()
-        else:
-            return None
-    return moves
+    inside = unicodedata.normalize("NFKC", inside)
+    inside = LATEX_ARROW.sub(lambda arrow: f" {ARROWS[arrow[1].lower()[0]]} ", inside)
+    inside = HEADING.sub("", TYPESETTING.sub(" ", inside), count=1)
+    inside = GLOSS.sub(_one_of_two, inside)
+    inside = _without_numbers(inside)
+    pieces = [piece for piece in BETWEEN.split(inside) if piece and piece.lower() not in FILLERS]
+    moves = "".join(map(_moves_of, pieces)) if all(map(_moves_of, pieces)) else ""
+    if not pieces:
+        moves = "".join(ARROW_MOVES[arrow] for arrow in inside if arrow in ARROW_MOVES)
+    elif any(arrow in inside for arrow in "←↑↓"):  # which separate no letters
+        return None
+    return moves or None
+
+
+def _moves_of(piece: str) -> str:
+    """Returns the moves of letters or words without anything between them; "" if they are something else."""
+    if set(piece.upper()) <= MOVES.keys():
+        return piece.upper()
+    if piece.lower() in LETTERS:
+        return LETTERS[piece.lower()]
+    words = JOINED_WORD.findall(piece)
+    return "".join(LETTERS[word.lower()] for word in words) if "".join(words) == piece else ""
+
+
+def _one_of_two(gloss: re.Match) -> str:
+    """Returns a move that is given twice, "Right (R)", once; what it was, unreadable, where they are two moves."""
+    first, second = _moves_of(gloss[1]), _moves_of(gloss[2])
+    return gloss[1] if first == second else "?"
+
+
+def _without_numbers(text: str) -> str:
+    """Returns a text without the numbers of a list, if they count its moves from 1."""
+    numbers = NUMBERED.findall(text)
+    return NUMBERED.sub(" ", text) if numbers == [str(number + 1) for number in range(len(numbers))] else text
 
 
 def stated_moves(text: str) -> str:

@@ -1,10 +1,10 @@
-"""Zebra-CoT: free text that ends in a final answer, which counts."""
+"""Zebra-CoT: free text or multiple choice that ends in a final answer, which counts."""
 
 from pathlib import Path
 
 from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.data.pipeline import Source
-from ilvr_jax.tasks.final_answer import check_right_answer, find_final_answer, is_right_answer, normalise
+from ilvr_jax.tasks import answers
 
 
 def open_source(path: Path, root: Path | None, on_bad_record: str) -> Source:
@@ -12,4 +12,4 @@ def open_source(path: Path, root: Path | None, on_bad_record: str) -> Source:
     return FORMATS["zebra_cot"](path, root, on_bad_record)
 
 
-check, find_answer, canonical, is_right = check_right_answer, find_final_answer, normalise, is_right_answer
+check, find_answer, canonical, is_right = answers.check, answers.find_answer, answers.canonical, answers.is_right

@@ -1,0 +1,203 @@
+"""When two free-text answers are the same: spelling is ours, mathematics is math-verify's."""
+
+import re
+import unicodedata
+
+from ilvr_jax.tasks import mathematics
+
+LONGEST = 20_000  # characters; of a longer answer only whitespace is made alike
+QUOTES = "\"'`“”‘’"
+
+SUPERSCRIPTS = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")  # before compatibility forms make x² of x2
+AFTER_DIGIT = re.compile("(?<=[0-9])(?=[¼-¾⅐-⅞])")  # and 31/2 of 3½
+WRAPPED = re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]")
+LATEX_TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|sf|it|tt|normal)|mbox|operatorname)\s*\{([^{}]*)\}"
+)
+LATEX_GROUP = re.compile(r"(?<=[0-9])\\[,;: ](?=[0-9]{3}(?![0-9]))|(?<=[0-9])[\u2009\u202f](?=[0-9]{3}(?![0-9]))")
+LATEX_SPACE = re.compile(r"\\[,;:> ]|(?<!\\)~|\\q?quad(?![A-Za-z])|\\(?:thin|med|thick)space(?![A-Za-z])")
+LATEX_SIZE = re.compile(r"\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])")
+LATEX_FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
+DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?|\\degree(?:s|Celsius)?(?![A-Za-z])|[º˚])")
+
+# "5 mW" is not "5 MW": the one prefix that case changes.
+MILLI = re.compile(r"(?<=[0-9])\s*m(?=(?:W|V|A|Hz|Pa|J|N|Ω)\b)")
+THOUSANDS = re.compile(r"(?<![\w.,(\[])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!\w|,[0-9])")
+DECIMAL = re.compile(r"(?<![\w.])(0|[1-9][0-9]*)?\.([0-9]+)(?!\w|\.[0-9])")
+POSITIVE = re.compile(r"\+([0-9]+(?:\.[0-9]+)?)")
+COMMA = re.compile(r"\s*,\s*")
+INSIDE_BRACKETS = re.compile(r"(?<=[(\[{])\s+|\s+(?=[)\]}])")
+ARTICLE = re.compile(r"(?:the|an?) (?!and\b|or\b)(?=[^\W\d_]{2})")
+CLOCK = re.compile(r"(?<=[0-9])(?::00)?\s?([ap])\.?\s?m\b\.?")
+UNIT_OF_NUMBER = re.compile(r"(?<=[0-9])(?=[^\W\d_])(?!e[+-]?[0-9]|st\b|nd\b|rd\b|th\b)")
+UNITS = {
+    "°": r"\s*(?:°|deg(?:ree)?s?\b\.?)",
+    "%": r"\s*(?:%|per ?cent\b)",
+    **{
+        f" {unit}": rf"\s*(?:{words})\b"
+        for unit, words in {
+            "cm": "centimet(?:er|re)s?",
+            "mm": "millimet(?:er|re)s?",
+            "km": "kilomet(?:er|re)s?",
+            "m": "met(?:er|re)s?",
+            "kg": "kilograms?|kilos?|kgs",
+            "g": "grams?",
+            "h": "hours?|hrs?",
+            "min": "minutes?|mins",
+            "s": "seconds?|secs?",
+            "l": "lit(?:er|re)s?",
+            "ml": "millilit(?:er|re)s?",
+            "in": "inch(?:es)?",
+            "ft": "feet|foot",
+        }.items()
+    },
+}
+UNITS = {unit: re.compile(rf"(?<=[0-9}})]){pattern}") for unit, pattern in UNITS.items()}
+POWERS = {"2": re.compile(r"(?<=[0-9}]) ?sq(?:uare|\.)? ([a-z]+)|(?<=[0-9}]) ?([a-z]+) squared\b")}
+POWERS["3"] = re.compile(r"(?<=[0-9}]) ?cu(?:bic|\.)? ([a-z]+)|(?<=[0-9}]) ?([a-z]+) cubed\b")
+POWER = re.compile(r"(?<=[0-9}) ])([kcdm]?m|ft|in)\^?\{?([23])\}?(?![\w^])")
+SCALE = re.compile(r"° ?(?:(c)(?:elsius)?|(f)(?:ahrenheit)?)\b")
+# A number with a unit: what is before is compared as mathematics, the unit by its name.
+MEASURE = re.compile(r"(.*[0-9})])\s*(°[cf]?|[kcmd]?m(?:\^[23])?|[km]?g|h|min|m?s|m?l|in|ft|m?[wvaj]|[kmg]?hz|[nk]?pa)")
+
+REASON = re.compile(r"\s*[,;]?\s+(?:because|since|as (?:it|they|the|there|this|that|we|he|she|you))\b.*", re.DOTALL)
+VERDICT = re.compile(r"(yes|no|true|false)\s*(?:[,.;:!–—-]+\s*|(?=because\b|since\b)|$)(.*)", re.DOTALL)
+UNDECIDED = re.compile(
+    r"(?:or|and|but|maybe|perhaps|except|unless|if|only)\b|(?:yes|no|true|false)\b\W*(?:$|or\b|and\b)"
+)
+CONNECTIVE = re.compile(r",?\s+and\s+")
+# Words before whose full stop no sentence ends.
+ABBREVIATION = re.compile(
+    r"(?:^|[\s(])(?:[A-Za-z]|St|Dr|Mrs?|Ms|Mt|Ft|Prof|Sr|Jr|No|vs|Fig|Eq|ca|cf|approx|Gen|Col|Capt|Lt|Rev|Hon|Sen|Rep|Gov"
+    r"|(?:[A-Za-z]\.)+[A-Za-z])$"
+)
+STOP = re.compile(r"[.!?](?=[\s\"'*”’)]|$)")
+NEW_SENTENCE = re.compile(
+    r"[\s\"'*”’)]+(?:It|The|This|That|These|Those|We|So|Because|They|He|She|There|Thus|Hence|Therefore|In|As|And|But|I|You"
+    r"|Since|Note|Here|My|If|When|For|Its|Their|Also)\b"
+)
+
+
+def first_sentence(line: str) -> str:
+    """Returns the first sentence of a line, without its full stop, which an abbreviation does not end."""
+    for stop in STOP.finditer(line):
+        before, after = line[max(0, stop.start() - 20) : stop.start()], line[stop.end() : stop.end() + 40]
+        option = stop.start() == 1 and line[0].isalpha()  # "B. It is the red one" is all one answer
+        lower = after.lstrip("\"'*”’) \t")[:1].islower()
+        if stop[0] == "." and after.strip():
+            if lower or option or (ABBREVIATION.search(before) and not NEW_SENTENCE.match(after)):
+                continue
+        elif stop[0] == "." and ABBREVIATION.search(before):
+            return line  # "7 p.m."
+        return line[: stop.start()]
+    return line
+
+
+def tidy(answer: str) -> str:
+    r"""Returns an answer without what only typesets it: LaTeX's spaces, sizes and text, Markdown, quotes around it."""
+    text = SUPERSCRIPTS.sub(lambda digits: f"^{{{unicodedata.normalize('NFKC', digits[0])}}}", answer)
+    text = LATEX_GROUP.sub("", AFTER_DIGIT.sub(" ", text))
+    text = DEGREES.sub("°", text)
+    text = unicodedata.normalize("NFKC", text).replace("⁄", "/").replace("’", "'").replace("‘", "'")
+    text = re.sub("[−‐‑]", "-", text).replace("–", "-").replace("{,}", ",")
+    text = LATEX_SIZE.sub("", LATEX_SPACE.sub(" ", text))
+    text = LATEX_FRACTION.sub(r"\\frac", LATEX_TEXT.sub(r"\1", text))
+    text = re.sub(r"\\([$%#&])", r"\1", text)
+    text = " ".join(text.split()).lstrip(f"{QUOTES}$* ").rstrip(f"{QUOTES}$* .。,;")
+    if wrapped := WRAPPED.fullmatch(text):
+        text = wrapped[1] or wrapped[2] or ""
+    return text
+
+
+def normalise(answer: str) -> str:
+    r"""Returns one spelling for the ways to write an answer; "" if nothing is left of it.
+
+    - Case, Unicode's compatibility forms and runs of whitespace make no difference, nor do articles in front.
+    - Around the answer, whitespace, quotes, `$`, `*`, `\( \)`, `\[ \]` and final full stops and commas are dropped;
+      `\text{x}` is x, `\$` is $, `\%` is %, `\dfrac` is `\frac`, and LaTeX's spaces are spaces.
+    - Numbers, in a text too: thousands commas are dropped, 3.0 is 3, .50 is 0.5; alone, +3 is 3 and -0 is 0. What
+      has an exponent or begins with zeros is left as it is.
+    - Commas between words are spaces; those beside digits have one space behind them: "1, 234" is not "1,234".
+    - Units behind numbers: "15cm" and "15 centimeters" are "15 cm", "60^{\circ}" and "60 degrees" are "60°".
+    """
+    if len(answer) > LONGEST:
+        return " ".join(answer.split())
+    while (plainer := _normalise_once(answer)) != answer:
+        answer = plainer
+    return answer
+
+
+def _normalise_once(text: str) -> str:
+    text = _fold(MILLI.sub(" milli", tidy(text)))
+    text = THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+    text = DECIMAL.sub(lambda number: f"{number[1] or 0}.{number[2].rstrip('0')}".rstrip("."), text)
+    text = COMMA.sub(_comma, INSIDE_BRACKETS.sub("", text))
+    text = CLOCK.sub(r" \1m", text)
+    for power, pattern in POWERS.items():
+        text = pattern.sub(lambda unit, power=power: f" {unit[1] or unit[2]}^{power}", text)
+    for unit, pattern in UNITS.items():
+        text = pattern.sub(unit, text)
+    text = SCALE.sub(lambda scale: f"°{scale[1] or scale[2]}", UNIT_OF_NUMBER.sub(" ", POWER.sub(r"\1^\2", text)))
+    text = ARTICLE.sub("", re.sub(r"(?<=[^\W\d_]{2})!+$", "", text), count=1) if ARTICLE.match(text) else text
+    if positive := POSITIVE.fullmatch(text):
+        text = positive[1]
+    return "0" if text == "-0" else text
+
+
+def _comma(comma: re.Match) -> str:
+    around = comma.string[max(0, comma.start() - 1) : comma.start()] + comma.string[comma.end() : comma.end() + 1]
+    return ", " if any(character.isdigit() for character in around) else " "
+
+
+def _fold(text: str) -> str:
+    """Returns a text without differences of case and compatibility, as Unicode's D147 defines it."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFD", text).casefold())
+    return unicodedata.normalize("NFKC", folded.casefold())
+
+
+def canonical(answer: str) -> str:
+    """Returns one spelling for all spellings of an answer, for majority votes: its value if it is mathematics.
+
+    Answers that `same` alone takes for one keep spellings of their own: a reason behind one, an order of terms.
+    """
+    return mathematics.canonical(tidy(answer)) or normalise(answer)
+
+
+def same(right: str, answer: str) -> bool:
+    """Returns whether an answer is the right one, in another spelling or with a reason behind it."""
+    readings = dict.fromkeys([answer, REASON.sub("", answer, count=1), first_sentence(answer)])
+    return any(_same(right, reading) for reading in readings) or _same_verdict(right, answer)
+
+
+def _same(right: str, answer: str) -> bool:
+    if normalise(answer) == normalise(right):
+        return bool(normalise(right))
+    first, second = (THOUSANDS.sub(lambda number: number[0].replace(",", ""), tidy(text)) for text in (right, answer))
+    if max(len(first), len(second)) > mathematics.LONGEST:
+        return False
+    items, others = (mathematics.split_list(CONNECTIVE.sub(", ", text)) for text in (first, second))
+    if len(items) == len(others) > 1:
+        return all(map(_same_value, items, others))
+    return _same_value(first, second)
+
+
+def _same_value(right: str, answer: str) -> bool:
+    """Returns whether two texts, none of them a list, have the same spelling or value, with the same unit."""
+    first, second = normalise(right), normalise(answer)
+    if first == second or mathematics.equal(right, answer):
+        return True
+    measured, other = MEASURE.fullmatch(first), MEASURE.fullmatch(second)
+    if measured and other:
+        return measured[2] == other[2] and mathematics.equal(measured[1], other[1])
+    if other:  # a unit that the right answer leaves to the question
+        return first == other[1] or mathematics.equal(first, other[1])
+    return bool(measured) and measured[2] == "°" and (second == measured[1] or mathematics.equal(measured[1], second))
+
+
+def _same_verdict(right: str, answer: str) -> bool:
+    """Returns whether one is yes, no, true or false alone and the other says the same with a clause behind it."""
+    verdicts = [VERDICT.fullmatch(_fold(tidy(text))) for text in (right, answer[: mathematics.LONGEST * 10])]
+    if not all(verdicts) or verdicts[0][1] != verdicts[1][1]:
+        return False
+    clauses = [verdict[2] for verdict in verdicts]
+    return "" in clauses and not any(UNDECIDED.match(clause) for clause in clauses)
