@@ -106,6 +106,7 @@ def get_config() -> ConfigDict:
                 "root": "",  # empty: the folder of `path`
                 "records": 10_000_000,  # of the generated source
                 "on_bad_record": "error",  # or "skip"
+                "accept_change": False,  # true: a stage whose records have changed is resumed with a new epoch
                 "image_scale": 28 / 64,  # of image files: a cell of 64 pixels becomes one vision token
                 # Bounds on the pixels of an image, as in a checkpoint's preprocessor_config.json; 0: none.
                 "min_pixels": 0,

@@ -59,7 +59,7 @@ def test_state_and_place_in_the_data_come_back(tmp_path, with_teacher):
     with Checkpoints(tmp_path / "stage", keep=1) as checkpoints:
         assert checkpoints.latest() == 3
         restored = checkpoints.restore(3, jax.eval_shape(lambda: make_state(with_teacher)))
-        checkpoints.restore_place(3, fresh)
+        fresh.set_state(checkpoints.restore_place(3))
         params = checkpoints.restore_params(3, state.params)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     for one, other in zip(numbers(restored), numbers(state), strict=True):
@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two, tmp_path,
     with Checkpoints(folder, keep=2) as checkpoints:
 
         def restore(step):
-            checkpoints.check_place(step)
+            checkpoints.restore_place(step)
             return checkpoints.restore(step, like)
 
         assert checkpoints.latest() == 2

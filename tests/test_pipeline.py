@@ -6,16 +6,23 @@ import functools
 import itertools
 import json
 import logging
+import pickle
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from ilvr_jax.data.examples import ExampleSettings, build_example
-from ilvr_jax.data.pipeline import make_iterator, skipped_records
+from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.data.ilvr import IlvrSource
+from ilvr_jax.data.pipeline import fingerprint, make_iterator, next_epoch, skipped_records
 from ilvr_jax.data.records import BadRecord, Look, Record, Text
 from ilvr_jax.data.tokenizer import special_tokens, train_tokenizer
+from ilvr_jax.data.zebra_cot import ZebraCotSource
 from ilvr_jax.latents.layout import Layout
 
 TOKENIZER = train_tokenizer(["go on look there"])
@@ -27,6 +34,8 @@ BUCKETS = [
     Layout(prefix=24, segments=segments, text=4, tail=6, latent_size=2, images=1, image_windows=1, helper_windows=1)
     for segments in (1, 3)
 ]
+STEP = {"type": "text", "content": "so"}
+MAP = [[1, 0, 0], [0, -1, 0], [0, 0, 2]]
 
 
 class LookSource:
@@ -185,3 +194,75 @@ def test_wrong_settings_are_named():
         iterator(on_bad_record="stop")
     with pytest.raises(ValueError, match="0 buckets"):
         iterator(buckets=[])
+
+
+def json_lines(folder, lines=("one", "two", "three"), side=28, on_bad_record="error", bad=False):
+    Image.new("RGB", (side, side)).save(folder / "a.png")
+    fields = [{"text_input": text, "image_input": "a.png", "sequence_plan": [STEP]} for text in lines]
+    text = "".join(json.dumps(one) + "\n" for one in fields) + ("{}\n" if bad else "")
+    (folder / "train.jsonl").write_text(text)
+    return IlvrSource(folder / "train.jsonl", on_bad_record=on_bad_record)
+
+
+def parquet(folder, lines=("one", "two", "three"), image=b"image"):
+    mark = "<image_start>[problem_image_1]<image_end>"
+    rows = [
+        {
+            "Question": f"{text} {mark}",
+            "Text Reasoning Trace": "so",
+            "Final Answer": "1",
+            "problem_image_1": {"bytes": image, "path": None},
+        }
+        for text in lines
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+    return ZebraCotSource(folder / "train.parquet")
+
+
+def maps(folder, exclude=MAP, seed=0, count=20, **settings):
+    (folder / "maps.jsonl").write_text(json.dumps({"map_desc": exclude}) + "\n")
+    return FrozenLakeSource(FrozenLakeSettings(**settings, exclude=(str(folder / "maps.jsonl"),)), seed, count)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (json_lines, {"lines": ("one", "two")}),
+        (json_lines, {"lines": ("two", "one", "three")}),
+        (json_lines, {"lines": ("one", "too", "three")}),
+        (json_lines, {"side": 56}),
+        (parquet, {"lines": ("one", "two")}),
+        (parquet, {"lines": ("two", "one", "three")}),
+        (parquet, {"image": b"another one"}),
+        (maps, {"exclude": [*MAP, [0, 0, 0]]}),
+        (maps, {"seed": 1}),
+        (maps, {"count": 21}),
+        (maps, {"levels": (3,)}),
+    ],
+)
+def test_a_fingerprint_is_that_of_the_records(kind, changes, tmp_path):
+    """Not that of their folder: copies have the same."""
+    prints = []
+    for name, settings in (("a", {}), ("b", {}), ("c", changes)):
+        (tmp_path / name).mkdir()
+        source = kind(tmp_path / name, **settings)
+        prints.append(fingerprint(pickle.loads(pickle.dumps(source))))
+        assert prints[-1].startswith(f"{len(source)} records with digest ")
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_lines_that_are_left_out_are_no_part_of_a_fingerprint(tmp_path):
+    assert fingerprint(json_lines(tmp_path, bad=True, on_bad_record="skip")) == fingerprint(json_lines(tmp_path))
+
+
+def test_a_source_without_a_fingerprint_is_known_by_its_length():
+    assert fingerprint(LookSource(5)) == "5 records of unknown content"
+    assert iterator(LookSource(5)).get_state()["records"] == "5 records of unknown content"
+
+
+def test_the_next_epoch_is_the_first_that_begins_after_a_place():
+    state = {"position": 61, "pending": [40], "skipped": [3]}
+    assert next_epoch(state, 25) == {"position": 75, "pending": [], "skipped": []}
+    batches = iterator(LookSource(25), buckets=BUCKETS[1:], batch_size=5)
+    batches.set_state(next_epoch(state, 25))
+    assert sorted(itertools.chain(*records(batches, 5))) == list(range(25))

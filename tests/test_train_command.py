@@ -4,19 +4,23 @@ import json
 import os
 import shutil
 import signal
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
 from ilvr_jax.latents.layout import Layout, padded_tokens
 from ilvr_jax.train import main
+from ilvr_jax.training.batches import place_to_resume
 from ilvr_jax.training.checkpoints import NoCheckpoint, restore_for_inference
 from ilvr_jax.training.clock import Clock
+from ilvr_jax.training.configuration import BadConfig, check_workdir, write_config
 from ilvr_jax.training.divergence import Diverged
 from ilvr_jax.training.interruption import Interrupted
-from ilvr_jax.training.loop import make_step, train
+from ilvr_jax.training.loop import make_step, train, with_steps
 from ilvr_jax.training.metrics import read_metrics
 from ilvr_jax.training.progress import Progress
 from tests.samples import POISON, export_maps, poisoned_objective, tiny_config
@@ -233,6 +237,59 @@ def test_too_many_skipped_in_a_row_end_the_run_with_the_records(config, tmp_path
     poison(monkeypatch, ())
     config.max_skipped = 4  # it has no effect on what is learnt, so it may be another
     assert train(config, workdir)["stages"]["warm_up"]["skipped_updates"] == 1
+
+
+def test_changed_records_are_refused_or_accepted(config, tmp_path):
+    """Once accepted, they are those of the checkpoints from then on."""
+    config, workdir, path = warm_up_alone(config), tmp_path / "run", export_maps(tmp_path / "data", 40)
+    config.data.update(source="ilvr", path=str(path), image_scale=28 / 64)
+    train(config, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "warm_up" / "6")
+    (workdir / "stages" / "warm_up.json").unlink()
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:10]))
+    metrics = (workdir / "metrics.jsonl").read_bytes()
+    with pytest.raises(BadConfig) as error:
+        train(config, workdir)
+    for words in (
+        f"{path} holds 10 records with",
+        "warm_up was trained until step 4 on 40 records",
+        "another --workdir",
+    ):
+        assert words in str(error.value)
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics
+    config.data.accept_change = True
+    train(config, workdir)
+    assert "accepted, a new epoch begins" in (workdir / "train.log").read_text()
+    config.data.accept_change = False
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:9]))
+    train(config, workdir)  # stages that are to come may have others
+    assert "warm_up: finished earlier" in (workdir / "train.log").read_text()
+
+
+def test_the_same_records_or_unknown_ones_resume_where_they_were(config):
+    """Workdirs older than fingerprints have none to compare."""
+    said, source = [], FrozenLakeSource(FrozenLakeSettings(), 0, 200)
+    run = types.SimpleNamespace(config=config, source=source, progress=types.SimpleNamespace(say=said.append))
+    place = {"position": 7, "pending": [5], "skipped": [], "records": source.fingerprint()}
+    assert place_to_resume(run, "stage1", 3, place) == place and not said
+    older = {key: value for key, value in place.items() if key != "records"}
+    assert place_to_resume(run, "stage1", 3, older) == older
+    assert len(said) == 1 and "are not compared" in said[0]
+    with pytest.raises(BadConfig, match="data.frozen_lake holds 200 records .* until step 3 on 9 records; restore"):
+        place_to_resume(run, "stage1", 3, {**place, "records": "9 records"})
+
+
+def test_a_stage_that_has_begun_keeps_the_steps_that_its_epochs_were(config, tmp_path):
+    config = warm_up_alone(config)
+    config.warm_up.epochs = 3
+    counted = with_steps(config, 8, tmp_path)
+    assert counted.warm_up.steps == 6
+    write_config(counted, tmp_path)
+    assert with_steps(config, 4, tmp_path).warm_up.steps == 3
+    (tmp_path / "checkpoints" / "warm_up" / "4").mkdir(parents=True)
+    counted = with_steps(config, 4, tmp_path)
+    assert counted.warm_up.steps == 6
+    check_workdir(counted, tmp_path)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 
 from ilvr_jax.data.drawing import draw_map
 from ilvr_jax.data.ilvr import check_map
-from ilvr_jax.data.records import BadRecord, Look, MapDesc, Record, Text
+from ilvr_jax.data.records import BadRecord, Fingerprint, Look, MapDesc, Record, Text
 
 Cell = tuple[int, int]  # row, column, from 0
 
@@ -93,6 +93,13 @@ class FrozenLakeSource:
         self.excluded = frozenset(
             same for path in settings.exclude for map_desc in read_maps(path) for same in symmetries(map_desc)
         )
+
+    def fingerprint(self) -> str:
+        """Returns a digest of what the records are a function of: settings, seed, their number and excluded maps."""
+        fingerprint = Fingerprint()
+        settings = dataclasses.asdict(self.settings) | {"exclude": None}
+        fingerprint.add(tuple(sorted(settings.items())), self.seed, self.count, tuple(sorted(self.excluded)))
+        return fingerprint.text(self.count)
 
     def __len__(self) -> int:
         return self.count

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ilvr_jax.data.records import BadRecord, Record
+from ilvr_jax.data.records import BadRecord, Fingerprint, ImageSource, Look, Record, image_bytes_count
 
 
 class JsonLines:
@@ -35,12 +35,13 @@ class JsonLines:
         self._offsets, self._lines = array("q"), array("q")
         if not self.path.is_file():
             raise BadRecord(f"{self.path}: there is no such file; a JSON-lines file is accepted")
-        offset = 0
+        offset, fingerprint = 0, Fingerprint()
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     try:
-                        self._parse(line, number)
+                        record = self._parse(line, number)
+                        fingerprint.add(line.strip(), *map(image_bytes_count, all_images(record)))
                     except BadRecord as error:
                         if on_bad_record == "error":
                             raise
@@ -52,6 +53,11 @@ class JsonLines:
         if not self._offsets:
             first = f" ({self.skipped[0]})" if self.skipped else ""
             raise BadRecord(f"{self.path}: holds no usable record{first}; one JSON object a line is accepted")
+        self._fingerprint = fingerprint.text(len(self))
+
+    def fingerprint(self) -> str:
+        """Returns a digest of the usable lines in their order, and of the sizes of their image files."""
+        return self._fingerprint
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -67,6 +73,11 @@ class JsonLines:
             return self._parse_fields(read_object(line), self.root, name)
         except BadRecord as error:
             raise BadRecord(f"{name}: {error}") from error
+
+
+def all_images(record: Record) -> list[ImageSource]:
+    """Returns the images of a record, helper images last."""
+    return [*record.images, *(step.helper_image for step in record.steps if isinstance(step, Look))]
 
 
 def read_object(line: bytes) -> dict[str, Any]:

@@ -25,6 +25,9 @@ LOGGED_SKIPS = 20  # bad records that are named; those that follow are counted o
 class Source(Protocol):
     """Records by number.
 
+    A source should have a method `fingerprint() -> str`: the same text for the same records in the same order, another
+    one for others. A run is resumed with the records that it was stopped with alone; see `fingerprint`.
+
     A source that reads neighbours together may have a method `shuffled(random: numpy.random.Generator)`, which returns
     the numbers of all records in an order for an epoch that keeps the neighbours near each other.
     """
@@ -32,6 +35,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record: ...
+
+
+def fingerprint(source: Source) -> str:
+    """Returns a source's fingerprint; for one without the method it covers no more than the number of records."""
+    return source.fingerprint() if hasattr(source, "fingerprint") else f"{len(source)} records of unknown content"
 
 
 class Loaded(NamedTuple):
@@ -100,6 +108,7 @@ def make_iterator(
         workers,
         skip=on_bad_record == "skip",
         source_length=len(source),
+        records_fingerprint=fingerprint(source),
         share=share or Share(range(batch_size)),
     )
     return grain.experimental.ThreadPrefetchDatasetIterator(batches, PREFETCHED_BATCHES)
@@ -126,6 +135,11 @@ class EpochOrder:
             order = self._source.shuffled(np.random.default_rng((self._seed, epoch)))
             self._current = (epoch, order)
         return int(order[place])
+
+
+def next_epoch(state: dict[str, Any], records: int) -> dict[str, Any]:
+    """Returns the state of an iterator over so many other records, at the first epoch that begins after `state`."""
+    return {"position": -(-state["position"] // records) * records, "pending": [], "skipped": []}
 
 
 def skipped_records(iterator: grain.DatasetIterator) -> list[int]:
@@ -207,7 +221,8 @@ class BatchIterator(grain.DatasetIterator):
     """Assembles batches from `records`, a random-access dataset of Loaded.
 
     The state is a position in the (endless, shuffled) order of records and the positions of the samples that
-    wait in part-full buckets. Those are loaded again after a restore.
+    wait in part-full buckets. Those are loaded again after a restore. `records`, the source's fingerprint, is for
+    comparison with another source's: `set_state` does not look at it.
 
     Of several processes each loads its part of the records and tells the others which buckets they go to, so that all
     make the same batches. Of its rows it then loads those that another process has sized.
@@ -222,13 +237,14 @@ class BatchIterator(grain.DatasetIterator):
         workers: int,
         skip: bool,
         source_length: int,
+        records_fingerprint: str,
         share: Share,
     ):
         super().__init__()
         self._share = share
         self._records, self._make_batch, self._buckets = records, make_batch, tuple(buckets)
         self._batch_size, self._workers = batch_size, workers
-        self._skip, self._source_length = skip, source_length
+        self._skip, self._source_length, self._fingerprint = skip, source_length, records_fingerprint
         self._stream = None
         self.set_state({"position": 0, "pending": [], "skipped": []})
 
@@ -238,6 +254,7 @@ class BatchIterator(grain.DatasetIterator):
             "position": self._position,
             "pending": sorted([*self._to_reload, *waiting]),
             "skipped": sorted(self._skipped),
+            "records": self._fingerprint,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,3 +55,32 @@ class Record:
 
 class BadRecord(InputError):
     """A record that cannot be used; the message is one sentence naming the record and what is wrong with it."""
+
+
+class Fingerprint:
+    """A digest of records in their order, for the method `fingerprint` of a source that adds them as it opens."""
+
+    def __init__(self):
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def add(self, *parts: object) -> None:
+        """Adds bytes, or the repr of values that have a stable one: text, numbers, None, and tuples of these."""
+        for part in parts:
+            content = part if isinstance(part, bytes) else repr(part).encode()
+            self._hash.update(len(content).to_bytes(8) + content)
+
+    def text(self, records: int) -> str:
+        """Returns the fingerprint of so many records, as messages show it."""
+        return f"{records} records with digest {self._hash.hexdigest()}"
+
+
+def image_bytes_count(image: ImageSource) -> int:
+    """Returns the size of an image file, of the content of one or of pixels; raises BadRecord if there is no file."""
+    if isinstance(image, bytes):
+        return len(image)
+    if isinstance(image, np.ndarray):
+        return image.nbytes
+    try:
+        return os.stat(image).st_size
+    except OSError as error:
+        raise BadRecord(f"{image} cannot be read: {error.strerror}") from error

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
-from ilvr_jax.data.records import IMAGE_MARKER, BadRecord, ImageSource, Look, Record, Text
+from ilvr_jax.data.records import IMAGE_MARKER, BadRecord, Fingerprint, ImageSource, Look, Record, Text
 
 QUESTION, TRACE, ANSWER = "Question", "Text Reasoning Trace", "Final Answer"
 TEXT_COLUMNS = (QUESTION, TRACE, ANSWER)
@@ -56,11 +56,21 @@ class ZebraCotSource:
         # Where each usable row is: file, row group, row of the group, row of the file.
         self._rows = array("q"), array("q"), array("q"), array("q")
         self._open: tuple[RowGroup, ...] = ()  # the newest first
+        fingerprint = Fingerprint()
         for number in range(len(self._files)):
-            self._index(number, on_bad_record)
+            self._index(number, on_bad_record, fingerprint)
         if not len(self):
             first = f" ({self.skipped[0]})" if self.skipped else ""
             raise BadRecord(f"{self.path}: holds no usable record{first}; rows of Zebra-CoT's columns are accepted")
+
+        self._fingerprint = fingerprint.text(len(self))
+
+    def fingerprint(self) -> str:
+        """Returns a digest of the texts of the usable rows in their order, and of the sizes of all row groups' columns.
+
+        Those of images are too large to be read for it.
+        """
+        return self._fingerprint
 
     def __len__(self) -> int:
         return len(self._rows[0])
@@ -106,7 +116,7 @@ class ZebraCotSource:
         self._open = (values, *self._open)[:OPEN_GROUPS]
         return values
 
-    def _index(self, file: int, on_bad_record: str) -> None:
+    def _index(self, file: int, on_bad_record: str, fingerprint: Fingerprint) -> None:
         """Checks the rows of a file, and notes where the usable ones are."""
         with reading(self._files[file]):
             opened = pq.ParquetFile(self._files[file])
@@ -115,13 +125,13 @@ class ZebraCotSource:
             row_of_file = 0
             for group in range(opened.num_row_groups):
                 table = opened.read_row_group(group, columns=[*TEXT_COLUMNS, *paths], use_threads=False)
+                sizes = opened.metadata.row_group(group)
+                fingerprint.add(*(sizes.column(column).total_uncompressed_size for column in range(sizes.num_columns)))
                 there = {image: table[image].is_valid().to_pylist() for image in images}
                 for row in range(len(table)):
                     try:
-                        check_row(
-                            {column: as_text(table[column][row], column) for column in TEXT_COLUMNS},
-                            {image for image in images if there[image][row]},
-                        )
+                        texts = {column: as_text(table[column][row], column) for column in TEXT_COLUMNS}
+                        check_row(texts, {image for image in images if there[image][row]})
                     except BadRecord as error:
                         sentence = f"{self._names[file]} row {row_of_file}: {error}"
                         if on_bad_record == "error":
@@ -130,6 +140,7 @@ class ZebraCotSource:
                     else:
                         for numbers, number in zip(self._rows, (file, group, row, row_of_file), strict=True):
                             numbers.append(number)
+                        fingerprint.add(*texts.values())
                     row_of_file += 1
 
 

@@ -5,6 +5,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -17,12 +18,12 @@ from transformers import PreTrainedTokenizerFast
 from ilvr_jax.data.examples import ExampleSettings, build_example
 from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.data.frozen_lake import FrozenLakeSource, frozen_lake_settings
-from ilvr_jax.data.pipeline import Share, Source, make_iterator
+from ilvr_jax.data.pipeline import Share, Source, fingerprint, make_iterator, next_epoch
 from ilvr_jax.data.records import BadRecord, Record
 from ilvr_jax.data.tokenizer import load_tokenizer, record_texts, train_tokenizer
 from ilvr_jax.latents.layout import NO_IMAGE, Layout, padded_tokens
 from ilvr_jax.models.sharding import local_rows
-from ilvr_jax.training.configuration import blame, resolve_path
+from ilvr_jax.training.configuration import BadConfig, blame, resolve_path
 from ilvr_jax.training.processes import is_main, open_exchange, wait_for_all
 from ilvr_jax.training.run import Run
 from ilvr_jax.training.vision_features import complete_features, open_features
@@ -112,6 +113,28 @@ def open_iterator(run: Run, stage: str, seed: int, vision: PyTree) -> grain.Data
             settings.features.no_image if settings.features else NO_IMAGE,
             open_share(run.mesh, run.config[stage].batch_size),
         )
+
+
+def place_to_resume(run: Run, stage: str, step: int, place: dict[str, Any]) -> dict[str, Any]:
+    """Returns where a stage resumes in its records: the place of its checkpoint, if it trained on the same ones.
+
+    Raises BadConfig if its records have changed, unless `data.accept_change` is true: then a new epoch begins.
+    """
+    before, now = place.get("records"), fingerprint(run.source)
+    if before == now:
+        return place
+    if before is None:
+        run.progress.say(f"{stage}: its checkpoints are older than fingerprints of records; these are not compared")
+        return place
+    name = run.config.data.path or "data.frozen_lake"
+    changed = f"{name} holds {now}, and {stage} was trained until step {step} on {before}"
+    if not run.config.data.accept_change:
+        raise BadConfig(
+            f"{changed}; restore the records, start afresh with another --workdir, or train on with "
+            "--config.data.accept_change=true"
+        )
+    run.progress.say(f"{changed}: accepted, a new epoch begins")
+    return next_epoch(place, len(run.source))
 
 
 def open_share(mesh: Mesh, batch_size: int) -> Share:

@@ -117,9 +117,9 @@ class Checkpoints:
         restored = self._read(step, items, params=like.params, training=like.replace(params=None))
         return restored["training"].replace(params=restored["params"])
 
-    def restore_place(self, step: int, iterator: grain.DatasetIterator) -> None:
-        """Moves the iterator to its place after a step."""
-        iterator.set_state(self._read(step, ocp.args.Composite(data=ocp.args.JsonRestore()))["data"])
+    def restore_place(self, step: int) -> dict[str, Any]:
+        """Returns the state of the iterator after a step."""
+        return self._read(step, ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
 
     def restore_params(self, step: int, like: Any) -> Any:
         """Returns the parameters alone; `like` as in `restore`."""
@@ -158,10 +158,6 @@ class Checkpoints:
             "; ".join(problems.values())
             + f"; there is none before it that can be read: delete {self.folder} to begin the stage anew"
         )
-
-    def check_place(self, step: int) -> None:
-        """Raises DamagedCheckpoint if the place in the data after a step cannot be read."""
-        self._read(step, ocp.args.Composite(data=ocp.args.JsonRestore()))
 
     def _set_aside(self, step: int) -> Path:
         numbers = ("", *(f"_{number}" for number in range(2, 1000)))

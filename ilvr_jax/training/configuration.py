@@ -36,6 +36,10 @@ NO_EFFECT_ON_TRAINING = (
     "mesh",
     "data.workers",
     "data.feature_cache",
+    "data.accept_change",
+    # The fingerprint of the records is compared instead: they may be moved, and a new stage may have others.
+    "data.path",
+    "data.root",
 )
 
 # By objective, what may become of helper images: latent losses need slots, and the teacher's targets images too.
@@ -296,6 +300,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
             for key in sorted(theirs.keys() | ours.keys())
             if theirs.get(key, missing) != ours.get(key, missing)
             and not any(key == name or key.startswith(name + ".") for name in NO_EFFECT_ON_TRAINING)
+            and not (key.endswith(".steps") and ours.get(key.removesuffix("steps") + "epochs"))  # follow from records
         ]
         if differing:
             raise BadConfig(

@@ -26,7 +26,7 @@ from ilvr_jax.models.sharding import check_mesh, divisor, make_mesh, on_mesh, pl
 from ilvr_jax.models.tensor_files import BadCheckpoint
 from ilvr_jax.reports.pictures import draw_solutions
 from ilvr_jax.reports.tables import success_table
-from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source
+from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source, place_to_resume
 from ilvr_jax.training.checkpoints import (
     PRETRAINED,
     Checkpoints,
@@ -37,7 +37,15 @@ from ilvr_jax.training.checkpoints import (
     stages_with_checkpoints,
 )
 from ilvr_jax.training.clock import Clock
-from ilvr_jax.training.configuration import blame, check_workdir, has_begun, resolve_path, to_json, write_config
+from ilvr_jax.training.configuration import (
+    blame,
+    check_workdir,
+    has_begun,
+    read_config,
+    resolve_path,
+    to_json,
+    write_config,
+)
 from ilvr_jax.training.divergence import SkippedUpdates
 from ilvr_jax.training.interruption import Interrupted, StopRequest, stop_request
 from ilvr_jax.training.metrics import Metrics
@@ -65,7 +73,7 @@ def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> 
     another model, and Interrupted after a signal, when all is saved.
     """
     source, evaluation_source = open_source(config), open_evaluation_source(config)
-    config = with_steps(config, len(source))
+    config = with_steps(config, len(source), workdir)
     check_workdir(config, workdir)
     with blame("model", BadCheckpoint):
         pretrained = open_start(config, workdir)
@@ -98,13 +106,16 @@ def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> 
         return finish(run)
 
 
-def with_steps(config: ConfigDict, records: int) -> ConfigDict:
-    """Returns the config with the steps of each stage that counts in epochs."""
-    config = ConfigDict(config)
+def with_steps(config: ConfigDict, records: int, workdir: Path) -> ConfigDict:
+    """Returns the config with the steps of each stage that counts in epochs; a stage that has begun keeps its own."""
+    config, begun = ConfigDict(config), stages_with_checkpoints(workdir, config.stages)
+    stored = read_config(workdir) if begun else config
     with config.unlocked():
         for name in config.stages:
             if config[name].epochs:
                 config[name].steps = -(-config[name].epochs * records // config[name].batch_size)
+                if name in begun:
+                    config[name].steps = stored.get(name, config[name]).steps
     return config.lock()
 
 
@@ -148,27 +159,29 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
     optimizer, train_step = run.steps[name]
     summary = run.workdir / "stages" / f"{name}.json"
     with Checkpoints(stage_folder(run.workdir, name), config.checkpoint_keep) as checkpoints:
-        first, state = checkpoints.latest() or 0, None
+        first, state, place = checkpoints.latest() or 0, None, {}
         like = state_like(params, optimizer, stage, run.mesh)
 
-        def restore(step: int) -> TrainState | PyTree:
+        def restore(step: int) -> tuple[TrainState | PyTree, dict[str, Any]]:
             if step == stage.steps and summary.exists():
-                return checkpoints.restore_params(step, params)
-            checkpoints.check_place(step)
-            return checkpoints.restore(step, like)
+                return checkpoints.restore_params(step, params), {}
+            place = checkpoints.restore_place(step)
+            return checkpoints.restore(step, like), place
 
         if first:
-            first, state = checkpoints.restore_newest(restore, run.progress.say, set_aside=True)
+            first, (state, place) = checkpoints.restore_newest(restore, run.progress.say, set_aside=True)
         if first == stage.steps:
             run.progress.say(f"{name}: finished earlier, after {first} steps")
             if summary.exists():
                 return state
-        else:  # what is said of the stage in these files was of other parameters
+        else:
+            if first:
+                place = place_to_resume(run, name, first, place)
+                run.progress.say(f"{name}: goes on after step {first}")
+            # What is said of the stage in these files was of other parameters.
             for stale in (summary, *(run.workdir / "evaluations").glob(f"{name}.*")):
                 if is_main():
                     stale.unlink(missing_ok=True)
-            if first:
-                run.progress.say(f"{name}: goes on after step {first}")
         if state is None:
             key = jax.random.fold_in(jax.random.key(config.seed), number)
             state = first_state(params, optimizer, stage, key, run.mesh)
@@ -182,7 +195,7 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
             Watchdog(name, run.progress.say) as watchdog,
         ):
             if first:
-                checkpoints.restore_place(first, iterator)
+                iterator.set_state(place)
             clock = Clock(stage.batch_size, first, metrics.seconds_before, metrics.seconds_in_steps_before, began)
             skips = SkippedUpdates(name, config.max_skipped, checkpoints.folder, run.progress.say)
             values, step, stopping = {}, first, False
