@@ -39,8 +39,8 @@ from ilvr_jax.training.ahead_of_time import published_description
 
 MODELS = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct"}
 METHODS = ("latent", "pixels", "text", "single")
-SPECIAL = SpecialTokens(*range(len(dataclasses.fields(SpecialTokens))))
-FIRST_WORD = len(dataclasses.fields(SpecialTokens))
+FIRST_WORD = 10  # the ids before it are those of special tokens
+SPECIAL = SpecialTokens(*range(FIRST_WORD))
 QUESTION = 32  # words of a prompt beside its image
 LAYERS_ON_CPU = 4
 VOCABULARY_STEP = 64

@@ -120,7 +120,7 @@ class Printer:
                 self._slots += 1
             elif token == self._special.latent_end:
                 self._print(show_look(self._slots).removeprefix("‹looking"))
-            else:
+            elif token not in self._special.ends:
                 self._text.append(token)
                 text = self._tokenizer.decode(self._text, skip_special_tokens=True)
                 if not text.endswith("\ufffd"):  # a letter of which more bytes are to come

@@ -5,8 +5,10 @@ import re
 
 import numpy as np
 import pytest
+import transformers
 from PIL import Image
 
+from ilvr_jax import convert
 from ilvr_jax.data.drawing import draw_map
 from ilvr_jax.generate import main
 from ilvr_jax.training.configuration import REPOSITORY
@@ -120,3 +122,13 @@ def test_the_example_of_the_readme_runs(run, capsys):
     exec(example.replace('"runs/base"', repr(str(run))).replace('"tests/', f'"{REPOSITORY}/tests/'), {})
     names = re.findall(r"^level3_\d+\.png", capsys.readouterr().out, re.MULTILINE)
     assert len(names) == len(set(names)) == 50
+
+
+def test_a_run_from_nothing_is_exported_with_the_end_of_its_chat(run, tmp_path):
+    assert convert.main(["to-hf", str(run), str(tmp_path / "out")]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.eos_token_id, generation.pad_token_id) == ([end], pad)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out").get_text_config()
+    assert (config.eos_token_id, config.bos_token_id, tokenizer.eos_token_id) == (end, pad, end)

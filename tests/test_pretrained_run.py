@@ -1,5 +1,6 @@
 """Both stages from a published checkpoint on real examples: losses fall, resuming changes nothing, results go out."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file
 
 from ilvr_jax import convert
 from ilvr_jax.data.mirage import MirageSource
-from ilvr_jax.data.tokenizer import record_texts
+from ilvr_jax.data.tokenizer import read_tokenizer, record_texts
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.training.checkpoints import restore_for_inference
@@ -60,11 +61,19 @@ def compiled_well():
     jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "true")
 
 
+def end_with_text(folder):
+    """Lets the answers of a checkpoint end with <|endoftext|>."""
+    end = read_tokenizer(folder).convert_tokens_to_ids("<|endoftext|>")
+    described = {"eos_token_id": [end], "temperature": 0.5, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(described))
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A checkpoint with a small tokenizer, and three of the examples."""
     folder = tmp_path_factory.mktemp("small")
     save_published(folder, texts=record_texts(MirageSource(EXAMPLES)), vocabulary=1024)
+    end_with_text(folder)
     return folder, EXAMPLES
 
 
@@ -80,6 +89,7 @@ def checkpoint(small, tmp_path_factory):
     for path in processor.iterdir():
         if path.name != "config.json":
             shutil.copyfile(path, folder / path.name)
+    end_with_text(folder)
     return folder, examples
 
 
@@ -170,6 +180,10 @@ def test_transformers_opens_the_result_with_the_same_logits(finished, tmp_path, 
     ids = tokenizer("Here is the map<|latent_start|><|latent_pad|><|latent_end|>")["input_ids"]
     theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert theirs.config.latent_size == 8
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])  # of training, of the checkpoint begun from
+    assert theirs.generation_config.eos_token_id == ends and theirs.generation_config.temperature == 0.5
+    assert theirs.config.get_text_config().eos_token_id == tokenizer.eos_token_id == ends[0]
+    assert restore_for_inference(workdir)[3].ends == tuple(ends)
     # bfloat16 kernels that adapters are merged into are rounded once more.
     np.testing.assert_allclose(our_logits(workdir, ids), their_logits(theirs, ids), atol=2e-2 if lora else 2e-4)
 

@@ -91,8 +91,8 @@ def add_latent_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     return tuple(tokenizer.convert_tokens_to_ids(missing))
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
-    """Looks the ids of the special tokens up.
+def special_tokens(tokenizer: PreTrainedTokenizerFast, stop: Iterable[int] = ()) -> SpecialTokens:
+    """Looks the ids of the special tokens up; `stop` ends answers, too, beside `<|im_end|>`.
 
     Raises ValueError if the tokenizer lacks one, or does not write "assistant" as one token.
     """
@@ -107,5 +107,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
         raise ValueError(f'the tokenizer writes "assistant" as {len(assistant)} tokens; one is accepted')
     names = {token: token.strip("<|>") for token in SPECIAL_TOKENS[1:]}
     return SpecialTokens(
-        pad=ids["<|endoftext|>"], assistant=assistant[0], **{name: ids[token] for token, name in names.items()}
+        pad=ids["<|endoftext|>"],
+        assistant=assistant[0],
+        stop=tuple(token for token in stop if token != ids["<|im_end|>"]),
+        **{name: ids[token] for token, name in names.items()},
     )

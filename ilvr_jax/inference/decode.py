@@ -38,7 +38,7 @@ class DecodeSettings:
 
 
 class Decoded(NamedTuple):
-    """New tokens of each row, `<|im_end|>` included where it came; a slot's token is `latent_pad`."""
+    """New tokens of each row, the one that ended it included where it came; a slot's token is `latent_pad`."""
 
     tokens: Int[Array, "rows max_new_tokens"]  # pad tokens after the end
     lengths: Int[Array, " rows"]
@@ -85,6 +85,11 @@ def next_token(
     slots_left = jnp.where(begins, mode.latent_size, slots_left)
     mode = mode._replace(slots_left=slots_left, looks_left=mode.looks_left - begins)
     return token, jnp.where(latent, 0.0, log_probability), mode
+
+
+def ends_answer(token: Int[Array, "*batch"], special: SpecialTokens) -> Bool[Array, "*batch"]:
+    """Returns whether each token ends its answer."""
+    return jnp.isin(token, jnp.array(special.ends))
 
 
 def next_inputs(
@@ -146,7 +151,7 @@ def generate(
 
     token, mode = write(hidden, mode, jnp.int32(0))
     tokens = jnp.full((rows, settings.max_new_tokens), special.pad, jnp.int32).at[:, 0].set(token)
-    start = _Loop(jnp.int32(1), token, hidden, mode, token == special.im_end, tokens, cache)
+    start = _Loop(jnp.int32(1), token, hidden, mode, ends_answer(token, special), tokens, cache)
 
     def running(loop: _Loop):
         return (loop.step < settings.max_new_tokens) & ~loop.finished.all()
@@ -165,10 +170,10 @@ def generate(
         token, mode = write(hidden, loop.mode, loop.step)
         token = jnp.where(loop.finished, special.pad, token)
         tokens = loop.tokens.at[:, loop.step].set(token)
-        finished = loop.finished | (token == special.im_end)
+        finished = loop.finished | ends_answer(token, special)
         return _Loop(loop.step + 1, token, hidden, mode, finished, tokens, cache)
 
     tokens = jax.lax.while_loop(running, advance, start).tokens
-    ended = tokens == special.im_end
+    ended = ends_answer(tokens, special)
     lengths = jnp.where(ended.any(1), jnp.argmax(ended, axis=1) + 1, settings.max_new_tokens)
     return Decoded(tokens, lengths)

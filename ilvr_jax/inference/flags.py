@@ -23,7 +23,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, help="of an answer, slots included (default: the run's, or 1024)")
     parser.add_argument("--latent-size", type=int, help="slots a look (default: the run's, or 8)")
     parser.add_argument("--early-end", action="store_true", help="let the model end a latent segment early")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy (no file sets it)")
     parser.add_argument("--top-k", type=int, default=0, help="0, the default: all tokens")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)

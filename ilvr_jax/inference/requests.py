@@ -72,7 +72,7 @@ class Answer:
 
     number: int  # of the request, in the order in which they were given
     name: str
-    tokens: tuple[int, ...]  # that the model wrote, `<|im_end|>` included; a slot's is `latent_pad`
+    tokens: tuple[int, ...]  # that the model wrote, the one that ended it included; a slot's is `latent_pad`
     text: str | None  # with looks shown; None for an engine without a tokenizer
     looks: tuple[Look, ...]
     stop_reason: str  # "end", "length", "picture" (there was no room for one) or "refused"

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ilvr_jax.inference.decode import Mode, next_inputs, next_token
+from ilvr_jax.inference.decode import Mode, ends_answer, next_inputs, next_token
 from ilvr_jax.inference.sampling import Sampling
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.decoder import LayerKeyValues, decode_by_layers
@@ -26,7 +26,7 @@ class Status(IntEnum):
     IDLE = 0
     RUNNING = 1
     LOOKING = 2  # has written `latent_start` and waits for a picture
-    ENDED = 3  # has written `<|im_end|>`
+    ENDED = 3  # has written a token that ends its answer
     FULL = 4  # has written `max_new_tokens`
 
 
@@ -216,7 +216,7 @@ def _write(model: Qwen2_5VL, decoder: PyTree, rows: Rows, special: SpecialTokens
     count = rows.count + running
     status = jnp.where(looks, Status.LOOKING, rows.status)
     status = jnp.where(count == rows.max_new_tokens, Status.FULL, status)
-    status = jnp.where(token == special.im_end, Status.ENDED, status)
+    status = jnp.where(ends_answer(token, special), Status.ENDED, status)
     return rows._replace(
         status=jnp.where(running, status, rows.status),
         token=jnp.where(running, token, rows.token),

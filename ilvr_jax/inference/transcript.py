@@ -10,7 +10,10 @@ from ilvr_jax.latents.tokens import SpecialTokens
 def split_at_looks(
     tokens: Iterable[int], tokenizer: PreTrainedTokenizerFast, special: SpecialTokens
 ) -> tuple[list[str], tuple[int, ...]]:
-    """Returns the texts around the looks of decoded tokens, one more than looks, and each look's slots."""
+    """Returns the texts around the looks of decoded tokens, one more than looks, and each look's slots.
+
+    Tokens that end an answer belong to no text.
+    """
     texts, slots = [[]], []
     for token in map(int, tokens):
         if token == special.latent_start:
@@ -18,7 +21,7 @@ def split_at_looks(
             slots.append(0)
         elif token == special.latent_pad and slots:
             slots[-1] += 1
-        else:
+        elif token not in special.ends:
             texts[-1].append(token)
     return [tokenizer.decode(text, skip_special_tokens=True) for text in texts], tuple(slots)
 

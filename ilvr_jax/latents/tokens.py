@@ -31,6 +31,12 @@ class SpecialTokens:
     latent_start: int
     latent_pad: int
     latent_end: int
+    stop: tuple[int, ...] = ()  # tokens that end an answer, beside `<|im_end|>`
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return self.im_end, *self.stop
 
     @property
     def markers(self) -> tuple[int, ...]:

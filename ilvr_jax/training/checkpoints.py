@@ -25,6 +25,7 @@ from ilvr_jax.models.sharding import one_device, placed_like
 from ilvr_jax.training.configuration import blame, is_checkpoint, read_config
 from ilvr_jax.training.pretrained import read_published
 from ilvr_jax.training.processes import open_exchange, wait_for_all
+from ilvr_jax.training.stop_tokens import read_stop_tokens
 
 PRETRAINED = "pretrained"  # in a workdir: what describes the checkpoint that the run began from
 
@@ -233,7 +234,7 @@ def restore_for_inference(
     like = params_like(model, config, mesh or one_device())
     with Checkpoints(stage_folder(workdir, stage)) as checkpoints:
         _, params = checkpoints.restore_newest(lambda step: checkpoints.restore_params(step, like), _warn)
-    return model, params, tokenizer, special_tokens(tokenizer)
+    return model, params, tokenizer, answer_tokens(config, workdir / PRETRAINED, tokenizer, model)
 
 
 def choose_stage(workdir: Path, config: ConfigDict, stage: str | None) -> str:
@@ -262,6 +263,17 @@ def build_model(config: ConfigDict, folder: Path, tokenizer: PreTrainedTokenizer
     published = read_published(folder) if config.model.init_from else None
     with blame("model"):
         return Qwen2_5VL(model_config(config.model, len(tokenizer), published))
+
+
+def answer_tokens(
+    config: ConfigDict, folder: Path, tokenizer: PreTrainedTokenizerFast, model: Qwen2_5VL
+) -> SpecialTokens:
+    """Returns the special tokens of a run, those that end answers of the checkpoint in `folder`, its start, included.
+
+    Raises BadCheckpoint as `read_stop_tokens` does.
+    """
+    stop = read_stop_tokens(folder, tokenizer, model.config.vocab_size) if config.model.init_from else ()
+    return special_tokens(tokenizer, stop)
 
 
 def params_like(model: Qwen2_5VL, config: ConfigDict, mesh: Mesh) -> PyTree:

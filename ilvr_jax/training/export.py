@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.numpy import save_file
 from transformers import Qwen2_5_VLConfig
 
 from ilvr_jax.data.tokenizer import special_tokens
+from ilvr_jax.files import write_json
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.checkpoint import state_dict_from_params
 from ilvr_jax.models.config import ModelConfig, model_config_from_hf
@@ -21,6 +23,7 @@ from ilvr_jax.models.tensor_files import write_tensors
 from ilvr_jax.training.checkpoints import PRETRAINED, restore_for_inference, restore_teacher
 from ilvr_jax.training.configuration import BadConfig, read_config
 from ilvr_jax.training.pretrained import CONVERTED, IMAGE_PROCESSOR, load_params, open_pretrained, read_published
+from ilvr_jax.training.stop_tokens import GENERATION, generation_config, read_generation_config, set_stop_tokens
 
 
 def export(
@@ -43,13 +46,16 @@ def export(
         config, tokenizer, published = model_config_from_hf(pretrained.published), pretrained.tokenizer, source
         params = load_params(pretrained, config, pretrained.dtype, jax.random.key(0))
         settings, latent_size = pretrained.published, None
+        special = special_tokens(tokenizer, pretrained.stop)
+        ends = pretrained.stop or special.ends
     else:
         run = read_config(source)
-        model, params, tokenizer, _ = restore_for_inference(source, run, stage)
+        model, params, tokenizer, special = restore_for_inference(source, run, stage)
         if teacher:
             params = {**params, **restore_teacher(source, run, stage)}
         config, published, latent_size = model.config, source / PRETRAINED, run.latents.latent_size
         settings = read_published(published) if run.model.init_from else published_config(config)
+        ends, tokenizer.eos_token = special.ends, "<|im_end|>"  # with which answers end in training
         if "adapters" in params:
             if lora is None:
                 raise BadConfig(f"{source} trained LoRA adapters; give --merge-lora or --adapter")
@@ -64,17 +70,24 @@ def export(
     destination.mkdir(parents=True, exist_ok=True)
     write_tensors(state_dict_from_params(params, config, dtype, nested), destination)
     tokenizer.save_pretrained(destination)
-    for name in ("generation_config.json", *IMAGE_PROCESSOR):
+    for name in IMAGE_PROCESSOR:
         if (published / name).is_file():
             shutil.copyfile(published / name, destination / name)
     if not any((destination / name).is_file() for name in IMAGE_PROCESSOR):
         (destination / "preprocessor_config.json").write_text(json.dumps(image_processor(config), indent=2) + "\n")
-    described = with_tokens(settings, config.vocab_size, special_tokens(tokenizer), dtype, latent_size)
-    (destination / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    generation = generation_config(read_generation_config(published), ends, special.pad, config.vocab_size)
+    write_json(destination / GENERATION, generation)
+    described = with_tokens(settings, config.vocab_size, special, ends, dtype, latent_size)
+    write_json(destination / "config.json", described)
 
 
 def with_tokens(
-    published: dict[str, Any], vocabulary: int, special: SpecialTokens, dtype: str, latent_size: int | None
+    published: dict[str, Any],
+    vocabulary: int,
+    special: SpecialTokens,
+    ends: Sequence[int],
+    dtype: str,
+    latent_size: int | None,
 ) -> dict[str, Any]:
     """Returns a config.json with the sizes and token ids of a run; latent fields are named as Mirage and ILVR do."""
     described = json.loads(json.dumps(published))
@@ -82,6 +95,7 @@ def with_tokens(
         for key in ("vocab_size", "dtype", "torch_dtype"):
             if key in section:
                 section[key] = vocabulary if key == "vocab_size" else dtype
+    set_stop_tokens(described, ends, special.pad, vocabulary)
     described |= {
         "image_token_id": special.image_pad,
         "vision_start_token_id": special.vision_start,

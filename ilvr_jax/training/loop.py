@@ -19,7 +19,7 @@ from rich.console import Console
 from ilvr_jax.data.frozen_lake import NoMap
 from ilvr_jax.data.ilvr import IlvrSource
 from ilvr_jax.data.pipeline import Source, skipped_records
-from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens
+from ilvr_jax.data.tokenizer import load_tokenizer
 from ilvr_jax.inference.evaluation import decode_settings, evaluate, prompt_settings, read_answers
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.sharding import check_mesh, divisor, make_mesh, on_mesh, place_rows, places
@@ -30,6 +30,7 @@ from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source
 from ilvr_jax.training.checkpoints import (
     PRETRAINED,
     Checkpoints,
+    answer_tokens,
     build_model,
     params_like,
     part_dtypes,
@@ -81,7 +82,9 @@ def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> 
         tokenizer = load_tokenizer(workdir / "tokenizer")
     else:
         tokenizer = pretrained.tokenizer if pretrained else make_tokenizer(config, source)
-    model = build_model(config, pretrained.folder if pretrained else workdir / PRETRAINED, tokenizer)
+    described = pretrained.folder if pretrained else workdir / PRETRAINED
+    model = build_model(config, described, tokenizer)
+    special = answer_tokens(config, described, tokenizer, model)
     with blame("mesh"):
         mesh = make_mesh(config.mesh)
         check_mesh(mesh, model.config)
@@ -97,7 +100,6 @@ def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> 
     wait_for_all("the workdir is written")
     log = workdir / "train.log" if is_main() else Path(os.devnull)
     with Progress(log, console or Console(quiet=not is_main())) as progress, on_mesh(mesh):
-        special = special_tokens(tokenizer)
         run = Run(config, workdir, source, evaluation_source, tokenizer, special, model, mesh, steps, progress)
         for name in config.stages:
             params = train_stage(run, name, params)

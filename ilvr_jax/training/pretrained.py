@@ -32,10 +32,11 @@ from ilvr_jax.models.tensor_files import (
     read_index,
     warn,
 )
+from ilvr_jax.training.stop_tokens import GENERATION, check_stop_tokens, read_stop_tokens
 
 # What is kept beside the weights; the tokenizer is saved by itself.
 IMAGE_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
-DESCRIPTION = ("config.json", "generation_config.json", "source.json", *IMAGE_PROCESSOR)
+DESCRIPTION = ("config.json", GENERATION, "source.json", *IMAGE_PROCESSOR)
 CONVERTED = "params"  # in a converted folder: the parameters, written by orbax
 PIECE_BYTES = 2**26  # of the files of a converted folder: orbax holds several while it writes or reads
 MEAN_ROWS = 4096  # of an embedding, summed at a time
@@ -49,6 +50,7 @@ class Pretrained:
     published: Mapping[str, Any]  # its config.json
     tokenizer: PreTrainedTokenizerFast  # with latent tokens
     added: tuple[int, ...]  # ids of the latent tokens that it came without
+    stop: tuple[int, ...]  # ids that end an answer
 
     @property
     def nested(self) -> bool:
@@ -76,6 +78,7 @@ def open_pretrained(name: str | Path, weights: bool = True) -> Pretrained:
     """
     folder = find_folder(name, weights)
     published = read_published(folder)
+    check_stop_tokens(folder)
     try:
         tokenizer = read_tokenizer(folder)
     except ValueError as error:
@@ -87,7 +90,8 @@ def open_pretrained(name: str | Path, weights: bool = True) -> Pretrained:
             "rows are accepted"
         )
     check_image_processor(folder)
-    return Pretrained(folder, published, tokenizer, add_latent_tokens(tokenizer))
+    stop = read_stop_tokens(folder, tokenizer, rows)
+    return Pretrained(folder, published, tokenizer, add_latent_tokens(tokenizer), stop)
 
 
 def check_image_processor(folder: Path) -> None:

@@ -71,7 +71,7 @@ def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = 
         Qwen2_5VL(config),
         params,
         pretrained.tokenizer,
-        special_tokens(pretrained.tokenizer),
+        special_tokens(pretrained.tokenizer, pretrained.stop),
         ExampleSettings(latent_size=LATENT_SIZE, system=SYSTEM, **bounds),
         MAX_NEW_TOKENS,
         not pretrained.added,
