@@ -18,16 +18,23 @@ STATEMENT = re.compile(
     (?:
         (?<![\w-])(?P<line>
             (?:final\s+answer|^[ \t#>*_]*(?:(?:final|correct)\s+)?answer(?=[ \t*_]*$))[*_]*(?:\s*[:：]|[ \t*_]*$))
-      | (?<![\w-])(?:answer|(?:correct|right|best)\s+(?:choice|option|answer))\b[*_]*
+      | (?<![\w-])(?:answer|ans|(?:correct|right|best)\s+(?:choice|option|answer))\b["'*_]*
         (?:\s(?:to|for|of)\s[^.:：\n]{1,80}?)?
-        (?:\s*[:：]|\s+[-–—](?=\s)|\s+(?:is|was|will\s+be|would\s+be|must\s+be|should\s+be)(?P<negated>n['’]t)?\b\s*[:：]?)
-      | 答案\s*(?:[:：]|(?:应该是|应为|是|为|选)\s*[:：]?)
+        (?:\s*[:：]|\s*(?:->|=>?|[→⇒])|\s+[-–—](?=\s)
+          |\s+(?P<verb>is|was|(?:will|would|must|should)\s+be|(?:seems|appears)\s+to\s+be)(?P<negated>n['’]t)?\b\s*[:：]?)
+      | (?<![\w-])ans\.\s*[:：]?
+      | (?<!\w)(?:antwort|lösung|réponse|respuesta|risposta|resposta|ответ|답|정답|答え|正解)[*_]*\s?[:：]
+      | 答案[\s*】\]]*(?:[:：]|(?:应该是|应为|是|为|选)\s*[:：]?|(?<=[】\]]))
     )
     [*_\s]*
     """,
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
-NEGATION = re.compile(r"(?:not|neither|never|no longer|definitely not|clearly not)\b(?=\s+\S)", re.IGNORECASE)
+NEGATION = re.compile(
+    r"(?:(?:\w{2,20}ly\s+)?not|neither|never|no longer)\b"
+    r"(?! (?:enough|given|possible|applicable|determin|defined|mentioned|visible))(?=\s+\S)",
+    re.IGNORECASE,
+)
 # What follows a denied answer in its place: "The answer is not A. It is B."
 INSTEAD = re.compile(
     r"(?:,?\s+but(?:\s+rather|\s+instead)?|[.;,–—-]\s+(?:rather,?|instead,?|(?:it|that|this)(?:['’]s|\s+is|\s+must\s+be)))"
@@ -80,7 +87,7 @@ def find_statements(text: str) -> list[tuple[str, bool]]:
     statements = []
     for statement in deque(STATEMENT.finditer(text, max(0, len(text) - TAIL)), maxlen=LAST):
         line = text[statement.end() : statement.end() + LONGEST_LINE].partition("\n")[0]
-        if statement["negated"] or NEGATION.match(line):
+        if statement["negated"] or (statement["verb"] and NEGATION.match(line)):
             instead = INSTEAD.search(line)
             if not instead:
                 continue
@@ -119,4 +126,4 @@ def parts(text: str) -> list[str]:
 
 def last_line(text: str) -> str:
     """Returns the last line that is not empty."""
-    return TAG.sub("", text).strip().rpartition("\n")[2].strip()
+    return TAG.sub("", text).strip("` \t\n").rpartition("\n")[2].strip()

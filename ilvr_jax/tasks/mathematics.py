@@ -27,7 +27,7 @@ COMMANDS = (
 ).split()
 TOKEN = (
     rf"\\(?:{'|'.join(sorted(COMMANDS, key=len, reverse=True))})(?![A-Za-z])"
-    r"|\\[{}|]|(?<![0-9.])(?:(?:0|[1-9][0-9]{0,29})(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?![0-9.])"
+    r"|\\(?:begin|end)\{[pbv]?matrix\}|\\\\|&|\\[{}|]|(?<![0-9.])(?:(?:0|[1-9][0-9]{0,29})(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?![0-9.])"
     r"|(?<![A-Za-z])(?:[A-Za-z]|[abxyz]{2,3})(?![A-Za-z0-9])|[-+*/^_=<>()\[\]{}|!, ]"
 )
 MATHEMATICS = re.compile(rf"(?>{TOKEN})++")
@@ -41,6 +41,8 @@ PERCENT = re.compile(r"(?<![\w.])([0-9]+(?:\.[0-9]+)?) ?\\?%")
 SIGNS = {"×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge "}
 SIGNS |= {"±": r"\pm ", "θ": r"\theta ", "≠": r"\ne "}
 ROOT = re.compile(r"(?:\\sqrt|√|(?<![A-Za-z\\])sqrt)\s*(?:\(([^()]*)\)|([0-9]+|[a-z](?![a-z])))")
+SHORT_FRACTION = re.compile(r"\\frac\s*([0-9])\s*([0-9])(?![0-9])")
+OVER = re.compile(r"\{\s*([^{}\\]+)\\over(?![A-Za-z])\s*([^{}\\]+)\}")
 PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
 
 
@@ -56,7 +58,8 @@ def as_latex(answer: str) -> str | None:
         answer = answer.replace(sign, command)
     text = PI.sub(r"\\pi ", ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2] or ''}}}", answer))
     text = PERCENT.sub(r"\\frac{\1}{100}", MIXED.sub(r"\1\\frac{\2}{\3}", text))  # math-verify takes 50% for 50, too
-    text = EXPONENT.sub(r"\1 \\times 10^{\2}", text).strip()
+    text = EXPONENT.sub(r"\1 \\times 10^{\2}", OVER.sub(r"\\frac{\1}{\2}", SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)))
+    text = re.sub(r"\^(-[0-9]+)", r"^{\1}", text).strip()
     if not re.search(r"[0-9]|\\[A-Za-z]", text) or not MATHEMATICS.fullmatch(text):
         return None
     if ARITHMETIC.fullmatch(text) or APART.search(text) or len(split_list(text)) > 1:

@@ -41,7 +41,7 @@ BEFORE_MARKER = re.compile(r"(?:\b(?:option|choice)|[-*•,;|]|\b(?:and|or))\s*$
 LEAD = re.compile(
     r"(?:(?:the|is|be|it's|it is)\s+){0,3}"
     r"(?:(?:most|final|correct|right|best|likely|probably|clearly|definitely|therefore|thus|indeed|simply|just)\s+){0,3}"
-    r"(?:answer\s*(?:is\b|[:-])?\s*)?(?:the\s+)?(?P<named>(?:(?:option|choice|letter|outcome)\s*(?:is\b|[:-])?\s*){0,2})",
+    r"(?:answer\s*(?:is\b|[:-])?\s*)?(?:the\s+)?(?P<named>(?:(?:option|choice|letter|outcome)\s*(?:is\b|[:-])?\s*|选项\s*){0,2})",
     re.IGNORECASE,
 )
 LETTER = re.compile(r"(?P<open>[(\[{<]\s*)?(?P<letter>[A-Ja-j])(?P<close>\s*[)\]}>])?(?![A-Za-z0-9_'^])", re.DOTALL)
@@ -49,7 +49,9 @@ ALONE = re.compile(r"[\s.!?。,;:)\]}-]*$")
 POINTED = re.compile(r"\s*[.:。、](?=\s|[A-Z][a-z]|[^\x00-\x7f])\s*")  # "B. the second", "B: the second"
 LISTED = re.compile(r"\s*(?:[,;。]|-(?=\s)|\s[-—]|—)\s*")  # "B, the second", "B - the second"
 REASONED = re.compile(r"(?:because|since|as)\b")
-ASSERTED = re.compile(r"(?:because|since|as|is|which|must|\()\b|\(")  # behind "A" and "I", which are words, too
+ASSERTED = re.compile(
+    r"(?:because|since|as|rather|instead|is (?:the )?(?:correct|right|best|answer|true))\b|\("
+)  # behind "A" and "I", which are words, too
 DENIED = re.compile(
     r"\W*(?:(?:is|was|would be|seems|must be)\s+(?:not|wrong|incorrect|false|impossible|out)|isn't|cannot|can't"
     r"|could be|may be|might be)\b"
@@ -72,12 +74,15 @@ MENTION = re.compile(
         (?i:\b(?:answer|option|outcome|choice|choose|select|pick|go\s+with|it\s+is|it['’]s|must\s+be|should\s+be)\b
             (?:[\s*]*is\b)?)
         [\s:("'*$]{0,20}(?P<named>[A-J])\b(?![-'’]\w)
-      | (?<![\w.])[(*]{0,3}(?P<judged>[A-J])[)*]{0,3}\s+(?:is|must\s+be)\s+(?:the\s+)?(?:correct|right|best|true)\b
-      | 选(?:择|项)?\s*(?P<chosen>[A-J])(?![A-Za-z])
+      | (?<![\w.])[(*]{0,3}(?P<judged>[A-J])[)*]{0,3}\s+(?:is|must\s+be)\s+(?:the\s+)?
+            (?:correct|right|best|true|(?:final\s+)?answer)\b
+      | (?:^|[.,;!]\s+)(?i:so|thus|hence|therefore)[,:]?\s+[(*]{0,3}(?P<concluded>[A-J])[)*]{0,3}(?=[.!]?\s*$)
+      | 选(?:择|项)?\s*[:：]?\s*(?P<chosen>[A-J])(?![A-Za-z])
     )
     """,
-    re.VERBOSE,
+    re.VERBOSE | re.MULTILINE,
 )
+REJECTED = re.compile(r",?\s+(?:not|rather than|instead of)\b.*", re.DOTALL)  # "cat, not dog"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -138,7 +143,7 @@ def read_letter(answer: str, spaced: bool = True) -> str | None:
             return None
     elif rest[0].isspace():
         rest = rest.lstrip()
-        if plain or not (spaced or named or REASONED.match(rest)):
+        if plain or not (spaced or named or REASONED.match(rest) or rest[0] == "("):
             return None
         if letter in "AI" and not named and not ASSERTED.match(rest):
             return None
@@ -153,6 +158,7 @@ def read_option(answer: str, options: Mapping[str, str], spaced: bool = True) ->
 
 
 def _named_by_text(answer: str, options: Mapping[str, str]) -> str | None:
+    answer = REJECTED.sub("", answer, count=1)
     if not any(options.values()) or len(answer) > LONGEST or SINGLE.fullmatch(tidy(answer)):
         return None
     exact = [letter for letter, text in options.items() if text and normalise(text) == normalise(answer)]
@@ -192,7 +198,7 @@ def _named(text: str, options: Mapping[str, str]) -> Iterator[str]:
         return
     mentions = [mention for mention in MENTION.finditer(text, max(0, len(text) - TAIL)) if _affirmed(mention)]
     if mentions:
-        yield next(filter(None, mentions[-1].group("named", "judged", "chosen")))
+        yield next(filter(None, mentions[-1].group("named", "judged", "concluded", "chosen")))
         return
     line = last_line(text)
     if "\n" in text.strip() and not SINGLE.fullmatch(tidy(line)):

@@ -15,7 +15,8 @@ LATEX_TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|sf|it|tt|normal)|mbox|operatorname)\s*\{([^{}]*)\}"
 )
 LATEX_GROUP = re.compile(r"(?<=[0-9])\\[,;: ](?=[0-9]{3}(?![0-9]))|(?<=[0-9])[\u2009\u202f](?=[0-9]{3}(?![0-9]))")
-LATEX_SPACE = re.compile(r"\\[,;:> ]|(?<!\\)~|\\q?quad(?![A-Za-z])|\\(?:thin|med|thick)space(?![A-Za-z])")
+LATEX_FONT = re.compile(r"\{\s*\\(?:rm|bf|it|tt|sf)\s+([^{}]*)\}")
+LATEX_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|(?<!\\)~|\\q?quad(?![A-Za-z])|\\(?:thin|med|thick)space(?![A-Za-z])")
 LATEX_SIZE = re.compile(r"\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])")
 LATEX_FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?|\\degree(?:s|Celsius)?(?![A-Za-z])|[º˚])")
@@ -25,6 +26,18 @@ MILLI = re.compile(r"(?<=[0-9])\s*m(?=(?:W|V|A|Hz|Pa|J|N|Ω)\b)")
 THOUSANDS = re.compile(r"(?<![\w.,(\[])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!\w|,[0-9])")
 DECIMAL = re.compile(r"(?<![\w.])(0|[1-9][0-9]*)?\.([0-9]+)(?!\w|\.[0-9])")
 POSITIVE = re.compile(r"\+([0-9]+(?:\.[0-9]+)?)")
+# Without a backslash they read the same: "n \log n".
+FUNCTION = re.compile(r"\\(?=(?:sin|cos|tan|log|ln|exp|min|max)(?![a-z]))")
+SIGNS = {command.strip(): sign for sign, command in mathematics.SIGNS.items()}
+SIGN = re.compile(r"\\(?:times|cdot|div|pi|infty|leq?|geq?|pm|theta|neq?)(?![a-z]) ?")
+AROUND_OPERATOR = re.compile(r"(?<=[0-9])\s*([-:])\s*(?=[0-9])|\s*([×·÷=<>≤≥±+])\s*")
+SUBSCRIPT = re.compile(r"(?<=[a-z])_(?:\{([0-9]{1,3})\}|([0-9]))")  # H_2O is H₂O, which is H2O
+SUPERSCRIPT = re.compile(r"\^\{([^{}]|st|nd|rd|th)\}")
+ORDINAL = re.compile(r"(?<=[0-9])\^(?=(?:st|nd|rd|th)\b)")
+ACRONYM = re.compile(r"\b(?:[a-z]\.){2,}[a-z]?\b|\b(?:[a-z]\.)+[a-z]\b\.?")
+TITLE = re.compile(r"\b(dr|mrs?|ms|st|mt|prof|jr|sr)\.")
+POINT = re.compile(r"(?<=[a-z])([.:])\s*(?=[a-z]{2})")  # "E.coli"
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 COMMA = re.compile(r"\s*,\s*")
 INSIDE_BRACKETS = re.compile(r"(?<=[(\[{])\s+|\s+(?=[)\]}])")
 ARTICLE = re.compile(r"(?:the|an?) (?!and\b|or\b)(?=[^\W\d_]{2})")
@@ -33,6 +46,7 @@ UNIT_OF_NUMBER = re.compile(r"(?<=[0-9])(?=[^\W\d_])(?!e[+-]?[0-9]|st\b|nd\b|rd\
 UNITS = {
     "°": r"\s*(?:°|deg(?:ree)?s?\b\.?)",
     "%": r"\s*(?:%|per ?cent\b)",
+    "": r"\s*(?:dollars?\b|\$)",
     **{
         f" {unit}": rf"\s*(?:{words})\b"
         for unit, words in {
@@ -61,9 +75,12 @@ SCALE = re.compile(r"° ?(?:(c)(?:elsius)?|(f)(?:ahrenheit)?)\b")
 MEASURE = re.compile(r"(.*[0-9})])\s*(°[cf]?|[kcmd]?m(?:\^[23])?|[km]?g|h|min|m?s|m?l|in|ft|m?[wvaj]|[kmg]?hz|[nk]?pa)")
 
 REASON = re.compile(r"\s*[,;]?\s+(?:because|since|as (?:it|they|the|there|this|that|we|he|she|you))\b.*", re.DOTALL)
-VERDICT = re.compile(r"(yes|no|true|false)\s*(?:[,.;:!–—-]+\s*|(?=because\b|since\b)|$)(.*)", re.DOTALL)
+VERDICT = re.compile(
+    r"(yes|no|true|false)\s*(?:[,.;:!–—-]+\s*|(?=because\b|since\b)|(?=(?:it|they|he|she|there|this|that|the|we|you|i)\b)|$)(.*)",
+    re.DOTALL,
+)
 UNDECIDED = re.compile(
-    r"(?:or|and|but|maybe|perhaps|except|unless|if|only)\b|(?:yes|no|true|false)\b\W*(?:$|or\b|and\b)"
+    r"(?:or|and|but|maybe|perhaps|except|unless|if|only)\b|(?:yes|no|true|false)\b\W*(?:$|or\b|and\b)|[0-9]"
 )
 CONNECTIVE = re.compile(r",?\s+and\s+")
 # Words before whose full stop no sentence ends.
@@ -101,7 +118,7 @@ def tidy(answer: str) -> str:
     text = unicodedata.normalize("NFKC", text).replace("⁄", "/").replace("’", "'").replace("‘", "'")
     text = re.sub("[−‐‑]", "-", text).replace("–", "-").replace("{,}", ",")
     text = LATEX_SIZE.sub("", LATEX_SPACE.sub(" ", text))
-    text = LATEX_FRACTION.sub(r"\\frac", LATEX_TEXT.sub(r"\1", text))
+    text = LATEX_FRACTION.sub(r"\\frac", LATEX_TEXT.sub(r"\1", LATEX_FONT.sub(r"\1", text)))
     text = re.sub(r"\\([$%#&])", r"\1", text)
     text = " ".join(text.split()).lstrip(f"{QUOTES}$* ").rstrip(f"{QUOTES}$* .。,;")
     if wrapped := WRAPPED.fullmatch(text):
@@ -132,7 +149,12 @@ def _normalise_once(text: str) -> str:
     text = THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
     text = DECIMAL.sub(lambda number: f"{number[1] or 0}.{number[2].rstrip('0')}".rstrip("."), text)
     text = COMMA.sub(_comma, INSIDE_BRACKETS.sub("", text))
+    text = SIGN.sub(_sign, FUNCTION.sub(" ", text))
+    text = AROUND_OPERATOR.sub(lambda sign: sign[1] or sign[2], " ".join(text.split()))
+    text = ORDINAL.sub("", SUPERSCRIPT.sub(r"^\1", SUBSCRIPT.sub(lambda digits: digits[1] or digits[2], text)))
     text = CLOCK.sub(r" \1m", text)
+    text = TITLE.sub(r"\1 ", ACRONYM.sub(lambda letters: letters[0].replace(".", ""), text))
+    text = " ".join(POINT.sub(r"\1 ", text).split())
     for power, pattern in POWERS.items():
         text = pattern.sub(lambda unit, power=power: f" {unit[1] or unit[2]}^{power}", text)
     for unit, pattern in UNITS.items():
@@ -141,7 +163,14 @@ def _normalise_once(text: str) -> str:
     text = ARTICLE.sub("", re.sub(r"(?<=[^\W\d_]{2})!+$", "", text), count=1) if ARTICLE.match(text) else text
     if positive := POSITIVE.fullmatch(text):
         text = positive[1]
+    if text in NUMBERS:
+        text = str(NUMBERS.index(text))
     return "0" if text == "-0" else text
+
+
+def _sign(command: re.Match) -> str:
+    name = command[0].strip()
+    return SIGNS[{r"\leq": r"\le", r"\geq": r"\ge", r"\neq": r"\ne"}.get(name, name)]
 
 
 def _comma(comma: re.Match) -> str:

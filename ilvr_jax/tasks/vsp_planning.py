@@ -30,18 +30,23 @@ PAINTED = "without holes"
 
 LONGEST = 10_000  # characters of a box that is read
 ARROW_MOVES = {"→": "R", "←": "L", "↑": "U", "↓": "D"}
-ARROWS = {move.lower(): arrow for arrow, move in ARROW_MOVES.items()} | {"t": "→", "i": "→"}
-LATEX_ARROW = re.compile(r"\\(?:long|x)?(right|left|up|down|to|implies)(?:arrow)?(?![A-Za-z])", re.IGNORECASE)
+ARROWS = {MOVE_WORDS[move]: arrow for arrow, move in ARROW_MOVES.items()}
+OTHER_ARROWS = str.maketrans("⇒⟶⟹➔➜➝➞➡⇨►▶⇐⟵⬅⇦⇑⬆⇓⬇", "→" * 11 + "←" * 4 + "↑" * 2 + "↓" * 2)
+LATEX_ARROW = re.compile(r"\\(?:(?:long|x)?(?:(right|left|up|down)arrow)|to|implies)(?![A-Za-z])", re.IGNORECASE)
 TYPESETTING = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|sf|it|tt)|mbox|q?quad|newline|left|right|[lr]angle|displaystyle"
-    r"|[cl]?dots?|[bB]igg?[lr]?)(?![A-Za-z])|\\[\\,;:!> {}]|\ufe0f"
+    r"|[cl]?dots?|[bB]igg?[lr]?|rm|bf|tt|verb|item)(?![A-Za-z])"
+    r"|\\(?:begin|end)\s*\{(?:array|[pbv]?matrix|aligned|gathered|enumerate|itemize)\}(?:\{[clr|]*\})?"
+    r"|\\[\\,;:!> {}]|\ufe0f"
 )
 HEADING = re.compile(
     r"^[\s{*]*(?:the )?(?:final |action |full |correct )?(?:moves?|path|plan|actions?|answer|sequence|solution)\s*[:=]",
     re.I,
 )
 GLOSS = re.compile(r"([A-Za-z]+)\s*\(\s*([A-Za-z]+)\s*\)")
-NUMBERED = re.compile(r"(?:(?<=^)|(?<=[\s{(\[,;]))\(?([1-9][0-9]?)(?:[.:]|\s?\))(?=\s*[*\"'{(\[]*[A-Za-z])")
+NUMBERED = re.compile(
+    r"(?:(?<=^)|(?<=[\s{(\[,;]))(?:[Ss]tep\s*)?\(?([1-9][0-9]?)(?:[.:]|\s?\))(?=\s*[*\"'{(\[]*[A-Za-z])"
+)
 BETWEEN = re.compile(r"(?:[-=]+>|>|[\s,;:.。、|{}()\[\]<⟨⟩\"'`“”‘’*_$~&•·+–—→←↑↓-])+")
 FILLERS = ("and", "then", "move", "go")
 JOINED_WORD = re.compile("|".join(form for word in LETTERS for form in (word.title(), word.upper())))
@@ -96,8 +101,8 @@ def parse_moves(text: str) -> str | None:
     inside = find_boxed(text)
     if not inside or len(inside) > LONGEST:
         return None
-    inside = unicodedata.normalize("NFKC", inside)
-    inside = LATEX_ARROW.sub(lambda arrow: f" {ARROWS[arrow[1].lower()[0]]} ", inside)
+    inside = unicodedata.normalize("NFKC", inside).translate(OTHER_ARROWS)
+    inside = LATEX_ARROW.sub(lambda arrow: f" {ARROWS[(arrow[1] or 'right').lower()]} ", inside)
     inside = HEADING.sub("", TYPESETTING.sub(" ", inside), count=1)
     inside = GLOSS.sub(_one_of_two, inside)
     inside = _without_numbers(inside)
