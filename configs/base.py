@@ -104,6 +104,7 @@ def get_config() -> ConfigDict:
                 "source": "frozen_lake",  # or a format of docs/formats.md, at `path` with images under `root`
                 "path": "",
                 "root": "",  # empty: the folder of `path`
+                "follow_links": True,  # out of the data folder, where images and parquet files in it are links
                 "records": 10_000_000,  # of the generated source
                 "on_bad_record": "error",  # or "skip"
                 "accept_change": False,  # true: a stage whose records have changed is resumed with a new epoch

@@ -77,6 +77,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", choices=TASKS, required=True, help="what is asked and how answers are scored")
     parser.add_argument("--data", type=Path, help="the records, in a format of the task (default: the run's eval.data)")
     parser.add_argument("--root", type=Path, help="where paths of images begin (default: the folder of --data)")
+    parser.add_argument(
+        "--follow-links",
+        action=argparse.BooleanOptionalAction,
+        help="read images that links out of the data folder lead to (default: the run's data.follow_links, or yes)",
+    )
     parser.add_argument("--question", help="in place of every record's own; empty: its own (default: the run's)")
     parser.add_argument(
         "--instruction", default="", help="text after every question, for models not trained on the task"
@@ -110,7 +115,9 @@ class Work:
         except ValueError as error:
             raise BadConfig(str(error)) from error
         self.data = options.data or self._data_of_run()
-        self.source: Source = task.open_source(self.data, options.root, "skip")
+        self.source: Source = task.open_source(self.data, options.root, "skip", self._follow_links())
+        for sentence in self.source.remarks:
+            print(sentence, file=sys.stderr)
         self.count = min(len(self.source), options.limit or len(self.source))
         self.out = options.out or self._default_out()
         self.left_out: dict[Any, str] = {}
@@ -124,6 +131,11 @@ class Work:
                 f"there is no --data, and {self.options.checkpoint} names none; a file of records is accepted"
             )
         return resolve_path(config.eval.data)
+
+    def _follow_links(self) -> bool:
+        config = self.trained.config
+        of_run = True if config is None else config.data.get("follow_links", True)
+        return of_run if self.options.follow_links is None else self.options.follow_links
 
     def _default_out(self) -> Path:
         name = f"{self.options.task}-{self.options.method}.jsonl"
@@ -194,8 +206,8 @@ class Work:
     def keys(self) -> Iterator[tuple[Key, Record]]:
         """Yields all that there is to ask, but for records that cannot be; those are left out."""
         for number in range(self.count):
-            record = self.source[number]
             try:
+                record = self.source[number]
                 self.task.check(record)
                 controls = self.task.controls(record) if hasattr(self.task, "controls") else {}
             except BadRecord as error:

@@ -238,25 +238,27 @@ def test_what_is_wrong_is_counted_by_kind(folder, capsys, monkeypatch):
             number, reason = line.split(maxsplit=1)
             counted[reason.strip()] = int(number)
     assert counted == {
-        '"image_input" is …, and … is no file; a path of an image file is accepted': 2,
+        '"image_input" must be an image file in …, but … cannot be read: No such file or directory': 2,
         "…: is a decompression bomb; an image of at most 6272 pixels is accepted": 1,
         "…: has more than one frame; an image file with a single one is accepted": 1,
         "…: has … bits a channel; 8 or 16 are accepted": 1,
-        '"text_output" has no <output_image> and "image_output" lists …; one <output_image> for each output image, '
-        "where it belongs, is accepted": 1,
+        '"text_output" must have one <output_image> where each of the … images of "image_output" belongs, got …': 1,
         "a text holds <|im_end|>, a special token; text without it is accepted": 1,
-        "is not JSON in UTF-8; one JSON object is accepted": 1,
-        "is a list; one JSON object is accepted": 1,
-        'lacks the field "image_input"; text_input, image_input, image_output, text_output are needed': 1,
+        "must be one JSON object in UTF-8, but is not JSON": 1,
+        "must be one JSON object, got a list": 1,
+        'lacks the field "image_input"; text_input, image_input, text_output are needed': 1,
     }
     for sentence in (
-        "train.jsonl line 10: is not JSON in UTF-8 (",
-        "train.jsonl line 12: is a list; one JSON object is accepted",
-        f'train.jsonl line 6: "image_input" is gone_1.png, and {folder / "gone_1.png"} is no file',
+        "train.jsonl line 10: must be one JSON object in UTF-8, but is not JSON (",
+        "train.jsonl line 12: must be one JSON object, got a list",
+        f"train.jsonl line 6: \"image_input\" must be an image file in {folder}, but 'gone_1.png' cannot",
         f"train.jsonl line 4: {folder / 'moving.gif'}: has more than one frame",
     ):
         assert f"- {sentence}"[:100] in printed, sentence
-    assert html.escape("train.jsonl line 12: is a list", quote=False) in (folder / "train_check.html").read_text()
+    assert (
+        html.escape("train.jsonl line 12: must be one JSON object", quote=False)
+        in (folder / "train_check.html").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -368,12 +370,15 @@ def test_parquet_and_images_without_bytes(folder, capsys, monkeypatch):
         assert main(["check", name]) == 1
         printed, _ = capsys.readouterr()
         assert "(zebra_cot): 5 records, 2 usable" in printed
-        assert "- one.parquet row 1: reasoning_image_1 has no bytes" in printed
+        assert "- one.parquet row 1: must have an image for every marker, got none in 'reasoning_image_1'" in printed
         assert "- one.parquet row 2: an image of 6 bytes: is not an image" in printed
-        assert '- one.parquet row 4: "Question" is null or empty' in printed
+        assert '- one.parquet row 4: "Question" must be text, got null or an empty one' in printed
         assert cells(printed, "Images as the model gets them")["56x56"] == ["4", "0", "2"]
-    assert main(["check", "parts", "--root=x"]) == 2
-    assert "no root is accepted" in capsys.readouterr().err
+    (folder / "elsewhere").mkdir()
+    png.rename(folder / "elsewhere" / "a.png")
+    rows = [fields | {"Final Answer": "yes", "reasoning_image_1": {"bytes": None, "path": "a.png"}}]
+    pq.write_table(pa.Table.from_pylist(rows, schema), folder / "parts" / "one.parquet")
+    assert main(["check", "parts"]) == 2 and main(["check", "parts", "--root=elsewhere"]) == 0
 
 
 @pytest.mark.parametrize("lines, format", [("\n{bad\n{}", "vsp"), ('{"a": 1}\n{"text_output": 1}', "mirage")])
@@ -388,14 +393,14 @@ def test_formats_are_found(folder, lines, format):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["x.jsonl"], "x.jsonl: there is no such file; JSON lines, a parquet file or a folder of them is accepted"),
+        (["x.jsonl"], "x.jsonl must be a file of records, but cannot be read: No such file or directory"),
         ([str(MIRAGE), "--format=mirag"], "--format is 'mirag', one of ilvr, mirage, vsp, zebra_cot is accepted"),
         ([str(MIRAGE), "--limit=0"], "--limit is 0, at least 1 is accepted"),
         ([str(MIRAGE), "--samples=-1"], "--samples is -1, at least 0 is accepted"),
         (
             [str(MIRAGE), "--format=ilvr"],
-            f'{MIRAGE}: holds no usable record (sample.jsonl line 1: lacks the field "sequence_plan"; text_input, '
-            "image_input, sequence_plan are needed); one JSON object a line is accepted",
+            f"{MIRAGE} must hold a JSON object a line, or an array of them, got none (sample.jsonl line 1: "
+            'lacks the field "sequence_plan"; text_input, image_input, sequence_plan are needed)',
         ),
         (
             [str(MIRAGE), "--config=x.py"],

@@ -123,7 +123,8 @@ def test_the_command_takes_config_values_and_the_configs_seed(tmp_path, capsys):
         ),
         (
             ["--config.data.frozen_lake.exclude=nothing.jsonl"],
-            "data.frozen_lake.exclude: there is no file nothing.jsonl; a JSON-lines file with maps is accepted",
+            "data.frozen_lake.exclude: nothing.jsonl must be a file of records, but cannot be read: No such file or "
+            "directory",
         ),
         (
             ["--config=nothing.py"],

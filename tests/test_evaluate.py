@@ -104,7 +104,7 @@ def test_bad_records_are_named_and_the_rest_is_answered(run, data, tmp_path, cap
     assert evaluate(run, file, out, *limits) == 1
     err = capsys.readouterr().err
     for sentence in (
-        "mixed.jsonl line 2: is not JSON",
+        "mixed.jsonl line 2: must be one JSON object in UTF-8, but is not JSON",
         'mixed.jsonl line 3: has no "map_desc"',
         "mixed.jsonl line 5: ",
         "mixed.jsonl line 6: an image takes 2209 vision tokens; at most 400 are accepted (--largest-image)",
@@ -137,7 +137,7 @@ def test_a_published_checkpoint_is_evaluated_in_plain_text(data, tmp_path, capsy
         (["--limit=0"], "--limit is 0; 1 or more is accepted"),
         (["--max-new-tokens=0"], "max_new_tokens must be a whole number from 1 to 131072, got 0"),
         (["--temperature=-1"], "temperature must be 0 or a number from 1e-6 to 1e6, got -1.0"),
-        (["--data=absent.jsonl"], "absent.jsonl: there is no such file"),
+        (["--data=absent.jsonl"], "absent.jsonl must be a file of records, but cannot be read: No such file"),
         (["--task=comt", "--method=pixels"], "comt has no pictures to show; vsp_planning is accepted"),
         (["--stage=stage2"], "no checkpoint of stage 'stage2'"),
         (["--out=/dev/null/x.jsonl"], "/dev/null cannot be read or written"),

@@ -81,44 +81,46 @@ def plan(*steps) -> dict:
 
 
 BAD = {
-    "[1, 2]": "is a list; one JSON object is accepted",
-    '"text"': "is text; one JSON object is accepted",
-    "{oops": "is not JSON in UTF-8 (",
-    "[" * 5000: "one JSON object is accepted",
+    "[1, 2]": "must be one JSON object, got a list",
+    '"text"': "must be one JSON object, got text",
+    "{oops": "must be one JSON object in UTF-8, but is not JSON (",
+    "[" * 5000: "must be one JSON object in UTF-8, but is not JSON (",
     json.dumps(without("text_input")): 'lacks the field "text_input"; text_input, image_input, sequence_plan',
     json.dumps(without("image_input")): 'lacks the field "image_input"',
     json.dumps(without("sequence_plan")): 'lacks the field "sequence_plan"',
-    json.dumps({**GOOD, "text_input": 3}): '"text_input" is a number; text is accepted',
-    json.dumps({**GOOD, "text_input": "\ud800"}): '"text_input" holds half of a surrogate pair; Unicode text is',
-    json.dumps({**GOOD, "image_input": "no.png"}): '"image_input" is no.png, and ',
-    json.dumps({**GOOD, "image_input": "deep"}): '"image_input" is deep, and ',
-    json.dumps({**GOOD, "image_input": [7]}): '"image_input" holds 7; a path of an image file is accepted',
-    json.dumps({**GOOD, "image_input": "a\0.png"}): '"image_input" holds "a\\u0000.png"; a path',
-    json.dumps({**GOOD, "image_input": "x" * 5000}): "is no file; a path of an image file is accepted",
-    json.dumps({**GOOD, "image_input": "../outside.png"}): "which leaves the data folder",
-    json.dumps({**GOOD, "image_input": "deep/../../outside.png"}): "which leaves the data folder",
-    json.dumps({**GOOD, "image_input": "/etc/hostname"}): "which leaves the data folder",
-    json.dumps({**GOOD, "image_input": "link.png"}): "which leaves the data folder",
-    json.dumps({**GOOD, "sequence_plan": {}}): '"sequence_plan" is an object; a list of steps is accepted',
-    json.dumps(plan()): '"sequence_plan" has zero steps; at least one step is needed',
-    json.dumps(plan("x")): 'step 1 of "sequence_plan" is text; an object with "type" is accepted',
-    json.dumps(plan({"type": "image"})): 'has the type "image"; "text" and "latent" are accepted',
-    json.dumps(plan({"content": "x"})): 'has the type null; "text" and "latent" are accepted',
-    json.dumps(plan({"type": ["text"]})): 'has the type ["text"]; "text" and "latent" are accepted',
-    json.dumps(plan({"type": "text"})): '"content" of step 1 of "sequence_plan" is null or missing; text is accepted',
-    json.dumps(plan({"type": "latent"})): 'step 1 of "sequence_plan" is latent and has no image',
-    json.dumps(plan({"type": "latent", "helper_image": "../outside.png"})): "which leaves the data folder",
-    json.dumps(plan({"type": "latent", "helper_image": "no.png"})): '"helper_image" of step 1 of "sequence_plan" is no',
-    json.dumps({**GOOD, "original_final_answer": 3}): '"original_final_answer" is a number; text is accepted',
-    json.dumps({**GOOD, "map_desc": [[0, 0], [-1, 2]]}): '"map_desc" has no start (1); a map has exactly one',
-    json.dumps({**GOOD, "map_desc": [[1, 1], [-1, 2]]}): '"map_desc" has 2 start (1); a map has exactly one',
-    json.dumps({**GOOD, "map_desc": [[1, 0], [-1, 0]]}): '"map_desc" has no goal (2); a map has exactly one',
-    json.dumps({**GOOD, "map_desc": [[1, 0], [2]]}): '"map_desc" has rows of [2, 1] cells; rows of equal length',
-    json.dumps({**GOOD, "map_desc": [[1, 0], [2, 5]]}): '"map_desc" has a cell 5; 1 start, 2 goal, -1 hole and 0 ice',
-    json.dumps({**GOOD, "map_desc": [[1, True], [2, 0]]}): '"map_desc" has a cell True',
-    json.dumps({**GOOD, "map_desc": "12"}): '"map_desc" is not a list of rows',
-    json.dumps({**GOOD, "map_desc": []}): '"map_desc" is not a list of rows',
-    json.dumps({**GOOD, "map_desc": [[], []]}): '"map_desc" has rows of [0, 0] cells',
+    json.dumps({**GOOD, "text_input": 3}): '"text_input" must be text, got a number',
+    json.dumps({**GOOD, "text_input": "\ud800"}): '"text_input" must be Unicode text, got half of a surrogate pair',
+    json.dumps({**GOOD, "image_input": "no.png"}): "/data, but 'no.png' cannot be read: No such file",
+    json.dumps({**GOOD, "image_input": "deep"}): "/data, but 'deep' is no regular file",
+    json.dumps({**GOOD, "image_input": [7]}): '"image_input" must be the path of an image file, got 7',
+    json.dumps({**GOOD, "image_input": "a\0.png"}): "Unicode characters without NUL, got 'a\\x00.png'",
+    json.dumps({**GOOD, "image_input": "x" * 5000}): "at most 4096 Unicode characters without NUL, got 'xxx",
+    json.dumps({**GOOD, "image_input": "../outside.png"}): "must stay inside the data folder",
+    json.dumps({**GOOD, "image_input": "deep/../../outside.png"}): "must stay inside the data folder",
+    json.dumps({**GOOD, "image_input": "/etc/hostname"}): "must stay inside the data folder",
+    json.dumps({**GOOD, "sequence_plan": {}}): '"sequence_plan" must be a list of steps, got an object',
+    json.dumps(plan()): '"sequence_plan" must have at least one step, got none',
+    json.dumps(plan("x")): 'step 1 of "sequence_plan" must be an object with "type", got text',
+    json.dumps(plan({"type": "image"})): 'must have the type "text" or "latent", got \'image\'',
+    json.dumps(plan({"content": "x"})): 'must have the type "text" or "latent", got None',
+    json.dumps(plan({"type": ["text"]})): 'must have the type "text" or "latent", got [\'text\']',
+    json.dumps(plan({"type": "text"})): '"content" of step 1 of "sequence_plan" must be text, got null or missing',
+    json.dumps(plan({"type": "latent"})): 'is latent and must have the path of an image in "helper_image", got none',
+    json.dumps(plan({"type": "latent", "helper_image": "../outside.png"})): "must stay inside the data folder",
+    json.dumps(
+        plan({"type": "latent", "helper_image": "no.png"})
+    ): 'of step 1 of "sequence_plan" must be an image file in ',
+    json.dumps({**GOOD, "map_desc": [[0, 0], [-1, 2]]}): '"map_desc" must have one start (1), got 0',
+    json.dumps({**GOOD, "map_desc": [[1, 1], [-1, 2]]}): '"map_desc" must have one start (1), got 2',
+    json.dumps({**GOOD, "map_desc": [[1, 0], [-1, 0]]}): '"map_desc" must have one goal (2), got 0',
+    json.dumps({**GOOD, "map_desc": [[1, 0], [2]]}): '"map_desc" must have rows of equal length, got 2, 1 cells',
+    json.dumps({**GOOD, "map_desc": [[1, 0], [2, 5]]}): "must have cells of 1 start, 2 goal, -1 hole and 0 ice, got 5",
+    json.dumps(
+        {**GOOD, "map_desc": [[1, True], [2, 0]]}
+    ): "must have cells of 1 start, 2 goal, -1 hole and 0 ice, got True",
+    json.dumps({**GOOD, "map_desc": "12"}): '"map_desc" must be rows of 1 start',
+    json.dumps({**GOOD, "map_desc": []}): '"map_desc" must be rows of 1 start',
+    json.dumps({**GOOD, "map_desc": [[], []]}): '"map_desc" must have rows of equal length, got 0, 0 cells',
 }
 
 
@@ -139,20 +141,22 @@ def test_bad_lines_can_be_left_out_and_are_counted(folder):
 
 def test_bytes_that_are_no_text(folder):
     (folder / "latin.jsonl").write_bytes(json.dumps(GOOD).replace("Where", "O\xf9").encode("latin-1"))
-    with pytest.raises(BadRecord, match="latin.jsonl line 1: is not JSON in UTF-8"):
+    with pytest.raises(BadRecord, match="latin.jsonl line 1: must be one JSON object in UTF-8, but is not JSON"):
         IlvrSource(folder / "latin.jsonl")
 
 
 def test_missing_and_empty_files(folder):
-    with pytest.raises(BadRecord, match="nothing.jsonl: there is no such file"):
+    with pytest.raises(
+        BadRecord, match="nothing.jsonl must be a file of records, but cannot be read: No such file or directory"
+    ):
         IlvrSource(folder / "nothing.jsonl")
-    with pytest.raises(BadRecord, match="train.jsonl: holds no usable record"):
+    with pytest.raises(BadRecord, match="train.jsonl must hold a JSON object a line, or an array of them, got none"):
         IlvrSource(write(folder, "", ""))
 
 
 def test_another_root(folder):
     path = write(folder.parent, GOOD)
-    with pytest.raises(BadRecord, match="is no file"):
+    with pytest.raises(BadRecord, match="cannot be read: No such file or directory"):
         IlvrSource(path)
     assert IlvrSource(path, root=folder)[0].images == (folder / "a.png",)
 

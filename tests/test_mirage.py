@@ -110,32 +110,34 @@ def test_any_interleaving_of_texts_and_looks_comes_back(folder, steps, ascii_onl
 
 
 BAD = [
-    ("{oops", "is not JSON in UTF-8 ("),
-    ("[]", "is a list; one JSON object is accepted"),
+    ("{oops", "must be one JSON object in UTF-8, but is not JSON ("),
+    ("[]", "must be one JSON object, got a list"),
     (
         {name: value for name, value in GOOD.items() if name != "text_output"},
-        'lacks the field "text_output"; text_input, image_input, image_output, text_output are needed',
+        'lacks the field "text_output"; text_input, image_input, text_output are needed',
     ),
     (
         {**GOOD, "text_output": "No marker."},
-        '"text_output" has no <output_image> and "image_output" lists 1; one <output_image> for each output image, '
-        "where it belongs, is accepted",
+        '"text_output" must have one <output_image> where each of the 1 images of "image_output" belongs, got 0',
     ),
     (
         {**GOOD, "image_output": ["b.png", "c.png"]},
-        '"text_output" has 1 <output_image> and "image_output" lists 2; one <output_image> for each',
+        'one <output_image> where each of the 2 images of "image_output" belongs, got 1',
     ),
-    ({**GOOD, "image_output": []}, '"text_output" has 1 <output_image> and "image_output" lists 0; one'),
+    ({**GOOD, "image_output": []}, 'where each of the 0 images of "image_output" belongs, got 1'),
     (
         {**GOOD, "text_input": "<image> or <image>?"},
-        '"text_input" has 2 <image> and "image_input" lists 1; one <image> for each input image, or none at all, is',
+        '"text_input" must have one <image> for each of the 1 images of "image_input", or none at all, got 2',
     ),
-    ({**GOOD, "text_output": 3}, '"text_output" is a number; text is accepted'),
-    ({**GOOD, "text_output": "", "image_output": []}, '"text_output" is empty; text is accepted'),
-    ({**GOOD, "image_output": None}, '"image_output" holds null; a path of an image file is accepted'),
-    ({**GOOD, "image_output": "no.png"}, '"image_output" is no.png, and '),
-    ({**GOOD, "image_output": "../outside.png"}, "which leaves the data folder"),
-    ({**GOOD, "image_input": {"path": "a.png"}}, '"image_input" holds {"path": "a.png"}; a path of an image file'),
+    ({**GOOD, "text_output": 3}, '"text_output" must be text, got a number'),
+    ({**GOOD, "text_output": "", "image_output": []}, '"text_output" must be text, got an empty one'),
+    ({**GOOD, "image_output": None}, 'where each of the 0 images of "image_output" belongs, got 1'),
+    ({**GOOD, "image_output": "no.png"}, '"image_output" must be an image file in '),
+    ({**GOOD, "image_output": "../outside.png"}, "must stay inside the data folder"),
+    (
+        {**GOOD, "image_input": {"path": "a.png"}},
+        "must be the path of an image file, got {'path': 'a.png'}",
+    ),
 ]
 
 
@@ -157,9 +159,9 @@ def test_bad_lines_can_be_left_out_and_are_counted(folder):
 
 
 def test_missing_files_and_another_root(folder):
-    with pytest.raises(BadRecord, match="nothing.jsonl: there is no such file; a JSON-lines file is accepted"):
+    with pytest.raises(BadRecord, match="nothing.jsonl must be a file of records, but cannot be read: No such file"):
         MirageSource(folder / "nothing.jsonl")
-    with pytest.raises(BadRecord, match="holds no usable record"):
+    with pytest.raises(BadRecord, match="got none"):
         MirageSource(write(folder, ""))
     path = write(folder.parent, GOOD)
     assert MirageSource(path, root=folder)[0].images == (folder / "a.png",)

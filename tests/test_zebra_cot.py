@@ -245,30 +245,33 @@ def test_any_interleaving_of_texts_and_images_comes_back(module_folder, plan, as
 BAD = [
     (
         GOOD | {"reasoning_image_1": None},
-        "marks reasoning_image_1 and has no such image; an image for every marker is accepted",
+        "must have an image for every marker, got none in 'reasoning_image_1'",
     ),
     (
         GOOD | {"Text Reasoning Trace": f"see {mark('reasoning_image_9')}"},
-        "marks reasoning_image_9 and has no such image",
+        "must have an image for every marker, got none in 'reasoning_image_9'",
     ),
-    (GOOD | {"problem_image_1": None}, "marks problem_image_1 and has no such image"),
+    (GOOD | {"problem_image_1": None}, "must have an image for every marker, got none in 'problem_image_1'"),
     (
         GOOD | {"Text Reasoning Trace": "seen"},
-        "holds reasoning_image_1, which no marker names; <image_start>[reasoning_image_1]<image_end> where it belongs",
+        "has reasoning_image_1, which no marker names; add <image_start>[reasoning_image_1]<image_end>",
     ),
-    (GOOD | {"problem_image_2": {"bytes": b"dog", "path": "dog.png"}}, "holds problem_image_2, which no marker names"),
-    (GOOD | {"Question": "Is [problem_image_1] a cat?"}, "holds problem_image_1, which no marker names"),
+    (GOOD | {"problem_image_2": {"bytes": b"dog", "path": "dog.png"}}, "has problem_image_2, which no marker names"),
+    (GOOD | {"Question": "Is [problem_image_1] a cat?"}, "has problem_image_1, which no marker names"),
     (
         GOOD | {"Question": GOOD["Question"] + mark("reasoning_image_1")},
-        '"Question" marks reasoning_image_1; images named problem_image_1, ... are accepted there',
+        "\"Question\" must mark images named problem_image_1, ..., got 'reasoning_image_1'",
     ),
-    (GOOD | {"Question": "Is <image> a cat?"}, '"Question" has <image>; markers such as <image_start>[problem_image'),
+    (
+        GOOD | {"Question": "Is <image> a cat?"},
+        '"Question" must mark images by <image_start>[problem_image_1]<image_end>, got <i',
+    ),
     (
         GOOD | {"Text Reasoning Trace": GOOD["Text Reasoning Trace"] + "<image_start>reasoning_image_1<image_end>"},
-        '"Text Reasoning Trace" has <image_start> outside a marker; <image_start>[reasoning_image_1]<image_end> is one',
+        '"Text Reasoning Trace" must have markers such as <image_start>[reasoning_image_1]<image_end>, got a lone ',
     ),
-    (GOOD | {"Question": None}, '"Question" is null or empty; text is accepted'),
-    (GOOD | {"Text Reasoning Trace": ""}, '"Text Reasoning Trace" is null or empty; text is accepted'),
+    (GOOD | {"Question": None}, '"Question" must be text, got null or an empty one'),
+    (GOOD | {"Text Reasoning Trace": ""}, '"Text Reasoning Trace" must be text, got null or an empty one'),
 ]
 
 
@@ -286,45 +289,55 @@ def test_bad_rows_can_be_left_out_and_are_counted(tmp_path):
     assert [record.name for record in source] == ["train.parquet row 0", f"train.parquet row {len(BAD) + 1}"]
     assert [record.images for record in source] == [(b"a cat",)] * 2
     assert len(source.skipped) == len(BAD)
-    with pytest.raises(BadRecord, match="train.parquet: holds no usable record"):
+    with pytest.raises(BadRecord, match="train.parquet must hold rows of Zebra-CoT's columns, got no usable one"):
         ZebraCotSource(write(tmp_path / "train.parquet", [BAD[0][0]]), on_bad_record="skip")
 
 
 def test_an_image_that_is_only_a_path(tmp_path):
-    outside = GOOD | {"reasoning_image_1": {"bytes": None, "path": "ear.png"}}
-    source = ZebraCotSource(write(tmp_path / "train.parquet", [outside]))
-    with pytest.raises(
-        BadRecord, match="train.parquet row 0: reasoning_image_1 has no bytes, its path is ear.png; the"
-    ):
-        source[0]
+    row = GOOD | {"reasoning_image_1": {"bytes": None, "path": "images/ear.png"}}
+    path = write(tmp_path / "data" / "train.parquet", [row])
+    with pytest.raises(BadRecord, match="train.parquet row 0: the path of reasoning_image_1 must be an image file in "):
+        ZebraCotSource(path)[0]
+    for root in (path.parent, tmp_path):
+        (root / "images").mkdir()
+        (root / "images" / "ear.png").write_bytes(b"its ear")
+        record = ZebraCotSource(path, root if root == tmp_path else None)[0]
+        assert record.steps[1] == Look(root / "images" / "ear.png") and record.images == (b"a cat",)
+    for outside in ("../images/ear.png", str(tmp_path / "images" / "ear.png")):
+        write(path, [GOOD | {"reasoning_image_1": {"bytes": None, "path": outside}}])
+        with pytest.raises(BadRecord, match="row 0: the path of reasoning_image_1 must stay inside the data folder"):
+            ZebraCotSource(path)[0]
 
 
 def test_bytes_that_are_no_text(tmp_path):
     latin = pa.Array.from_buffers(pa.string(), 1, pa.array([b"O\xf9?"]).buffers())
     pq.write_table(pa.table([latin, ["so"], ["42"]], TEXTS), tmp_path / "latin.parquet")
-    with pytest.raises(BadRecord, match='latin.parquet row 0: "Question" is not UTF-8 .*; Unicode text is accepted'):
+    with pytest.raises(BadRecord, match='latin.parquet row 0: "Question" must be UTF-8, but is not'):
         ZebraCotSource(tmp_path / "latin.parquet")
 
 
 def test_files_that_are_none_of_the_format(tmp_path):
-    with pytest.raises(BadRecord, match="there is no such file; a parquet file or a folder of them is accepted"):
+    with pytest.raises(BadRecord, match="absent.parquet must be a whole parquet file, but cannot be read: No such"):
         ZebraCotSource(tmp_path / "absent.parquet")
-    with pytest.raises(BadRecord, match="holds no parquet file"):
+    with pytest.raises(BadRecord, match=r"must be a parquet file or a folder with at least one \(.*\), got none"):
         ZebraCotSource(tmp_path)
     path = tmp_path / "train.parquet"
     path.write_bytes(b"no parquet file")
-    with pytest.raises(BadRecord, match=r"train.parquet: cannot be read \(.*\); a whole parquet file is accepted"):
+    with pytest.raises(BadRecord, match="train.parquet must be a whole parquet file, but cannot be read: "):
         ZebraCotSource(path)
     whole = write(path, [GOOD]).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BadRecord, match="train.parquet: cannot be read"):
+    with pytest.raises(BadRecord, match="train.parquet must be a whole parquet file, but cannot be read"):
         ZebraCotSource(path, on_bad_record="skip")
     pq.write_table(pa.table({"Question": ["?"], "Final Answer": ["!"]}), path)
     with pytest.raises(BadRecord, match='train.parquet: lacks the column "Text Reasoning Trace"; Question, Text'):
         ZebraCotSource(path)
     pq.write_table(pa.table({name: [3] for name in TEXTS}), path)
-    with pytest.raises(BadRecord, match='train.parquet: the column "Question" is of type int64; text is accepted'):
+    with pytest.raises(BadRecord, match='train.parquet: the column "Question" must be text, got int64'):
         ZebraCotSource(path)
     pq.write_table(pa.table({name: ["x"] for name in TEXTS} | {"problem_image_1": ["a.png"]}), path)
-    with pytest.raises(BadRecord, match="the column problem_image_1 is of type string; a struct of bytes and path"):
+    with pytest.raises(
+        BadRecord,
+        match="'problem_image_1' must be binary or a struct of binary bytes and a text path, got str",
+    ):
         ZebraCotSource(path)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def prepare(options: argparse.Namespace) -> None:
             raise BadConfig(f"--{name} is {value}, at least {least} is accepted")
     if options.format not in (None, *FORMATS):
         raise BadConfig(f"--format is {options.format!r}, one of {', '.join(FORMATS)} is accepted")
-    options.out = options.out or Path(f"{options.file.resolve().stem}_check.html")
+    options.out = options.out or Path(f"{Path(os.path.abspath(options.file)).stem}_check.html")
     data = options.config.data
     data.source = options.format or find_format(options.file)
     data.path, data.root, data.on_bad_record = str(options.file), options.root, "skip"
@@ -101,6 +102,7 @@ def check(options: argparse.Namespace) -> Survey:
     found, buckets = sections(survey, suggested, vision.window_units), config_lines(suggested) if suggested else ""
     console = Console()
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    remark = "\n".join([remark, *getattr(source, "remarks", ())])
     say(f"{title}\n{remark}\n")
     for section in found:
         say(section.title)

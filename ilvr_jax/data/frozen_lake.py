@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from ilvr_jax.data.drawing import draw_map
 from ilvr_jax.data.ilvr import check_map
+from ilvr_jax.data.json_lines import has_no_lines, open_records, read_object, read_pieces
 from ilvr_jax.data.records import BadRecord, Fingerprint, Look, MapDesc, Record, Text
 
 Cell = tuple[int, int]  # row, column, from 0
@@ -245,26 +245,21 @@ def symmetries(map_desc: MapDesc) -> Iterator[MapDesc]:
 
 
 def read_maps(path: str | Path) -> Iterable[MapDesc]:
-    """Yields the `map_desc` of every line of a JSON-lines file; other fields are left alone.
+    """Yields the `map_desc` of every record of a JSON-lines file or JSON array; other fields are ignored.
 
-    Raises BadRecord, naming file and line, if the file is missing or a line has no valid map.
+    Raises BadRecord, naming file and line, if the file cannot be read or a line has no valid map.
     """
     path = Path(path)
-    if not path.is_file():
-        raise BadRecord(f"data.frozen_lake.exclude: there is no file {path}; a JSON-lines file with maps is accepted")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line)
-                if not isinstance(fields, dict):
-                    raise BadRecord("is no JSON object; an object with map_desc is accepted")
-                yield check_map(fields.get("map_desc"))
-            except BadRecord as error:
-                raise BadRecord(f"{path} line {number}: {error}") from error
-            except (ValueError, RecursionError) as error:
-                raise BadRecord(f"{path} line {number}: is not JSON ({error}); a JSON object is accepted") from error
+    try:
+        with open_records(path) as file:
+            word = "record" if has_no_lines(file) else "line"
+            for piece in read_pieces(file, path):
+                try:
+                    yield check_map(read_object(piece.content).get("map_desc"))
+                except BadRecord as error:
+                    raise BadRecord(f"{path} {word} {piece.number}: {error}") from error
+    except BadRecord as error:
+        raise BadRecord(f"data.frozen_lake.exclude: {error}") from error
 
 
 def _bad(name: str, value: Any, accepted: str) -> ValueError:

@@ -1,13 +1,15 @@
 """ILVR's JSON-lines format: one record a line, image files beside it."""
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ilvr_jax.data.json_lines import JsonLines, check_fields, check_image_path, check_image_paths, check_text, kind
-from ilvr_jax.data.records import BadRecord, Look, Record, Text
+from ilvr_jax.data.image_files import ImageFolder, check_image_path, check_image_paths
+from ilvr_jax.data.json_lines import JsonLines, as_answer, check_fields, check_text, kind
+from ilvr_jax.data.markers import place_images
+from ilvr_jax.data.records import IMAGE_MARKER, BadRecord, Look, Record, Text
+from ilvr_jax.errors import listed, quote
 
 MAP_CELLS = {1: "start", 2: "goal", -1: "hole", 0: "ice"}
 
@@ -17,13 +19,12 @@ class IlvrSource(JsonLines):
 
     Fields of a line: `text_input` (text), `image_input` (a path or a list of paths, relative to `root`) and
     `sequence_plan` (steps `{"type": "text", "content": ...}` and `{"type": "latent", "helper_image": path}`);
-    optional `original_final_answer` (text) and `map_desc` (rows of 1 start, 2 goal, -1 hole, 0 ice). Other
-    fields are left alone. Texts that follow each other are joined. With `plan_required=False`, for evaluation
-    files, a line may do without steps.
+    optional `original_final_answer` (as `as_answer` reads it) and `map_desc` (rows of 1 start, 2 goal, -1 hole,
+    0 ice). Other fields are ignored. Texts that follow each other are joined. With `plan_required=False` a line may
+    have no steps; with `for_evaluation`, too, and of its steps only the texts are read, since no look is shown then.
 
-    Every line is checked here, and that its image files exist inside `root` (default: the file's folder);
-    pixels are looked at only when an image is loaded. `on_bad_record` says what a bad line does: "error" raises
-    BadRecord, "skip" leaves the line out and adds the sentence to `skipped`.
+    Every line is checked here, and that its image files are in `root` (default: the file's folder); pixels are
+    decoded only when an image is loaded. `on_bad_record` and `follow_links` are as in JsonLines.
     """
 
     def __init__(
@@ -32,19 +33,31 @@ class IlvrSource(JsonLines):
         root: str | Path | None = None,
         plan_required: bool = True,
         on_bad_record: str = "error",
+        for_evaluation: bool = False,
+        follow_links: bool = True,
     ):
-        super().__init__(path, root, functools.partial(parse_record, plan_required=plan_required), on_bad_record)
+        parse = functools.partial(parse_record, plan_required=plan_required, for_evaluation=for_evaluation)
+        super().__init__(path, root, parse, on_bad_record, follow_links)
 
 
-def parse_record(fields: Mapping[str, Any], root: Path, name: str, plan_required: bool) -> Record:
-    """Makes a record of a line's fields; raises BadRecord saying what is wrong and accepted, not in which line."""
+def parse_record(
+    fields: Mapping[str, Any], root: ImageFolder, name: str, plan_required: bool, for_evaluation: bool = False
+) -> Record:
+    """Makes a record of a line's fields; raises BadRecord, which states what is wrong, not in which line."""
+    plan_required = plan_required and not for_evaluation
     check_fields(fields, ("text_input", "image_input", *(("sequence_plan",) if plan_required else ())))
-    answer, rows = fields.get("original_final_answer"), fields.get("map_desc")
+    question, images = place_images(
+        check_text(fields["text_input"], '"text_input"'),
+        check_image_paths(fields["image_input"], root, '"image_input"'),
+        IMAGE_MARKER,
+        '"text_input"',
+    )
+    plan, rows = fields.get("sequence_plan"), fields.get("map_desc")
     return Record(
-        question=check_text(fields["text_input"], '"text_input"'),
-        images=check_image_paths(fields["image_input"], root, '"image_input"'),
-        steps=_steps(fields.get("sequence_plan", []), root, plan_required),
-        answer=None if answer is None else check_text(answer, '"original_final_answer"'),
+        question=question,
+        images=images,
+        steps=_texts(plan) if for_evaluation else _steps(plan, root, plan_required),
+        answer=as_answer(fields.get("original_final_answer"), '"original_final_answer"'),
         map_desc=None if rows is None else check_map(rows),
         name=name,
     )
@@ -56,39 +69,52 @@ def check_map(rows: Any) -> tuple[tuple[int, ...], ...]:
     Raises BadRecord if it is not rows of equal length of these, with one start and one goal.
     """
     if not isinstance(rows, list | tuple) or not rows or not all(isinstance(row, list | tuple) for row in rows):
-        raise BadRecord('"map_desc" is not a list of rows; rows of 1 start, 2 goal, -1 hole, 0 ice are accepted')
+        raise BadRecord(f'"map_desc" must be rows of 1 start, 2 goal, -1 hole and 0 ice, got {quote(rows)}')
     if not rows[0] or len({len(row) for row in rows}) > 1:
-        raise BadRecord(f'"map_desc" has rows of {[len(row) for row in rows]} cells; rows of equal length are accepted')
+        raise BadRecord(f'"map_desc" must have rows of equal length, got {listed(str(len(row)) for row in rows)} cells')
     cells = [cell for row in rows for cell in row]
     for cell in cells:
         if type(cell) is not int or cell not in MAP_CELLS:
-            raise BadRecord(f'"map_desc" has a cell {cell!r}; 1 start, 2 goal, -1 hole and 0 ice are accepted')
+            raise BadRecord(f'"map_desc" must have cells of 1 start, 2 goal, -1 hole and 0 ice, got {quote(cell)}')
     for value in (1, 2):
         if cells.count(value) != 1:
-            found = cells.count(value) or "no"
-            raise BadRecord(f'"map_desc" has {found} {MAP_CELLS[value]} ({value}); a map has exactly one')
+            raise BadRecord(f'"map_desc" must have one {MAP_CELLS[value]} ({value}), got {cells.count(value)}')
     return tuple(map(tuple, rows))
 
 
-def _steps(plan: Any, root: Path, required: bool) -> tuple[Text | Look, ...]:
+def _steps(plan: Any, root: ImageFolder, required: bool) -> tuple[Text | Look, ...]:
+    if plan is None and not required:
+        return ()
     if not isinstance(plan, list):
-        raise BadRecord(f'"sequence_plan" is {kind(plan)}; a list of steps is accepted')
+        raise BadRecord(f'"sequence_plan" must be a list of steps, got {kind(plan)}')
     if required and not plan:
-        raise BadRecord('"sequence_plan" has zero steps; at least one step is needed')
+        raise BadRecord('"sequence_plan" must have at least one step, got none')
     steps: list[Text | Look] = []
+    texts: list[str] = []  # since the last look
     for number, step in enumerate(plan, start=1):
         where = f'step {number} of "sequence_plan"'
         if not isinstance(step, dict):
-            raise BadRecord(f'{where} is {kind(step)}; an object with "type" is accepted')
+            raise BadRecord(f'{where} must be an object with "type", got {kind(step)}')
         if step.get("type") == "text":
-            content = check_text(step.get("content"), f'"content" of {where}')
-            if steps and isinstance(steps[-1], Text):
-                content = steps.pop().content + content
-            steps.append(Text(content))
+            texts.append(check_text(step.get("content"), f'"content" of {where}'))
         elif step.get("type") == "latent":
             if not step.get("helper_image"):
-                raise BadRecord(f'{where} is latent and has no image; a path in "helper_image" is needed')
+                raise BadRecord(f'{where} is latent and must have the path of an image in "helper_image", got none')
+            if texts:
+                steps.append(Text("".join(texts)))
+                texts = []
             steps.append(Look(check_image_path(step["helper_image"], root, f'"helper_image" of {where}')))
         else:
-            raise BadRecord(f'{where} has the type {json.dumps(step.get("type"))}; "text" and "latent" are accepted')
+            raise BadRecord(f'{where} must have the type "text" or "latent", got {quote(step.get("type"))}')
+    if texts:
+        steps.append(Text("".join(texts)))
+    check_text("".join(step.content for step in steps if isinstance(step, Text)), 'the text of "sequence_plan"')
     return tuple(steps)
+
+
+def _texts(plan: Any) -> tuple[Text, ...]:
+    """Returns the texts of a plan that need not be whole, joined."""
+    steps = [step for step in plan if isinstance(step, dict)] if isinstance(plan, list) else []
+    texts = [step["content"] for step in steps if step.get("type") == "text" and isinstance(step.get("content"), str)]
+    text = check_text("".join(texts), 'the text of "sequence_plan"')
+    return (Text(text),) if text else ()

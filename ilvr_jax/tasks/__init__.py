@@ -2,8 +2,8 @@
 
 A task is a module with these functions:
 
-    open_source(path: Path, root: Path | None, on_bad_record: str) -> Source
-        Opens the records of a file, as the functions in FORMATS (ilvr_jax/data/formats.py) do.
+    open_source(path: Path, root: Path | None, on_bad_record: str, follow_links: bool = True) -> Source
+        Opens the records of a file for evaluation, as the functions in FORMATS (ilvr_jax/data/formats.py) do.
     check(record: Record) -> None
         Raises BadRecord, one sentence that begins with the record's name, if answers to it cannot be scored.
     find_answer(text: str, record: Record | None = None) -> str | None

@@ -62,9 +62,9 @@ class Outcome(enum.StrEnum):
     UNPARSED = "unparsed"  # no moves could be read
 
 
-def open_source(path: Path, root: Path | None, on_bad_record: str) -> Source:
+def open_source(path: Path, root: Path | None, on_bad_record: str, follow_links: bool = True) -> Source:
     """Opens JSON lines of maps, with steps or without; raises BadRecord for what cannot be read."""
-    return FORMATS["vsp"](path, root, on_bad_record)
+    return FORMATS["vsp"](path, root, on_bad_record, for_evaluation=True, follow_links=follow_links)
 
 
 def check(record: Record) -> None:

@@ -12,9 +12,9 @@ from ilvr_jax.tasks.options import find_option, find_options, read_option, right
 OUTCOMES = {"A": "Action Success", "B": "Falling into a hole", "C": "Player safe but failed to reach the goal"}
 
 
-def open_source(path: Path, root: Path | None, on_bad_record: str) -> Source:
+def open_source(path: Path, root: Path | None, on_bad_record: str, follow_links: bool = True) -> Source:
     """Opens records in the format that the file is in; raises BadRecord for what cannot be read."""
-    return FORMATS[find_format(path)](path, root, on_bad_record)
+    return FORMATS[find_format(path)](path, root, on_bad_record, for_evaluation=True, follow_links=follow_links)
 
 
 def check(record: Record) -> None:

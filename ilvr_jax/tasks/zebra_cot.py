@@ -7,9 +7,9 @@ from ilvr_jax.data.pipeline import Source
 from ilvr_jax.tasks import answers
 
 
-def open_source(path: Path, root: Path | None, on_bad_record: str) -> Source:
-    """Opens a parquet file or a folder of them; raises BadRecord for what cannot be read, and if a root is given."""
-    return FORMATS["zebra_cot"](path, root, on_bad_record)
+def open_source(path: Path, root: Path | None, on_bad_record: str, follow_links: bool = True) -> Source:
+    """Opens a parquet file or a folder of them; raises BadRecord for what cannot be read."""
+    return FORMATS["zebra_cot"](path, root, on_bad_record, for_evaluation=True, follow_links=follow_links)
 
 
 check, find_answer, canonical, is_right = answers.check, answers.find_answer, answers.canonical, answers.is_right

@@ -36,7 +36,7 @@ def open_source(config: ConfigDict) -> Source:
     data = config.data
     if data.source in FORMATS:
         root = resolve_path(data.root) if data.root else None
-        return FORMATS[data.source](resolve_path(data.path), root, data.on_bad_record)
+        return FORMATS[data.source](resolve_path(data.path), root, data.on_bad_record, follow_links=data.follow_links)
     with blame("data"):
         settings = frozen_lake_settings(data.frozen_lake)
         exclude = tuple(str(resolve_path(path)) for path in settings.exclude)

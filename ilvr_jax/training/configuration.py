@@ -35,6 +35,7 @@ NO_EFFECT_ON_TRAINING = (
     "eval",
     "mesh",
     "data.workers",
+    "data.follow_links",
     "data.feature_cache",
     "data.accept_change",
     # The fingerprint of the records is compared instead: they may be moved, and a new stage may have others.

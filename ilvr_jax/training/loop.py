@@ -100,6 +100,8 @@ def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> 
     wait_for_all("the workdir is written")
     log = workdir / "train.log" if is_main() else Path(os.devnull)
     with Progress(log, console or Console(quiet=not is_main())) as progress, on_mesh(mesh):
+        for sentence in getattr(source, "remarks", ()):
+            progress.say(sentence)
         run = Run(config, workdir, source, evaluation_source, tokenizer, special, model, mesh, steps, progress)
         for name in config.stages:
             params = train_stage(run, name, params)
@@ -268,7 +270,9 @@ def open_evaluation_source(config: ConfigDict) -> Source | None:
         prompt_settings(config)
     with blame("eval"):
         decode_settings(config)
-    return IlvrSource(resolve_path(config.eval.data), plan_required=False) if config.eval.data else None
+    if not config.eval.data:
+        return None
+    return IlvrSource(resolve_path(config.eval.data), for_evaluation=True, follow_links=config.data.follow_links)
 
 
 def evaluate_stage(run: Run, name: str, params: PyTree) -> None:
