@@ -145,7 +145,7 @@ def published(tmp_path_factory):
             r"must hold model.safetensors, .* its weights are pickled \(pytorch_model.bin\), which can run any code",
         ),
         ("empty", r"must hold model.safetensors, or .* but holds no weights"),
-        ("architecture", "describes a model of type 'llama'; qwen2_5_vl is accepted"),
+        ("architecture", "must have the `model_type` 'qwen2_5_vl', got 'llama'"),
         ("no config", "has no config.json"),
         ("index", "names model-00001-of-00002.safetensors, which must be files of .*, but are not there"),
         ("tokenizer", r"the tokenizer has \d+ tokens and the embedding 100 rows"),

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from ilvr_jax.errors import InputError
 from ilvr_jax.latents.selection import LatentSettings
 from tests.samples import CONFIG, VISION
 
@@ -11,25 +12,25 @@ from tests.samples import CONFIG, VISION
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"dtype": "floot32"}, "model.dtype is 'floot32'; accepted is one of float32, bfloat16, float16"),
+        ({"dtype": "floot32"}, "`model.dtype` must be one of float32, bfloat16, float16, got 'floot32'"),
         (
             {"num_key_value_heads": 3},
-            "model.num_key_value_heads is 3; accepted is a divisor of num_attention_heads (4)",
+            "`model.num_key_value_heads` must be a divisor of num_attention_heads (4), got 3",
         ),
-        ({"num_attention_heads": 0}, "model.num_attention_heads is 0; accepted is a whole number from 1"),
+        ({"num_attention_heads": 0}, "`model.num_attention_heads` must be a whole number from 1, got 0"),
         (
             {"num_attention_heads": 3},
-            "model.num_attention_heads is 3; accepted is a number whose double divides hidden_size (32)",
+            "`model.num_attention_heads` must be a number whose double divides hidden_size (32), got 3",
         ),
-        ({"hidden_size": "32"}, "model.hidden_size is '32'; accepted is a whole number from 1"),
+        ({"hidden_size": "32"}, "`model.hidden_size` must be a whole number from 1, got '32'"),
         (
             {"mrope_section": (1, 2, 2)},
-            "model.mrope_section is (1, 2, 2); accepted is three numbers with the sum 4, half of a head's channels",
+            "`model.mrope_section` must be three numbers with the sum 4, half of a head's channels, got (1, 2, 2)",
         ),
     ],
 )
 def test_a_decoder_that_cannot_be_is_refused(changes, sentence):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(InputError) as error:
         dataclasses.replace(CONFIG, **changes)
     assert str(error.value) == sentence
 
@@ -37,20 +38,20 @@ def test_a_decoder_that_cannot_be_is_refused(changes, sentence):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"window_size": 20}, "window_size is 20; accepted is a multiple of 28, the pixels of a vision token"),
-        ({"window_size": 0}, "window_size is 0; accepted is a whole number from 1"),
-        ({"num_heads": 3}, "num_heads is 3; accepted is a number whose fourfold divides hidden_size (16)"),
+        ({"window_size": 20}, "`window_size` must be a multiple of 28, the pixels of a vision token, got 20"),
+        ({"window_size": 0}, "`window_size` must be a whole number from 1, got 0"),
+        ({"num_heads": 3}, "`num_heads` must be a number whose fourfold divides hidden_size (16), got 3"),
         (
             {"fullatt_block_indexes": (2,)},
-            "fullatt_block_indexes is (2,); accepted is a tuple of numbers from 0 to 1, below depth",
+            "`fullatt_block_indexes` must be a tuple of numbers from 0 to 1, below depth, got (2,)",
         ),
-        ({"image_std": (1.0,)}, "image_std is (1.0,); accepted is a number for each of 3 channels"),
+        ({"image_std": (1.0,)}, "`image_std` must be a number for each of 3 channels, got (1.0,)"),
     ],
 )
 def test_a_vision_tower_that_cannot_be_is_refused(changes, sentence):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(InputError) as error:
         dataclasses.replace(VISION, **changes)
-    assert str(error.value) == f"model.vision.{sentence}"
+    assert str(error.value) == f"`model.vision.{sentence[1:]}"
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,19 @@
 """The shape of a Qwen2.5-VL model."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from ilvr_jax.errors import InputError, quote
 from ilvr_jax.models.attention import KERNELS
 from ilvr_jax.models.lora import LoraConfig
+from ilvr_jax.models.published import MROPE_SECTION, read_fields, rope_scaling
+from ilvr_jax.models.rotary import RopeScaling, decoder_frequencies
 
 # Mean and deviation of the pixels that Qwen2.5-VL's image processor assumes (CLIP's), in units of 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -29,7 +35,7 @@ STORAGE = ("init_from", "frozen_dtype")
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower; names as in a published `vision_config`. Raises ValueError, naming the key, for a bad value."""
+    """The vision tower; names as in a published `vision_config`. Raises InputError, naming the key, for a bad value."""
 
     depth: int
     hidden_size: int
@@ -52,18 +58,18 @@ class VisionConfig:
         _check_sizes("model.vision", self, (*sizes, "patch_size", "temporal_patch_size", "in_channels"))
         unit = 2 * self.patch_size
         if self.window_size % unit:
-            accepted = f"a multiple of {unit}, the pixels of a vision token"
-            raise _bad("model.vision.window_size", self.window_size, accepted)
+            must_be = f"a multiple of {unit}, the pixels of a vision token"
+            raise _bad("model.vision.window_size", self.window_size, must_be)
         if self.hidden_size % (4 * self.num_heads):  # a head's channels are halved for rows and columns, then paired
-            accepted = f"a number whose fourfold divides hidden_size ({self.hidden_size})"
-            raise _bad("model.vision.num_heads", self.num_heads, accepted)
+            must_be = f"a number whose fourfold divides hidden_size ({self.hidden_size})"
+            raise _bad("model.vision.num_heads", self.num_heads, must_be)
         if not all(type(block) is int and 0 <= block < self.depth for block in self.fullatt_block_indexes):
-            accepted = f"a tuple of numbers from 0 to {self.depth - 1}, below depth"
-            raise _bad("model.vision.fullatt_block_indexes", self.fullatt_block_indexes, accepted)
+            must_be = f"a tuple of numbers from 0 to {self.depth - 1}, below depth"
+            raise _bad("model.vision.fullatt_block_indexes", self.fullatt_block_indexes, must_be)
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != self.in_channels:
-                accepted = f"a number for each of {self.in_channels} channels"
-                raise _bad(f"model.vision.{name}", getattr(self, name), accepted)
+                must_be = f"a number for each of {self.in_channels} channels"
+                raise _bad(f"model.vision.{name}", getattr(self, name), must_be)
 
     @property
     def window_units(self) -> int:
@@ -79,7 +85,7 @@ class VisionConfig:
 class ModelConfig:
     """The decoder and its vision tower; names as in a published `config.json`.
 
-    Raises ValueError, naming the key, for a bad value.
+    Raises InputError, naming the key, for a bad value.
     """
 
     vocab_size: int
@@ -97,19 +103,26 @@ class ModelConfig:
     remat_policy: str = "none"  # one of REMAT_POLICIES
     attention: str = "auto"  # over whole sequences, one of attention.KERNELS
     lora: LoraConfig = LoraConfig()
+    rope_scaling: RopeScaling = RopeScaling()
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         _check_sizes("model", self, (*sizes, "num_attention_heads", "num_key_value_heads"))
         if self.hidden_size % (2 * self.num_attention_heads):  # a head's channels are turned in pairs
-            accepted = f"a number whose double divides hidden_size ({self.hidden_size})"
-            raise _bad("model.num_attention_heads", self.num_attention_heads, accepted)
+            must_be = f"a number whose double divides hidden_size ({self.hidden_size})"
+            raise _bad("model.num_attention_heads", self.num_attention_heads, must_be)
         if self.num_attention_heads % self.num_key_value_heads:
-            accepted = f"a divisor of num_attention_heads ({self.num_attention_heads})"
-            raise _bad("model.num_key_value_heads", self.num_key_value_heads, accepted)
-        if len(self.mrope_section) != 3 or sum(self.mrope_section) != self.head_dim // 2:
-            accepted = f"three numbers with the sum {self.head_dim // 2}, half of a head's channels"
-            raise _bad("model.mrope_section", self.mrope_section, accepted)
+            must_be = f"a divisor of num_attention_heads ({self.num_attention_heads})"
+            raise _bad("model.num_key_value_heads", self.num_key_value_heads, must_be)
+        sections, half = self.mrope_section, self.head_dim // 2
+        if [type(size) for size in sections] != [int] * 3 or min(sections) < 0 or sum(sections) != half:
+            raise _bad("model.mrope_section", sections, f"three numbers with the sum {half}, half of a head's channels")
+        for name, least in (("rope_theta", 1), ("rms_norm_eps", 0)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not least < value < math.inf:
+                raise _bad(f"model.{name}", value, f"a number above {least}")
+        if self.vision.out_hidden_size != self.hidden_size:
+            raise _bad("model.vision.out_hidden_size", self.vision.out_hidden_size, f"hidden_size ({self.hidden_size})")
         if self.dtype not in DTYPES:
             raise _bad("model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         if self.remat_policy not in REMAT_POLICIES:
@@ -121,6 +134,10 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def rope_frequencies(self) -> Float[np.ndarray, " half"]:
+        return decoder_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
+
 
 def _check_sizes(section: str, config: VisionConfig | ModelConfig, names: Sequence[str]) -> None:
     for name in names:
@@ -129,8 +146,8 @@ def _check_sizes(section: str, config: VisionConfig | ModelConfig, names: Sequen
             raise _bad(f"{section}.{name}", value, "a whole number from 1")
 
 
-def _bad(key: str, value: object, accepted: str) -> ValueError:
-    return ValueError(f"{key} is {value!r}; accepted is {accepted}")
+def _bad(key: str, value: object, must_be: str) -> InputError:
+    return InputError(f"`{key}` must be {must_be}, got {quote(value)}")
 
 
 def model_config(settings: ConfigDict, vocab_size: int, published: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -144,7 +161,8 @@ def model_config(settings: ConfigDict, vocab_size: int, published: Mapping[str, 
         config = model_config_from_hf(published, lora=lora, **fields)
         return dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size))
     vision = VisionConfig(out_hidden_size=settings.hidden_size, **fields.pop("vision"))
-    return ModelConfig(vocab_size=vocab_size, vision=vision, lora=lora, **fields)
+    scaling = RopeScaling(**fields.pop("rope_scaling", {}))
+    return ModelConfig(vocab_size=vocab_size, vision=vision, rope_scaling=scaling, lora=lora, **fields)
 
 
 def _tuples(value: Any) -> Any:
@@ -154,14 +172,12 @@ def _tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def model_config_from_hf(config: Mapping[str, Any], **overrides) -> ModelConfig:
+def model_config_from_hf(published: Mapping[str, Any], **overrides) -> ModelConfig:
     """Returns the model's shape from the contents of a published `config.json`.
 
-    Read through transformers' config class, which fills in what published files leave out.
+    Raises BadCheckpoint or InputError, naming the field, if a model of that shape cannot be built.
     """
-    from transformers import Qwen2_5_VLConfig
-
-    full = Qwen2_5_VLConfig.from_dict(dict(config))
+    full = read_fields(published)
     text, vision = full.text_config, full.vision_config
     return ModelConfig(
         vocab_size=text.vocab_size,
@@ -171,7 +187,8 @@ def model_config_from_hf(config: Mapping[str, Any], **overrides) -> ModelConfig:
         num_attention_heads=text.num_attention_heads,
         num_key_value_heads=text.num_key_value_heads,
         rope_theta=text.rope_parameters["rope_theta"],
-        mrope_section=tuple(text.rope_parameters["mrope_section"]),
+        rope_scaling=rope_scaling(text),
+        mrope_section=tuple(text.rope_parameters.get("mrope_section", MROPE_SECTION)),
         rms_norm_eps=text.rms_norm_eps,
         tie_word_embeddings=full.tie_word_embeddings,
         vision=VisionConfig(
@@ -181,7 +198,8 @@ def model_config_from_hf(config: Mapping[str, Any], **overrides) -> ModelConfig:
             num_heads=vision.num_heads,
             out_hidden_size=vision.out_hidden_size,
             window_size=vision.window_size,
-            fullatt_block_indexes=tuple(vision.fullatt_block_indexes),
+            # transformers takes no notice of layers that are not there
+            fullatt_block_indexes=tuple(block for block in vision.fullatt_block_indexes if 0 <= block < vision.depth),
             patch_size=vision.patch_size,
             temporal_patch_size=vision.temporal_patch_size,
             in_channels=vision.in_channels,

@@ -12,7 +12,7 @@ from ilvr_jax.models.attention import Cache, attention, cached_attention, causal
 from ilvr_jax.models.config import ModelConfig
 from ilvr_jax.models.layers import GatedMLP, RMSNorm
 from ilvr_jax.models.lora import SUFFIX, linear
-from ilvr_jax.models.rotary import decoder_angles, rotate
+from ilvr_jax.models.rotary import rotary_angles, rotate
 
 # Keys and values of some columns, each [layers, batch, columns, key_value_heads, head_dim].
 Heads = Float[Array, "layers batch columns heads head_dim"]
@@ -58,8 +58,9 @@ class DecoderLayer(nn.Module):
         rows, embed = ("few_rows", "embed") if few else ("rows", None)
         hidden = nn.with_logical_constraint(hidden, (rows, None, embed))
         normed = RMSNorm(config.rms_norm_eps, name="input_layernorm")(hidden)
-        query = rotate(project("q_proj", config.num_attention_heads), angles)
-        key = rotate(project("k_proj", config.num_key_value_heads), angles)
+        magnitude = config.rope_scaling.magnitude
+        query = rotate(project("q_proj", config.num_attention_heads), angles, magnitude)
+        key = rotate(project("k_proj", config.num_key_value_heads), angles, magnitude)
         value = project("v_proj", config.num_key_value_heads)
         if mask.ndim == 2:
             mixed = causal_attention(query, key, value, mask, config.attention)
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
         then the present ones. Adapters drop inputs out where there are keys.
         """
         config = self.config
-        angles = decoder_angles(positions, config.head_dim, config.rope_theta, config.mrope_section)
+        angles = rotary_angles(positions, config.mrope_section, config.rope_frequencies)
         numbers = jnp.arange(config.num_hidden_layers)
         hidden, key_values = self.layers(inputs.astype(config.dtype), tuple(past), angles, mask, numbers, dropout_keys)
         return self.norm(hidden), key_values
@@ -177,7 +178,7 @@ def decode_by_layers(
     layers copies the weights of each before it multiplies with them, which for a single column takes longer than the
     product; and with heads first, attention reads keys and values in the order they lie in.
     """
-    angles = decoder_angles(positions, config.head_dim, config.rope_theta, config.mrope_section)
+    angles = rotary_angles(positions, config.mrope_section, config.rope_frequencies)
     hidden, key_values = inputs.astype(config.dtype), []
     layers = decoder.get("split_layers") or [jax.tree.map(jnp.transpose, one) for one in decoder["transposed_layers"]]
     for number, (layer, layer_past) in enumerate(zip(layers, past, strict=True)):

@@ -1,24 +1,91 @@
 """Rotary position embeddings: two-dimensional in the vision tower, multimodal in the decoder."""
 
+import dataclasses
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from ilvr_jax.errors import InputError, quote
+
+ROPE_TYPES = ("default", "linear", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the decoder's rotary positions are stretched beyond the length of pretraining.
+
+    Names as in a published `rope_scaling`. Raises InputError, naming the key, for a bad value.
+    """
+
+    rope_type: str = "default"  # one of ROPE_TYPES: as they are, all slower (linear), or the slow ones alone (YaRN)
+    factor: float = 1.0  # how many times longer
+    # The others are YaRN's (arXiv 2309.00071).
+    original_max_position_embeddings: int = 32768  # positions of pretraining
+    beta_fast: float = 32.0  # channels that turn more often in that length keep their frequency
+    beta_slow: float = 1.0  # those that turn less often get it divided by `factor`
+    truncate: bool = True  # the bounds between the two are whole channels
+    attention_factor: float | None = None  # of rotated queries and keys; None: 0.1 ln(factor) + 1
+
+    def __post_init__(self):
+        if self.rope_type not in ROPE_TYPES:
+            raise InputError(
+                f"`model.rope_scaling.rope_type` must be one of {', '.join(ROPE_TYPES)}, got {quote(self.rope_type)}"
+            )
+        positive = ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow"]
+        for name in positive + ["attention_factor"] * (self.attention_factor is not None):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise InputError(f"`model.rope_scaling.{name}` must be a number above 0, got {quote(value)}")
+        if type(self.truncate) is not bool:
+            raise InputError(f"`model.rope_scaling.truncate` must be true or false, got {quote(self.truncate)}")
+
+    @property
+    def magnitude(self) -> float:
+        """The factor of rotated queries and keys."""
+        if self.rope_type != "yarn":
+            return 1.0
+        return self.attention_factor or yarn_magnitude(self.factor)
+
+
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """Returns by how much YaRN enlarges queries and keys for a text `factor` times longer."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def decoder_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float[np.ndarray, " half"]:
+    """Returns the angle by which each pair of a head's channels turns from one position to the next."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+    periods = (theta ** exponents.astype(np.float64)).astype(np.float32)  # rounded once, as PyTorch's are
+    frequencies, slower = 1.0 / periods, 1.0 / (np.float32(scaling.factor) * periods)
+    if scaling.rope_type == "linear":
+        return frequencies / np.float32(scaling.factor)
+    if scaling.rope_type == "default":
+        return frequencies
+
+    def channel(turns: float) -> float:  # the pair of channels that turns so often in the length of pretraining
+        period = scaling.original_max_position_embeddings / (2 * math.pi * turns)
+        return head_dim * math.log(period) / (2 * math.log(theta))
+
+    low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / ((high - low) or 0.001)
+    kept = 1 - np.clip(ramp, 0, 1).astype(np.float32)
+    return slower * (1 - kept) + frequencies * kept
 
 
 def rotary_angles(
     positions: Int[Array, "*batch axes time"], sections: tuple[int, ...], frequencies: Float[np.ndarray, " half"]
 ) -> Float[Array, "*batch time half"]:
-    """Returns the angle of each pair of channels: section i of the channels turns with positions[..., i, :]."""
+    """Returns the angle of each pair of channels: section i of the channels turns with positions[..., i, :].
+
+    In the decoder these are multimodal rotary positions: temporal, row and column.
+    """
     axis = np.repeat(np.arange(len(sections)), sections)
     return jnp.swapaxes(positions, -1, -2)[..., axis].astype(jnp.float32) * frequencies
-
-
-def decoder_angles(
-    positions: Int[Array, "batch 3 time"], head_dim: int, theta: float, sections: tuple[int, ...]
-) -> Float[Array, "batch time half"]:
-    """Returns mRoPE angles: channels are shared out among temporal, row and column positions by `sections`."""
-    frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    return rotary_angles(positions, sections, frequencies.astype(np.float32))
 
 
 def vision_angles(coordinates: Int[Array, "*batch patches 2"], head_dim: int) -> Float[Array, "*batch patches half"]:
@@ -29,10 +96,10 @@ def vision_angles(coordinates: Int[Array, "*batch patches 2"], head_dim: int) ->
 
 
 def rotate(
-    heads: Float[Array, "*batch time heads head_dim"], angles: Float[Array, "*batch time half"]
+    heads: Float[Array, "*batch time heads head_dim"], angles: Float[Array, "*batch time half"], magnitude: float = 1.0
 ) -> Float[Array, "*batch time heads head_dim"]:
-    """Turns each pair of channels (i, i + half) by its angle, in float32."""
-    cosine, sine = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    """Turns each pair of channels (i, i + half) by its angle and multiplies it by `magnitude`, in float32."""
+    cosine, sine = magnitude * jnp.cos(angles)[..., None, :], magnitude * jnp.sin(angles)[..., None, :]
     first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return turned.astype(heads.dtype)

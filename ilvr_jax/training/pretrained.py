@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.images import image_processor_settings
 from ilvr_jax.data.tokenizer import add_latent_tokens, read_tokenizer
-from ilvr_jax.errors import listed
+from ilvr_jax.errors import InputError, listed, quote
+from ilvr_jax.files import read_json
 from ilvr_jax.models.checkpoint import is_nested, params_from_state_dict, put
 from ilvr_jax.models.config import CLIP_MEAN, CLIP_STD, ModelConfig, model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
@@ -137,17 +138,20 @@ def _fetch(name: str | Path, patterns: Sequence[str]) -> Path:
 
 
 def read_published(folder: Path) -> dict[str, Any]:
-    """Returns a checkpoint's config.json; raises BadCheckpoint if there is none or it is of another architecture."""
+    """Returns a checkpoint's config.json; raises BadCheckpoint if there is none or its model cannot be built here."""
     path = folder / "config.json"
-    if not path.is_file():
-        raise BadCheckpoint(f"{folder} has no config.json; a folder of a published checkpoint is accepted")
-    try:
-        published = json.loads(path.read_text())
-    except ValueError as error:
-        raise BadCheckpoint(f"{path} is not JSON ({error}); that of a Qwen2.5-VL is accepted") from error
+    if not path.exists():
+        raise BadCheckpoint(f"{folder} has no config.json; a folder of a published checkpoint must have one")
+    published = read_json(path, BadCheckpoint)
     kind = published.get("model_type") if isinstance(published, dict) else None
     if kind != "qwen2_5_vl":
-        raise BadCheckpoint(f"{path} describes a model of type {kind!r}; qwen2_5_vl is accepted")
+        raise BadCheckpoint(f"{path} must have the `model_type` 'qwen2_5_vl', got {quote(kind)}")
+    try:
+        model_config_from_hf(published)
+    except InputError as error:
+        # The fields of our own config have the names of the published ones.
+        sentence = str(error).replace("`model.vision.", "`vision_config.").replace("`model.", "`")
+        raise BadCheckpoint(f"{path}: {sentence}") from error
     return published
 
 
