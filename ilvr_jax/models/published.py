@@ -39,8 +39,11 @@ def whole(least: int = 1, most: int = LARGEST) -> Rule:
     return Rule(lambda value: type(value) is int and least <= value <= most, f"a whole number from {least} to {most}")
 
 
-def number(above: float = 0.0) -> Rule:
-    return Rule(lambda value: type(value) in (int, float) and above < value < math.inf, f"a number above {above:g}")
+def number(above: float = 0.0, zero: bool = False) -> Rule:
+    def holds(value: Any) -> bool:
+        return type(value) in (int, float) and (above < value < math.inf or zero and value == 0)
+
+    return Rule(holds, f"a number {'from' if zero else 'above'} {above:g}")
 
 
 def one_of(*choices: Any) -> Rule:
@@ -106,14 +109,14 @@ VISION_ROPE = {
     "type": one_of("axial", "default"),
     "rope_theta": one_of(10000),
 }
-YARN = {
+YARN = {  # 0 is as good as null, as it is to transformers
     "factor": nullable(number()),
     "original_max_position_embeddings": whole(),
-    "beta_fast": nullable(number()),
-    "beta_slow": nullable(number()),
+    "beta_fast": nullable(number(zero=True)),
+    "beta_slow": nullable(number(zero=True)),
     "attention_factor": nullable(number()),
-    "mscale": nullable(number()),
-    "mscale_all_dim": nullable(number()),
+    "mscale": nullable(number(zero=True)),
+    "mscale_all_dim": nullable(number(zero=True)),
     "truncate": FLAG,
 }
 # What each type of rotary positions reads beside theta and sections; "mrope" is an older name of "default".
