@@ -10,12 +10,15 @@ from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.checkpoint import params_from_state_dict
 from ilvr_jax.models.config import model_config_from_hf
+from ilvr_jax.models.decoder import decode_by_layers, split_layers
 from ilvr_jax.models.images import PatchedImage
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, random_sample
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers' PyTorch model (requirements-dev.txt)")
 
+# As the card of the published models has it, with their 64 pairs of channels and 32768 positions made small.
+YARN = {"type": "yarn", "mrope_section": [4, 6, 6], "factor": 4, "original_max_position_embeddings": 64}
 # Shape of the decoder, of the vision tower, and the images of a sample in vision tokens.
 SHAPES = {
     "several images, untied": (
@@ -32,6 +35,11 @@ SHAPES = {
         {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False},
         {"window_size": 28, "fullatt_block_indexes": [0], "num_heads": 2},
         [(4, 6)],
+    ),
+    "positions scaled by YaRN": (
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_scaling": YARN},
+        {"window_size": 56, "fullatt_block_indexes": [1], "num_heads": 2},
+        [(3, 2), (9, 7)],
     ),
 }
 
@@ -141,6 +149,31 @@ def test_features_and_logits_equal_pytorch(shape):
         hidden, _ = model.decode(params["decoder"], inputs, batch.positions, causal_mask(batch.valid))
         logits = model.logits(params["decoder"], hidden)
         np.testing.assert_allclose(logits, expected_logits, atol=2e-4)
+
+
+def test_scaled_positions_far_into_a_text_equal_pytorch_in_every_way_of_decoding():
+    text = {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_scaling": YARN}
+    reference, config = oracle(text, {"num_heads": 2})
+    params = params_from_state_dict({name: tensor.numpy() for name, tensor in reference.state_dict().items()}, config)
+    decoder, model = params["decoder"], Qwen2_5VL(config)
+    tokens = np.random.default_rng(0).integers(10, 60, (1, 12))
+    positions = np.array([[[0], [3], [1]]]) + np.concatenate([np.arange(6), 100_000 + np.arange(6)])
+    with torch.no_grad():
+        places = torch.tensor(positions).swapaxes(0, 1)
+        expected = reference(input_ids=torch.tensor(tokens), position_ids=places).logits.numpy()
+
+    inputs, mask, split = model.embed(decoder, tokens), causal_mask(np.ones((1, 12), bool)), 8
+    whole, _ = model.decode(decoder, inputs, positions, mask)
+    packed, _ = model.decode(decoder, inputs, positions, np.ones((1, 12), bool))
+    first, past = model.decode(decoder, inputs[:, :split], positions[..., :split], mask[:, :split, :split])
+    then, _ = model.decode(decoder, inputs[:, split:], positions[..., split:], mask[:, split:], [past])
+    lay = [tuple(jnp.swapaxes(part[layer], 1, 2) for part in past) for layer in range(config.num_hidden_layers)]
+    present, lengths = mask[:, split:, split:], np.array([split])
+    layered, _ = decode_by_layers(
+        config, split_layers(decoder, False), inputs[:, split:], positions[..., split:], present, lay, lengths
+    )
+    for hidden in (whole, packed, np.concatenate([first, then], 1), np.concatenate([first, layered], 1)):
+        np.testing.assert_allclose(model.logits(decoder, hidden), expected, atol=3e-4)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name():

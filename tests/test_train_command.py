@@ -380,8 +380,8 @@ def config_file(config, tmp_path):
         (["--config.eval.data=absent.jsonl"], "absent.jsonl: there is no such file"),
         (["--config.eval.max_new_tokens=0"], "eval: max_new_tokens must be a whole number from 1 to 131072, got 0"),
         (["--config.latents.coverage=0"], "latents.coverage is 0.0; accepted is a number more than 0"),
-        (["--config.model.dtype=floot32"], "model.dtype is 'floot32'; accepted is one of float32"),
-        (["--config.model.remat_policy=some"], "model.remat_policy is 'some'; accepted is one of none, full"),
+        (["--config.model.dtype=floot32"], "`model.dtype` must be one of float32"),
+        (["--config.model.remat_policy=some"], "`model.remat_policy` must be one of none, full"),
         (["--config.max_skipped=0"], "config key max_skipped is 0, at least 1 is accepted"),
         (["--config.stage2.clip=0"], "stage2: clip is 0.0; accepted is a number more than 0"),
         (

@@ -5,8 +5,8 @@ of videos and of generation. `attention_dropout` acts in training alone, where a
 """
 
 import copy
+import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from ilvr_jax.errors import QUOTE_LENGTH, quote
 from ilvr_jax.models.rotary import RopeScaling, yarn_magnitude
 from ilvr_jax.models.tensor_files import BadCheckpoint
 
-LARGEST, MOST_LAYERS = 2**31 - 1, 1000
+LARGEST, LARGEST_NUMBER, MOST_LAYERS = 2**31 - 1, 1e30, 1000
 MROPE_SECTION = (16, 24, 24)  # what transformers takes where there is none
 # Names of dtypes by what files hold, "torch." before them or not.
 DTYPE_NAMES = {
@@ -41,7 +41,7 @@ def whole(least: int = 1, most: int = LARGEST) -> Rule:
 
 def number(above: float = 0.0, zero: bool = False) -> Rule:
     def holds(value: Any) -> bool:
-        return type(value) in (int, float) and (above < value < math.inf or zero and value == 0)
+        return type(value) in (int, float) and (above < value < LARGEST_NUMBER or zero and value == 0)
 
     return Rule(holds, f"a number {'from' if zero else 'above'} {above:g}")
 
@@ -244,6 +244,12 @@ def rope_scaling(text: Qwen2_5_VLTextConfig) -> RopeScaling:
         magnitude = yarn_magnitude(factor, rope["mscale"]) / yarn_magnitude(factor, rope["mscale_all_dim"])
     turns = {name: rope[name] for name in ("beta_fast", "beta_slow") if rope.get(name)}
     return RopeScaling("yarn", factor, length, truncate=rope.get("truncate", True), attention_factor=magnitude, **turns)
+
+
+def described_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    """Returns what a config.json holds of a scaling: its type and the fields that the type reads."""
+    read = {"rope_type", *ROPE[scaling.rope_type]}
+    return {name: value for name, value in dataclasses.asdict(scaling).items() if name in read}
 
 
 def published_dtype(published: Mapping[str, Any]) -> str | None:

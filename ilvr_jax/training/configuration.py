@@ -21,6 +21,7 @@ from ilvr_jax.latents.layout import Layout
 from ilvr_jax.latents.selection import LatentSettings
 from ilvr_jax.models.config import DTYPES, STORAGE, ModelConfig, VisionConfig
 from ilvr_jax.models.lora import LoraConfig
+from ilvr_jax.models.rotary import RopeScaling
 from ilvr_jax.models.sharding import AXES
 from ilvr_jax.training.step import OBJECTIVES
 
@@ -246,8 +247,9 @@ def check_keys(config: ConfigDict) -> None:
         _check_section(config.model, "model.", required, [*STORAGE, *(field.name for field in fields)])
     if "vision" in config.model:
         sections.append(("model.vision.", config.model.vision, VisionConfig, ("out_hidden_size",)))
-    if "lora" in config.model:
-        sections.append(("model.lora.", config.model.lora, LoraConfig, ()))
+    for name, settings in (("lora", LoraConfig), ("rope_scaling", RopeScaling)):
+        if name in config.model:
+            sections.append((f"model.{name}.", config.model[name], settings, ()))
     for prefix, section, settings, elsewhere in sections:
         fields = [field for field in dataclasses.fields(settings) if field.name not in elsewhere]
         required = [field.name for field in fields if field.default is dataclasses.MISSING]

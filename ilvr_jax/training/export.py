@@ -19,6 +19,7 @@ from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.checkpoint import state_dict_from_params
 from ilvr_jax.models.config import ModelConfig, model_config_from_hf
 from ilvr_jax.models.lora import SUFFIX, LoraConfig, merge_adapters
+from ilvr_jax.models.published import described_scaling
 from ilvr_jax.models.tensor_files import write_tensors
 from ilvr_jax.training.checkpoints import PRETRAINED, restore_for_inference, restore_teacher
 from ilvr_jax.training.configuration import BadConfig, read_config
@@ -124,7 +125,8 @@ def published_config(config: ModelConfig) -> dict[str, Any]:
             "rms_norm_eps",
         )
     }
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta, "mrope_section": list(config.mrope_section)}
+    rope = {"rope_theta": config.rope_theta, "mrope_section": list(config.mrope_section)}
+    rope |= described_scaling(config.rope_scaling)
     described = Qwen2_5_VLConfig(
         text_config={**text, "rope_parameters": rope, "tie_word_embeddings": config.tie_word_embeddings},
         vision_config=vision,
