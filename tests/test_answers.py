@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ilvr_jax.data.records import BadRecord, Record
 from ilvr_jax.tasks import TASKS, comt, mathematics, vsp_planning, zebra_cot
@@ -73,6 +75,76 @@ def test_a_value_has_one_spelling_for_votes(answer):
     assert zebra_cot.canonical(r"2\sqrt3") == zebra_cot.canonical("2√3")
 
 
+def test_points_are_votes_as_they_are_written():
+    assert zebra_cot.canonical(r"\left(1,2\right)") == zebra_cot.canonical("( 1, 2 )") == "(1, 2)"
+
+
+PIECES = [
+    "answer is ",
+    "Answer:",
+    "not ",
+    "but ",
+    "**",
+    r"\boxed{",
+    "}",
+    r"\text{",
+    "(A)",
+    "B",
+    " ",
+    "\n",
+    "2,345",
+    "3.5",
+]
+PIECES += [
+    r"\frac",
+    "^",
+    "_",
+    "°",
+    "cm",
+    "<answer>",
+    "</answer>",
+    "</think>",
+    " because ",
+    "yes",
+    "no",
+    ",",
+    ".",
+    "答案",
+]
+PIECES += [
+    "：",
+    "->",
+    "→",
+    "Right",
+    "1.",
+    "-",
+    "p.m.",
+    "\\\\",
+    "½",
+    "²",
+    "'",
+    "ǰ",
+    "\0",
+    "\ud800",
+    "and ",
+    "or ",
+    "cat",
+    "=",
+    "!",
+]
+
+
+@pytest.mark.parametrize("question", ["Which?\nA. cat\nB. 1/2", "Which?"])
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@given(pieces=st.lists(st.sampled_from(PIECES), max_size=20))
+@settings(deadline=None, max_examples=60)
+def test_no_answer_is_too_strange_to_be_judged(task, question, pieces):
+    record = Record(question, (), (), answer="B", map_desc=((1, 2),))
+    for answer in (task.find_answer("".join(pieces), record), task.find_answer("".join(pieces))):
+        if answer is not None:
+            assert isinstance(task.canonical(answer), str) and task.is_right(record, answer) in (True, False)
+
+
 def test_first_sentences_end_where_people_end_them():
     assert first_sentence("7 p.m. on Friday. It is late.") == "7 p.m. on Friday"
     assert first_sentence("Dr. J. Smith of St. Louis. He is old.") == "Dr. J. Smith of St. Louis"
@@ -85,7 +157,7 @@ def test_a_record_whose_question_lists_options_may_have_several_lines():
         comt.check(Record("Which?", (), (), answer="dog\nbecause it barks", name="line 1"))
 
 
-def test_mathematics_that_takes_for_ever_is_different_and_the_next_is_compared(monkeypatch):
+def test_mathematics_that_takes_for_ever_is_different_and_the_next_is_compared():
     started = time.monotonic()
     assert not mathematics.equal("9^{9^{9^{9}}}", "2")
     assert time.monotonic() - started < 10 * mathematics.SECONDS

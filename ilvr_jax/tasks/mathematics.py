@@ -169,7 +169,9 @@ def serve() -> None:
         if second is not None:
             return verify(read(first), read(second), PLACES, PLACES + 5, timeout_seconds=None)
         found = read(first)
-        return str(sympy.nsimplify(found[0].doit(), rational=True)) if found else None
+        if not found or not isinstance(found[0], sympy.Expr):  # points, intervals and sets read better as they are
+            return None
+        return str(sympy.nsimplify(found[0].doit(), rational=True))
 
     print("ready", flush=True)
     for line in sys.stdin:
