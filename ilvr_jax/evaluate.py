@@ -116,7 +116,7 @@ class Work:
             raise BadConfig(str(error)) from error
         self.data = options.data or self._data_of_run()
         self.source: Source = task.open_source(self.data, options.root, "skip", self._follow_links())
-        for sentence in self.source.remarks:
+        for sentence in getattr(self.source, "remarks", ()):
             print(sentence, file=sys.stderr)
         self.count = min(len(self.source), options.limit or len(self.source))
         self.out = options.out or self._default_out()

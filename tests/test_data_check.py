@@ -243,7 +243,7 @@ def test_what_is_wrong_is_counted_by_kind(folder, capsys, monkeypatch):
         "…: has more than one frame; an image file with a single one is accepted": 1,
         "…: has … bits a channel; 8 or 16 are accepted": 1,
         '"text_output" must have one <output_image> where each of the … images of "image_output" belongs, got …': 1,
-        "a text holds <|im_end|>, a special token; text without it is accepted": 1,
+        "a text must not hold special tokens, got <|im_end|>": 1,
         "must be one JSON object in UTF-8, but is not JSON": 1,
         "must be one JSON object, got a list": 1,
         'lacks the field "image_input"; text_input, image_input, text_output are needed': 1,

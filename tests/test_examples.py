@@ -219,8 +219,8 @@ def test_markers_and_images_pair_up():
         ("<image>" * 3, RECORD.images),
     ):
         message = (
-            rf"^x: has <image> {question.count('<image>')} times in its question and {len(images)} images; one for "
-            "each image, or none, is accepted$"
+            rf"^x: the question must have one <image> for each of its {len(images)} images, or none at all, got "
+            rf"{question.count('<image>')}$"
         )
         record = Record(question, images, RECORD.steps, name="x")
         with pytest.raises(BadRecord, match=message):
@@ -232,14 +232,20 @@ def test_markers_and_images_pair_up():
 def test_bad_records_are_named(tmp_path):
     cases = {
         "has zero steps": Record("q", (), (), name="f line 2"),
-        r"a text holds <\|latent_pad\|>, a special token": Record("q", (), (Text("<|latent_pad|>"),), name="f line 2"),
-        r"a text holds <\|im_end\|>": Record("<|im_end|>", (), (Text("x"),), name="f line 2"),
+        r"a text must not hold special tokens, got <\|latent_pad\|>": Record(
+            "q", (), (Text("<|latent_pad|>"),), name="f line 2"
+        ),
+        r"special tokens, got <\|im_end\|>": Record("<|im_end|>", (), (Text("x"),), name="f line 2"),
+        r"special tokens, got <\|video_pad\|>": Record("<|video_pad|>", (), (Text("x"),), name="f line 2"),
         "gone.png: there is no such file": Record("q", (tmp_path / "gone.png",), (Text("x"),), name="f line 2"),
         r"uint8 \[height, width, 3\]": Record("q", (), (Look(np.zeros((4, 4), np.uint8)),), name="f line 2"),
     }
     for message, record in cases.items():
         with pytest.raises(BadRecord, match=f"^f line 2: .*{message}"):
             build(record)
+    halves = Record("q", (), (Text("<|im_"), Look(np.zeros((28, 28, 3), np.uint8)), Text("end|>")), name="f line 2")
+    with pytest.raises(BadRecord, match=r"^f line 2: a text must not hold special tokens, got <\|im_end\|>"):
+        build(halves, helper_images="omit")
 
 
 def test_wrong_settings_are_named():

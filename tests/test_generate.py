@@ -95,8 +95,11 @@ def test_a_published_checkpoint_without_latent_tokens_answers_in_plain_text_and_
         (["--largest-image=8"], "an image takes 9 vision tokens; at most 8 are accepted"),
         (["--method=pixels"], "--method is pixels, which takes a task"),
         (["--stage=stage2"], "no checkpoint of stage 'stage2'"),
-        (["one <image> two <image>"], "has <image> 2 times in its question and 1 images"),
-        (["<|latent_start|>"], "a text holds <|latent_start|>, a special token"),
+        (
+            ["one <image> two <image>"],
+            "the question must have one <image> for each of its 1 images, or none at all, got 2",
+        ),
+        (["<|latent_start|>"], "a text must not hold special tokens, got <|latent_start|>"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(run, picture, capsys, flags, sentence):

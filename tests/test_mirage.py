@@ -165,3 +165,28 @@ def test_missing_files_and_another_root(folder):
         MirageSource(write(folder, ""))
     path = write(folder.parent, GOOD)
     assert MirageSource(path, root=folder)[0].images == (folder / "a.png",)
+
+
+def test_null_and_absent_fields_of_images(folder):
+    line = {**GOOD, "text_input": "Two and two?", "image_input": None, "text_output": "Four."}
+    absent = {name: value for name, value in line.items() if name != "image_output"}
+    for fields in (line | {"image_output": None}, absent, line | {"image_output": []}):
+        record = MirageSource(write(folder, fields))[0]
+        assert record.images == () and record.steps == (Text("Four."),)
+
+
+def test_numbered_markers_are_read(folder):
+    output = {"image_output": ["b.png", "c.png"], "text_output": "<output_image_2>x<output_image 1>y<output_image2>"}
+    record = MirageSource(write(folder, GOOD | output))[0]
+    b, c = Look(folder / "b.png"), Look(folder / "c.png")
+    assert record.steps == (c, Text("x"), b, Text("y"), c)
+    with pytest.raises(BadRecord, match='line 1: "text_output" must have a marker such as <output_image_1> for each'):
+        MirageSource(write(folder, GOOD | {"text_output": "<output_image_1><output_image_2>"}))
+    remarks = MirageSource(write(folder, GOOD | {"text_output": "In <image_1>: <output_image>"})).remarks
+    assert len(remarks) == 1 and remarks[0].startswith("train.jsonl line 1 has <image_1>, which stays as text")
+
+
+def test_evaluation_needs_no_helper_images(folder):
+    line = GOOD | {"image_output": "gone.png", "text_output": "Look: <output_image_1>there<output_image>."}
+    record = MirageSource(write(folder, line), for_evaluation=True)[0]
+    assert record.steps == (Text("Look: there."),) and record.images == (folder / "a.png",)

@@ -1,6 +1,7 @@
 """Zebra-CoT's parquet format: what is read, how little of it, and a sentence for everything that is wrong."""
 
 import multiprocessing
+import os
 import pickle
 import threading
 from pathlib import Path
@@ -341,3 +342,181 @@ def test_files_that_are_none_of_the_format(tmp_path):
         match="'problem_image_1' must be binary or a struct of binary bytes and a text path, got str",
     ):
         ZebraCotSource(path)
+
+
+def arrays(image=None, column: str = "reasoning_image_1", **changes) -> dict[str, pa.Array]:
+    """Returns the columns of GOOD, one row long, some of them exchanged."""
+    columns = {name: pa.array([GOOD[name]], IMAGE if "image" in name else pa.string()) for name in GOOD}
+    return columns | changes | ({} if image is None else {column: image})
+
+
+BYTES_TYPES = [pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(7), pa.dictionary(pa.int8(), pa.binary())]
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_columns_of_text_of_every_type(tmp_path, kind):
+    columns = {name: array.cast(kind) if "image" not in name else array for name, array in arrays().items()}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    assert ZebraCotSource(tmp_path)[0] == ZebraCotSource(write(tmp_path / "same" / "train.parquet", [GOOD]))[0]
+
+
+@pytest.mark.parametrize("kind", BYTES_TYPES)
+@pytest.mark.parametrize("shape", ["plain", "list", "struct", "bytes alone", "extra"])
+def test_columns_of_images_of_every_type(tmp_path, kind, shape):
+    array = (
+        pa.array([b"its ear"], pa.binary()).cast(kind)
+        if not pa.types.is_dictionary(kind)
+        else (pa.array([b"its ear"]).dictionary_encode())
+    )
+    paths = pa.array(["/etc/hostname"])
+    image = {
+        "plain": array,
+        "list": pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), array),
+        "struct": pa.StructArray.from_arrays([paths, array], ["path", "bytes"]),
+        "bytes alone": pa.StructArray.from_arrays([array], ["bytes"]),
+        "extra": pa.StructArray.from_arrays([array, pa.array([3]), paths], ["bytes", "width", "path"]),
+    }[shape]
+    pq.write_table(pa.table(arrays(image)), tmp_path / "train.parquet")
+    assert ZebraCotSource(tmp_path)[0].steps[1] == Look(b"its ear")
+
+
+@pytest.mark.parametrize(
+    ("answers", "read"),
+    [
+        (pa.array([3]), "3"),
+        (pa.array([2.5]), "2.5"),
+        (pa.array([42.0], pa.float32()), "42"),
+        (pa.array([True]), "true"),
+        (pa.array([["B"]]), "B"),
+        (pa.array(["1.50"]).cast(pa.decimal128(5, 2)), "1.50"),
+        (pa.array([7]).dictionary_encode(), "7"),
+        (pa.array([None], pa.int64()), None),
+    ],
+)
+def test_answers_that_are_no_text(tmp_path, answers, read):
+    pq.write_table(pa.table(arrays(**{"Final Answer": answers})), tmp_path / "train.parquet")
+    record = ZebraCotSource(tmp_path)[0]
+    assert record.answer == read
+    assert record.steps[-1].content.partition("\n\nFinal Answer: ")[2] == (read or "")
+
+
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [
+        (pa.array([{"bytes": "/etc/hostname", "path": "a.png"}]), "'reasoning_image_1' must be binary or a struct of"),
+        (pa.array(["/etc/hostname"]), "'reasoning_image_1' must be binary or a struct of binary bytes and a text path"),
+        (pa.array([[1, 2]]), "'reasoning_image_1' must be binary or a struct of"),
+        (pa.array([{"path": 3}]), "'reasoning_image_1' must be binary or a struct of"),
+        (pa.array([{"width": 3}]), "'reasoning_image_1' must be binary or a struct of"),
+        (pa.array([[b"a", b"b"]]), "row 0: reasoning_image_1 must be one image, got 2"),
+        (pa.array([{"bytes": None, "path": "/etc/hostname"}]), "row 0: the path of reasoning_image_1 must stay inside"),
+        (pa.array([{"bytes": b"", "path": ""}]), "row 0: must have an image for every marker, got none in"),
+        (pa.array([[]], pa.list_(pa.binary())), "row 0: must have an image for every marker, got none in"),
+    ],
+)
+def test_columns_that_hold_no_images(tmp_path, image, sentence):
+    pq.write_table(pa.table(arrays(image)), tmp_path / "train.parquet")
+    with pytest.raises(BadRecord) as caught:
+        ZebraCotSource(tmp_path)[0]
+    assert sentence in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_columns_that_are_there_twice(tmp_path):
+    columns = arrays()
+    for name in ("Question", "problem_image_1"):
+        table = pa.Table.from_arrays([*columns.values(), columns[name]], [*columns, name])
+        pq.write_table(table, tmp_path / "train.parquet")
+        with pytest.raises(BadRecord, match=f"^train.parquet: must have one column '{name}', got 2"):
+            ZebraCotSource(tmp_path)
+    table = pa.Table.from_arrays([*columns.values(), columns["Question"], columns["Question"]], [*columns, "x", "x"])
+    pq.write_table(table, tmp_path / "train.parquet")
+    assert len(ZebraCotSource(tmp_path)) == 1  # others are not read
+
+
+def test_structs_of_nulls_are_no_images(tmp_path):
+    row = GOOD | {"problem_image_2": {"bytes": None, "path": None}}
+    assert ZebraCotSource(write(tmp_path / "train.parquet", [row]))[0].images == (b"a cat",)
+
+
+def test_evaluation_needs_questions_and_answers_alone(tmp_path):
+    rows = [GOOD | {"reasoning_image_1": None}, GOOD | {"Text Reasoning Trace": None}, GOOD]
+    rows += [GOOD | {"Text Reasoning Trace": "<image_start> seen"}, GOOD | {"problem_image_1": None}]
+    write(tmp_path / "train.parquet", rows)
+    source = ZebraCotSource(tmp_path, on_bad_record="skip", for_evaluation=True)
+    assert [record.name[-1] for record in source] == ["0", "1", "2", "3"]
+    assert all(record.answer == "yes" and record.images == (b"a cat",) for record in source)
+    assert source[2].steps == (Text("THOUGHT 0: see\n\nTHOUGHT 1: so\n\nFinal Answer: yes"),)
+    pq.write_table(
+        pa.table(arrays()).select(["Question", "Final Answer", "problem_image_1"]), tmp_path / "train.parquet"
+    )
+    assert ZebraCotSource(tmp_path, for_evaluation=True)[0].answer == "yes"
+
+
+def test_parquet_files_that_are_links(tmp_path):
+    blobs, data = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
+    write(blobs / "abc", [GOOD])
+    write(tmp_path / "disk" / "deep" / "c.parquet", [GOOD])
+    (data / "x.parquet").mkdir(parents=True)
+    (data / "x.parquet" / "a.parquet").symlink_to("../../../blobs/abc")
+    (data / "disk").symlink_to(tmp_path / "disk")
+    (data / "round").symlink_to(data)
+    assert [record.name for record in ZebraCotSource(data)] == [
+        "disk/deep/c.parquet row 0",
+        "x.parquet/a.parquet row 0",
+    ]
+    with pytest.raises(BadRecord, match="must stay inside the data folder .*, since data.follow_links is false, but"):
+        ZebraCotSource(data, follow_links=False)
+    (data / "disk").unlink()
+    (data / "round").unlink()
+    with pytest.raises(BadRecord, match="a.parquet must stay inside the data folder"):
+        ZebraCotSource(data, follow_links=False)
+    link = tmp_path / "link.parquet"
+    link.symlink_to(blobs / "abc")
+    assert len(ZebraCotSource(link, follow_links=False)) == 1  # named by who asks
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_parquet_files_that_are_no_regular_ones(tmp_path, make):
+    write(tmp_path / "a.parquet", [GOOD])
+    make(tmp_path / "p.parquet")
+    for path in (tmp_path, tmp_path / "p.parquet"):
+        with pytest.raises(
+            BadRecord, match="p.parquet must be a whole parquet file, but cannot be read: is not a regular"
+        ):
+            ZebraCotSource(path, on_bad_record="skip")
+
+
+def test_files_that_change_after_they_were_opened(tmp_path):
+    path = write(tmp_path / "train.parquet", [numbered(number) for number in range(8)], group=2)
+    source = ZebraCotSource(path)
+    source[0]
+    content = path.read_bytes()
+    path.unlink()
+    assert source[1].name == "train.parquet row 1"  # its row group is in memory
+    with pytest.raises(BadRecord, match="^train.parquet row 7: the file must be a whole parquet file.* No such file"):
+        source[7]
+    write(path, [numbered(number) for number in range(9)], group=2)
+    with pytest.raises(BadRecord, match="^train.parquet row 7: .*train.parquet has changed since it was opened"):
+        source[7]
+    path.write_bytes(content[:-100])
+    with pytest.raises(BadRecord, match="^train.parquet row 7: "):
+        source[7]
+
+
+def test_a_damaged_row_group_is_named_and_the_rest_is_read(tmp_path):
+    path = write(tmp_path / "train.parquet", [numbered(number) for number in range(6)], group=2)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    first = column.dictionary_page_offset or column.data_page_offset
+    content[first : first + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(content)
+    with pytest.raises(BadRecord, match="^train.parquet rows 2 to 3: the file must be a whole parquet file, but"):
+        ZebraCotSource(path)
+    source = ZebraCotSource(path, on_bad_record="skip")
+    assert [record.name[-1] for record in source] == ["0", "1", "4", "5"] and len(source.skipped) == 1
+
+
+def test_pointers_of_large_file_storage_are_named(tmp_path):
+    (tmp_path / "train.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(BadRecord, match="is a pointer of Git's large-file storage; fetch the file itself"):
+        ZebraCotSource(tmp_path)

@@ -18,6 +18,8 @@ from ilvr_jax.models.images import EncodedImage, PatchedImage
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # image_pad is repeated once per vision token
 LATENT = "<|latent_start|><|latent_pad|><|latent_end|>"  # latent_pad is repeated once per slot
 PICTURE = f"<|latent_start|>{IMAGE}<|latent_end|>"  # a look at pixels: as the engine shows it where the model asks
+# Texts must not hold what is part of the chat's structure. Marks of grounding, such as <|box_start|>, belong in texts.
+STRUCTURE = (*SPECIAL_TOKENS, "<|vision_pad|>", "<|video_pad|>")
 HELPER_IMAGES = {"latent": LATENT, "slots": LATENT, "omit": "", "encode": PICTURE}
 
 
@@ -71,7 +73,10 @@ def build_example(
         raise BadRecord(f"{record.name}: has zero steps; at least one step is needed for training")
     looks = [step.helper_image for step in record.steps if not isinstance(step, Text)]
     look = HELPER_IMAGES[settings.helper_images]
-    answer = "".join(_plain(step.content, record) if isinstance(step, Text) else look for step in record.steps)
+    texts = [step.content for step in record.steps if isinstance(step, Text)]
+    for text in texts if look else ["".join(texts)]:  # two halves of a special token may meet where a look was
+        _plain(text, record)
+    answer = "".join(step.content if isinstance(step, Text) else look for step in record.steps)
     return _build(
         record,
         _prompt(record, settings) + answer + "<|im_end|>",
@@ -111,8 +116,8 @@ def _with_images(question: str, record: Record) -> str:
         return IMAGE * len(record.images) + question
     if markers != len(record.images):
         raise BadRecord(
-            f"{record.name}: has {IMAGE_MARKER} {markers} times in its question and {len(record.images)} images; one "
-            "for each image, or none, is accepted"
+            f"{record.name}: the question must have one {IMAGE_MARKER} for each of its {len(record.images)} images, or "
+            f"none at all, got {markers}"
         )
     return question.replace(IMAGE_MARKER, IMAGE)
 
@@ -120,9 +125,9 @@ def _with_images(question: str, record: Record) -> str:
 def _plain(text: str, record: Record) -> str:
     """Returns the text if it holds no special token: one would be read as part of the chat's structure."""
     if "<|" in text:
-        for token in SPECIAL_TOKENS:
+        for token in STRUCTURE:
             if token in text:
-                raise BadRecord(f"{record.name}: a text holds {token}, a special token; text without it is accepted")
+                raise BadRecord(f"{record.name}: a text must not hold special tokens, got {token}")
     return text
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ilvr_jax.data.records import ImageSource
+from ilvr_jax.files import open_regular
 from ilvr_jax.models.images import EncodedImage
 from ilvr_jax.models.tensor_files import TensorFiles, tensor_places
 
@@ -98,7 +99,8 @@ def image_key(source: ImageSource) -> str:
         content.update(source)
     else:
         try:
-            content.update(Path(source).read_bytes())
+            with open_regular(source) as file:
+                content.update(file.read())
         except OSError:
             return ""
     return content.hexdigest()

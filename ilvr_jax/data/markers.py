@@ -58,7 +58,10 @@ class UnreadMarkers:
         """Adds the markers that stay as text in a record."""
         answer = "".join(step.content for step in record.steps if isinstance(step, Text))
         markers = [found for found in ANY.findall(record.question) if found != IMAGE_MARKER] + ANY.findall(answer)
-        for spelling, found in {re.sub("[0-9]+", "1", found.lower()): found for found in reversed(markers)}.items():
+        spellings: dict[str, str] = {}
+        for found in markers:
+            spellings.setdefault(re.sub("[0-9]+", "1", found.lower()), found)
+        for spelling, found in spellings.items():
             first, count = self._found.get(spelling, (f"{record.name} has {found}", 0))
             self._found[spelling] = first, count + 1
 

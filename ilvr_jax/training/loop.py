@@ -100,8 +100,9 @@ def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> 
     wait_for_all("the workdir is written")
     log = workdir / "train.log" if is_main() else Path(os.devnull)
     with Progress(log, console or Console(quiet=not is_main())) as progress, on_mesh(mesh):
-        for sentence in getattr(source, "remarks", ()):
-            progress.say(sentence)
+        for opened in (source, evaluation_source):
+            for sentence in getattr(opened, "remarks", ()):
+                progress.say(sentence)
         run = Run(config, workdir, source, evaluation_source, tokenizer, special, model, mesh, steps, progress)
         for name in config.stages:
             params = train_stage(run, name, params)
