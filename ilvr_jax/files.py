@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from ilvr_jax.errors import InputError, quote
 
 POINTER = b"version https://git-lfs"  # what a clone without large-file storage holds in place of a file
+IS_POINTER = "holds a pointer of Git's large-file storage; fetch the file itself (git lfs pull)"
 
 
 class InUse(InputError):
@@ -46,10 +47,33 @@ def read_json(path: str | Path, raises: type[InputError] = InputError) -> Any:
         raise raises(f"{path} must be a JSON file, but cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         if content.startswith(POINTER):
-            problem = "holds a pointer of Git's large-file storage; fetch the file itself (git lfs pull)"
+            problem = IS_POINTER
         else:
             problem = f"is not ({error}); {len(content)} bytes are there"
         raise raises(f"{path} must be JSON in UTF-8, but {problem}") from error
+
+
+def read_object(path: str | Path, raises: type[InputError] = InputError) -> dict[str, Any]:
+    """Returns the object that a JSON file holds; raises `raises`, naming the file, as `read_json` does."""
+    content = read_json(path, raises)
+    if not isinstance(content, dict):
+        raise raises(f"{path} must be a JSON object, got {quote(content)}")
+    return content
+
+
+def read_text(path: str | Path, raises: type[InputError] = InputError) -> str:
+    """Returns the content of a text file in UTF-8; raises `raises`, naming the file, if it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            content = file.read()
+        text = content.decode()
+    except OSError as error:
+        raise raises(f"{path} must be a text file, but cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise raises(f"{path} must be text in UTF-8, but is not ({error})") from error
+    if content.startswith(POINTER):
+        raise raises(f"{path} {IS_POINTER}")
+    return text
 
 
 def check_output(path: Path) -> None:

@@ -277,6 +277,10 @@ SPELLINGS = {
     "edges": {"size": {"shortest_edge": 3136, "longest_edge": 100352}},
     "both": {"min_pixels": 3136, "max_pixels": 100352, "size": {"shortest_edge": 3136, "longest_edge": 100352}},
     "old": {"min_pixels": 3136, "max_pixels": 100352, "size": {"min_pixels": 3136, "max_pixels": 100352}},
+    "inside": {"size": {"min_pixels": 3136, "max_pixels": 100352}},
+    "maximum inside": {"size": {"max_pixels": 100352}},
+    "maximum": {"max_pixels": 100352},
+    "without size": {"size": None, "min_pixels": None, "max_pixels": 100352.0},
     "fast": {
         "size": {"shortest_edge": 3136, "longest_edge": 100352},
         "image_processor_type": "Qwen2VLImageProcessorFast",
@@ -323,15 +327,18 @@ def test_processor_settings_of_the_published_checkpoint(published_processor):
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"image_processor_type": "CLIPImageProcessor"}, "is CLIPImageProcessor; the image processor of a Qwen2-VL"),
-        ({"patch_size": 16}, "has patch_size 16; 14 is accepted"),
-        ({"merge_size": 4}, "has merge_size 4; 2 is accepted"),
-        ({"temporal_patch_size": 1}, "has temporal_patch_size 1; 2 is accepted"),
-        ({"do_resize": False}, "has do_resize False; True is accepted"),
-        ({"size": 224}, "bounds its pixels by 224 and None; two positive numbers"),
-        ({"min_pixels": 9, "max_pixels": 3}, "by 9 and 3"),
+        (
+            {"image_processor_type": "CLIPImageProcessor"},
+            "must be the image processor of a Qwen2-VL or Qwen2.5-VL, but its type is 'CLIPImageProcessor'",
+        ),
+        ({"patch_size": 16}, "must have `patch_size` 14, got 16"),
+        ({"merge_size": 4}, "must have `merge_size` 2, got 4"),
+        ({"temporal_patch_size": 1}, "must have `temporal_patch_size` 2, got 1"),
+        ({"do_resize": False}, "must have `do_resize` True, got False"),
+        ({"size": 224}, "two whole numbers in ascending order, got 224 and None"),
+        ({"min_pixels": 9, "max_pixels": 3}, "got 9 and 3"),
         ({"size": [1]}, "cannot be read"),
-        ({"size": {"height": 28, "width": 28}}, "by None and None"),
+        ({"size": {"height": 28, "width": 28}}, "got None and None"),
     ],
 )
 def test_other_processors_are_refused(tmp_path, changes, message):
@@ -340,10 +347,9 @@ def test_other_processors_are_refused(tmp_path, changes, message):
 
 
 def test_missing_processor_settings_are_named(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"holds no readable preprocessor_config.json; the image processor of a Qwen2-VL"
-    ):
+    path = tmp_path / "preprocessor_config.json"
+    with pytest.raises(ValueError, match=f"{path} must be a JSON file, but cannot be read: No such file"):
         image_processor_settings(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"holds no readable preprocessor_config.json"):
+    path.write_text("{")
+    with pytest.raises(ValueError, match=f"{path} must be JSON in UTF-8"):
         image_processor_settings(tmp_path)

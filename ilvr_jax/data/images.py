@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -12,6 +13,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from ilvr_jax.data.records import BadRecord, ImageSource
+from ilvr_jax.errors import InputError, quote
+from ilvr_jax.files import read_object
 from ilvr_jax.models.images import MERGE, PatchedImage
 
 PATCH = 14  # pixels a side of a patch
@@ -147,39 +150,56 @@ def image_processor_settings(folder: str | Path) -> dict[str, Any]:
     `min_pixels` and `max_pixels` or `size` with `shortest_edge` and `longest_edge`, and a processor_config.json with
     an image processor inside goes first, as in transformers.
 
-    Raises ValueError if there is no such file, or it describes other processing than this module's.
+    Without transformers' own names, those of `load_image` inside `size` are bounds too. Raises InputError, naming the
+    file, if there is none, it is damaged, or it describes other processing than this module's.
     """
     from transformers import Qwen2VLImageProcessorPil  # slow, as above
 
-    accepted = "the image processor of a Qwen2-VL or Qwen2.5-VL checkpoint is accepted"
-    try:
-        fields, _ = Qwen2VLImageProcessorPil.get_image_processor_dict(str(folder), local_files_only=True)
-    except OSError as error:
-        raise ValueError(f"{folder} holds no readable preprocessor_config.json; {accepted}") from error
-    if fields.get("image_processor_type") not in IMAGE_PROCESSORS:
-        raise ValueError(f"the image processor of {folder} is {fields.get('image_processor_type')}; {accepted}")
+    path, fields = _image_processor(Path(folder))
+    wanted = f"{path} must be the image processor of a Qwen2-VL or Qwen2.5-VL"
+    if (kind := fields.get("image_processor_type")) not in IMAGE_PROCESSORS:
+        raise InputError(f"{wanted}, but its type is {quote(kind)}")
+    size = fields.get("size")
+    if isinstance(size, dict) and size and size.keys() <= {"min_pixels", "max_pixels"}:
+        fields = {**size, **{key: value for key, value in fields.items() if value is not None}, "size": None}
     try:
         processor = Qwen2VLImageProcessorPil.from_dict(fields)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
-        raise ValueError(f"the image processor of {folder} cannot be read ({error}); {accepted}") from error
-    min_pixels, max_pixels = processor.size["shortest_edge"], processor.size["longest_edge"]
-    if type(min_pixels) is not int or type(max_pixels) is not int or not 0 < min_pixels <= max_pixels:
-        raise ValueError(
-            f"the image processor of {folder} bounds its pixels by {min_pixels} and {max_pixels}; two positive numbers "
-            "in ascending order are accepted"
+        raise InputError(f"{wanted}, but cannot be read ({error})") from error
+    bounds = [processor.size["shortest_edge"], processor.size["longest_edge"]]
+    if (
+        not all(type(bound) in (int, float) and bound == bound // 1 for bound in bounds)
+        or not 0 < bounds[0] <= bounds[1]
+    ):
+        raise InputError(
+            f"{path} must bound an image's pixels by two whole numbers in ascending order, got {quote(bounds[0])} and "
+            f"{quote(bounds[1])}"
         )
     for key, value in PROCESSING.items():
         if getattr(processor, key) != value:
-            raise ValueError(
-                f"the image processor of {folder} has {key} {getattr(processor, key)}; {value} is accepted"
-            )
+            raise InputError(f"{path} must have `{key}` {value}, got {quote(getattr(processor, key))}")
+    colours = {key: getattr(processor, key) for key in ("image_mean", "image_std")}
+    for key, value in colours.items():
+        if not isinstance(value, (list, tuple)) or [type(x) in (int, float) for x in value] != [True] * 3:
+            raise InputError(f"{path} must have three numbers as `{key}`, got {quote(value)}")
     return {
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
-        "image_mean": tuple(processor.image_mean),
-        "image_std": tuple(processor.image_std),
+        "min_pixels": int(bounds[0]),
+        "max_pixels": int(bounds[1]),
+        **{key: tuple(value) for key, value in colours.items()},
         **{key: PROCESSING[key] for key in ("patch_size", "merge_size", "temporal_patch_size")},
     }
+
+
+def _image_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Returns the fields of a checkpoint's image processor, and their file; raises InputError, naming it."""
+    path = folder / "processor_config.json"
+    if os.path.lexists(path) and "image_processor" in (processor := read_object(path)):
+        fields = processor["image_processor"]
+        if not isinstance(fields, dict):
+            raise InputError(f"{path} must hold an object as `image_processor`, got {quote(fields)}")
+        return path, fields
+    path = folder / "preprocessor_config.json"
+    return path, read_object(path)
 
 
 def patch_image(pixels: UInt8[np.ndarray, "height width 3"]) -> PatchedImage:

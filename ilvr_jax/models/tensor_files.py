@@ -15,7 +15,7 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from ilvr_jax.errors import InputError, listed, one_line, quote
-from ilvr_jax.files import POINTER, named_errors, open_regular, read_json, write_json
+from ilvr_jax.files import IS_POINTER, POINTER, named_errors, open_regular, read_json, write_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -67,7 +67,7 @@ def tensor_places(path: Path) -> dict[str, Place]:
         raise BadCheckpoint(f"{path} must be a safetensors file, but cannot be read: {error.strerror}") from error
     except SafetensorError as error:
         if start == POINTER:
-            problem = "holds a pointer of Git's large-file storage; fetch the file itself (git lfs pull)"
+            problem = IS_POINTER
         elif not start:
             problem = "is empty"
         else:
