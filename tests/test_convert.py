@@ -1,5 +1,6 @@
 """Checkpoints in and out: bit for bit as transformers saves them, and what is not one is refused in a sentence."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,14 +15,19 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ilvr_jax import convert
+from ilvr_jax.data.examples import build_prompt
+from ilvr_jax.data.records import Record
 from ilvr_jax.data.tokenizer import LATENT_TOKENS
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.checkpoint import nested_name
 from ilvr_jax.models.config import model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.tensor_files import BadCheckpoint, TensorToWrite, weight_files, write_tensors
+from ilvr_jax.training.configuration import read_config, to_json
 from ilvr_jax.training.pretrained import load_params, open_pretrained
+from ilvr_jax.training.trained import open_trained
 from tests.published import VOCABULARY, read_all, save_published
+from tests.samples import untrained_run
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -148,7 +154,7 @@ def published(tmp_path_factory):
         ("architecture", "must have the `model_type` 'qwen2_5_vl', got 'llama'"),
         ("no config", "has no config.json"),
         ("index", "names model-00001-of-00002.safetensors, which must be files of .*, but are not there"),
-        ("tokenizer", r"the tokenizer has \d+ tokens and the embedding 100 rows"),
+        ("tokenizer", r"must have an embedding row for each token, but has \d+ tokens and 100 rows"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(published, tmp_path, capsys, how, sentence):
@@ -186,3 +192,58 @@ def test_names_of_both_schemes():
     assert nested_name("model.layers.0.mlp.up_proj.weight") == "model.language_model.layers.0.mlp.up_proj.weight"
     assert nested_name("visual.blocks.1.attn.qkv.bias") == "model.visual.blocks.1.attn.qkv.bias"
     assert nested_name("lm_head.weight") == "lm_head.weight"
+
+
+JINJA = "{% for message in messages %}[{{ message['role'] }}: {{ message['content'] }}]{% endfor %}"
+CONVERSATION = [{"role": "user", "content": "up"}]
+
+
+def with_template(folder, place):
+    """Puts a chat template where published checkpoints have one."""
+    if place == "chat_template.jinja":
+        (folder / place).write_text(JINJA)
+    elif place == "chat_template.json":
+        (folder / place).write_text(json.dumps({"chat_template": JINJA}))
+    else:
+        config = json.loads((folder / place).read_text())
+        (folder / place).write_text(json.dumps({**config, "chat_template": JINJA}))
+
+
+def rendered(folder) -> list[str | None]:
+    """Returns a conversation as the tokenizer's and the processor's template write it, each None without one."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    templates = [tokenizer.chat_template]
+    templates.append(transformers.Qwen2_5_VLProcessor.get_processor_dict(str(folder))[0].get("chat_template"))
+    return [
+        tokenizer.apply_chat_template(CONVERSATION, chat_template=template, tokenize=False) if template else None
+        for template in templates
+    ]
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
+def test_chat_templates_survive_both_ways(published, tmp_path, place):
+    shutil.copytree(published, tmp_path / "published")
+    with_template(tmp_path / "published", place)
+    for name in ("generation_config.json", "video_preprocessor_config.json"):
+        (tmp_path / "published" / name).write_text(json.dumps({"eos_token_id": [1, 2]}))
+    assert convert.main(["from-hf", str(tmp_path / "published"), str(tmp_path / "ours")]) == 0
+    assert convert.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    expected = rendered(tmp_path / "published")
+    assert "[user: up]" in expected
+    # A template of the tokenizer's config gets a file of its own, which the processor reads as well.
+    assert rendered(tmp_path / "back") == ([expected[0]] * 2 if place == "tokenizer_config.json" else expected)
+    assert (tmp_path / "back" / "video_preprocessor_config.json").is_file()
+
+
+def test_a_run_from_nothing_goes_out_with_the_template_that_it_was_trained_on(tmp_path):
+    workdir = untrained_run(tmp_path / "run")
+    config = read_config(workdir).unlock()
+    config.data.system = "Be brief."
+    (workdir / "config.json").write_text(to_json(config))
+    assert convert.main(["to-hf", str(workdir), str(tmp_path / "out")]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True, return_dict=False)
+    trained = open_trained(str(workdir))
+    prompts = dataclasses.replace(trained.prompts, question=None)
+    ours = build_prompt(Record("up", (), (), name="x"), trained.tokenizer, trained.special, prompts)
+    assert theirs == ours.tokens.tolist()

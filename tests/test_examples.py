@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from ilvr_jax.data.examples import ExampleSettings, build_example, build_prompt
+from ilvr_jax.data.examples import ExampleSettings, build_example, build_prompt, chat_template
 from ilvr_jax.data.images import image_processor_settings
 from ilvr_jax.data.records import BadRecord, Look, Record, Text
 from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens, train_tokenizer
@@ -201,6 +201,34 @@ def test_tokens_are_those_of_the_published_template_and_image_processor(
     assert prompt.tokens.tolist() == rendered(turns[:1], True)
     brief = build_prompt(record, tokenizer, special, dataclasses.replace(settings, system="Be brief."))
     assert brief.tokens.tolist() == rendered([{"role": "system", "content": "Be brief."}, turns[0]], True)
+
+
+@pytest.mark.parametrize("system", ["", "You are a helpful assistant.", 'A "{{ system }}" {% if %}\n\\n ’漢🙂'])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_the_template_of_a_run_from_nothing_writes_what_it_is_trained_on(name, system):
+    record, tokenizer = CONVERSATIONS[name], train_tokenizer(["Where to go?"])
+    tokenizer.chat_template = chat_template(system)
+    special = special_tokens(tokenizer)
+    settings = ExampleSettings(latent_size=3, helper_images="slots", system=system)
+    turns = conversation(record, "<|latent_pad|>" * 3)
+
+    def rendered(turns: list, header: bool) -> list[int]:
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=header, return_dict=False)
+
+    def short(sample) -> list[int]:
+        """Returns a sample's tokens with one image_pad an image."""
+        counts = iter([image.vision_tokens for image in sample.images])
+        tokens, where = sample.tokens.tolist(), 0
+        while where < len(tokens):
+            if tokens[where] == special.image_pad:
+                del tokens[where + 1 : where + next(counts)]
+            where += 1
+        return tokens
+
+    assert short(build_example(record, tokenizer, special, settings)) + tokenizer.encode("\n") == rendered(turns, False)
+    assert short(build_prompt(record, tokenizer, special, settings)) == rendered(turns[:1], True)
+    brief = build_prompt(record, tokenizer, special, dataclasses.replace(settings, system="Be brief."))
+    assert short(brief) == rendered([{"role": "system", "content": "Be brief."}, turns[0]], True)
 
 
 def test_images_stand_where_the_question_marks_them():

@@ -1,6 +1,7 @@
 """From a record to a sample: the chat text, its tokens, patches and latent slots."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -108,6 +109,27 @@ def _prompt(record: Record, settings: ExampleSettings) -> str:
     question = _plain(record.question if settings.question is None else settings.question, record)
     user = f"<|im_start|>user\n{_with_images(question, record)}<|im_end|>\n"
     return f"{system}{user}<|im_start|>assistant\n"
+
+
+def chat_template(system: str) -> str:
+    """Returns the Jinja template with which transformers writes conversations as `build_example` does.
+
+    Messages are texts, or parts of the types "text" and "image". `system` is the text of the system turn where a
+    conversation does not begin with its own, none if empty.
+    """
+    parts = (
+        "{% for part in message['content'] %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}"
+        f"{{% elif part['type'] == 'image' %}}{IMAGE}"
+        "{% else %}{{ raise_exception('messages must hold parts of the types text and image alone') }}{% endif %}"
+        "{% endfor %}"
+    )
+    content = f"{{% if message['content'] is string %}}{{{{ message['content'] }}}}{{% else %}}{parts}{{% endif %}}"
+    turn = f"{{{{ '<|im_start|>' + message['role'] + '\\n' }}}}{content}{{{{ '<|im_end|>\\n' }}}}"
+    first = json.dumps(f"<|im_start|>system\n{system}<|im_end|>\n", ensure_ascii=False)  # a Jinja string as well
+    opening = f"{{% if messages[0]['role'] != 'system' %}}{{{{ {first} }}}}{{% endif %}}" if system else ""
+    header = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    return f"{opening}{{% for message in messages %}}{turn}{{% endfor %}}{header}"
 
 
 def _with_images(question: str, record: Record) -> str:

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from safetensors.numpy import save_file
 from transformers import Qwen2_5_VLConfig
 
+from ilvr_jax.data.examples import chat_template
 from ilvr_jax.data.tokenizer import special_tokens
 from ilvr_jax.files import write_json
 from ilvr_jax.latents.tokens import SpecialTokens
@@ -23,7 +24,16 @@ from ilvr_jax.models.published import described_scaling
 from ilvr_jax.models.tensor_files import write_tensors
 from ilvr_jax.training.checkpoints import PRETRAINED, restore_for_inference, restore_teacher
 from ilvr_jax.training.configuration import BadConfig, read_config
-from ilvr_jax.training.pretrained import CONVERTED, IMAGE_PROCESSOR, load_params, open_pretrained, read_published
+from ilvr_jax.training.pretrained import (
+    CONVERTED,
+    IMAGE_PROCESSOR,
+    KEPT,
+    SOURCE,
+    load_params,
+    open_pretrained,
+    read_nested,
+    read_published,
+)
 from ilvr_jax.training.stop_tokens import GENERATION, generation_config, read_generation_config, set_stop_tokens
 
 
@@ -57,6 +67,8 @@ def export(
         config, published, latent_size = model.config, source / PRETRAINED, run.latents.latent_size
         settings = read_published(published) if run.model.init_from else published_config(config)
         ends, tokenizer.eos_token = special.ends, "<|im_end|>"  # with which answers end in training
+        if not run.model.init_from:
+            tokenizer.chat_template = chat_template(run.data.system)
         if "adapters" in params:
             if lora is None:
                 raise BadConfig(f"{source} trained LoRA adapters; give --merge-lora or --adapter")
@@ -66,12 +78,12 @@ def export(
             params = merge_adapters(params, config.lora)
         elif lora:
             raise BadConfig(f"{source} has no LoRA adapters; without --merge-lora and --adapter it can be exported")
-    nested = (published / "source.json").is_file() and json.loads((published / "source.json").read_text())["nested"]
+    nested = (published / SOURCE).is_file() and read_nested(published)
     dtype = dtype or settings.get("dtype") or settings.get("torch_dtype") or "float32"
     destination.mkdir(parents=True, exist_ok=True)
     write_tensors(state_dict_from_params(params, config, dtype, nested), destination)
     tokenizer.save_pretrained(destination)
-    for name in IMAGE_PROCESSOR:
+    for name in KEPT:
         if (published / name).is_file():
             shutil.copyfile(published / name, destination / name)
     if not any((destination / name).is_file() for name in IMAGE_PROCESSOR):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from ilvr_jax.data.images import image_processor_settings
 from ilvr_jax.data.tokenizer import add_latent_tokens, read_tokenizer
 from ilvr_jax.errors import InputError, listed, quote
-from ilvr_jax.files import read_json
+from ilvr_jax.files import named_errors, read_json, read_object, write_json
 from ilvr_jax.models.checkpoint import is_nested, params_from_state_dict, put
 from ilvr_jax.models.config import CLIP_MEAN, CLIP_STD, ModelConfig, model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
@@ -37,7 +38,9 @@ from ilvr_jax.training.stop_tokens import GENERATION, check_stop_tokens, read_st
 
 # What is kept beside the weights; the tokenizer is saved by itself.
 IMAGE_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
-DESCRIPTION = ("config.json", GENERATION, "source.json", *IMAGE_PROCESSOR)
+# What exports hold as the checkpoint had it. Its chat_template.jinja is read and saved with the tokenizer.
+KEPT = ("chat_template.json", "video_preprocessor_config.json", *IMAGE_PROCESSOR)
+SOURCE = "source.json"  # in a converted folder and in a workdir: the naming scheme of the tensors that it began from
 CONVERTED = "params"  # in a converted folder: the parameters, written by orbax
 PIECE_BYTES = 2**26  # of the files of a converted folder: orbax holds several while it writes or reads
 MEAN_ROWS = 4096  # of an embedding, summed at a time
@@ -56,10 +59,9 @@ class Pretrained:
     @property
     def nested(self) -> bool:
         """Whether its tensors have nested names; see `models.checkpoint`."""
-        source = self.folder / "source.json"
-        return (
-            json.loads(source.read_text())["nested"] if source.is_file() else is_nested(checkpoint_tensors(self.folder))
-        )
+        if (self.folder / CONVERTED).is_dir():
+            return read_nested(self.folder)
+        return is_nested(checkpoint_tensors(self.folder))
 
     @property
     def dtype(self) -> str:
@@ -79,16 +81,18 @@ def open_pretrained(name: str | Path, weights: bool = True) -> Pretrained:
     """
     folder = find_folder(name, weights)
     published = read_published(folder)
+    rows = model_config_from_hf(published).vocab_size
+    for name in KEPT:
+        if os.path.lexists(folder / name):
+            read_object(folder / name, BadCheckpoint)
     check_stop_tokens(folder)
     try:
         tokenizer = read_tokenizer(folder)
     except ValueError as error:
         raise BadCheckpoint(str(error)) from error
-    rows = model_config_from_hf(published).vocab_size
     if len(tokenizer) > rows:
         raise BadCheckpoint(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows; no more tokens than "
-            "rows are accepted"
+            f"{folder} must have an embedding row for each token, but has {len(tokenizer)} tokens and {rows} rows"
         )
     check_image_processor(folder)
     stop = read_stop_tokens(folder, tokenizer, rows)
@@ -105,7 +109,7 @@ def check_image_processor(folder: Path) -> None:
         raise BadCheckpoint(str(error)) from error
     for name, value in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
         if not np.allclose(processor[name], value):
-            raise BadCheckpoint(f"{folder}: {name} of its images is {processor[name]}; {value} is accepted")
+            raise BadCheckpoint(f"{folder}: `{name}` of its images must be {value}, got {processor[name]}")
 
 
 def find_folder(name: str | Path, weights: bool = True) -> Path:
@@ -158,10 +162,22 @@ def read_published(folder: Path) -> dict[str, Any]:
 def keep_description(pretrained: Pretrained, folder: Path) -> None:
     """Copies into `folder` what describes the model and its images, for reading the weights of a run later."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in DESCRIPTION:
+    for name in ("config.json", GENERATION, *KEPT):
         if (pretrained.folder / name).is_file():
-            shutil.copyfile(pretrained.folder / name, folder / name)
-    (folder / "source.json").write_text(json.dumps({"nested": pretrained.nested}) + "\n")
+            with named_errors(folder / name):
+                shutil.copyfile(pretrained.folder / name, folder / name)
+    write_json(folder / SOURCE, {"nested": pretrained.nested})
+
+
+def read_nested(folder: Path) -> bool:
+    """Returns whether tensors had nested names in the checkpoint that `keep_description` wrote into a folder.
+
+    Raises BadCheckpoint, naming the file, if it is damaged.
+    """
+    nested = read_object(folder / SOURCE, BadCheckpoint).get("nested")
+    if type(nested) is not bool:
+        raise BadCheckpoint(f"{folder / SOURCE} must have `nested`, true or false, got {quote(nested)}")
+    return nested
 
 
 def load_params(
@@ -238,7 +254,7 @@ def write_published(published: dict[str, Any], vocabulary: int, folder: Path) ->
     for section in (published, published.get("text_config", {})):
         if "vocab_size" in section:
             section["vocab_size"] = vocabulary
-    (folder / "config.json").write_text(json.dumps(published, indent=2) + "\n")
+    write_json(folder / "config.json", published)
 
 
 def _restore_converted(

@@ -1,5 +1,6 @@
 """The tokens that end an answer of a published checkpoint, as transformers' `generate` finds them."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.errors import quote
-from ilvr_jax.files import read_json
+from ilvr_jax.files import read_object
 from ilvr_jax.models.tensor_files import BadCheckpoint
 
 GENERATION = "generation_config.json"
@@ -41,7 +42,7 @@ def check_stop_tokens(folder: Path) -> None:
 def _named(folder: Path) -> Iterator[tuple[Path, tuple[int, ...]]]:
     """Yields the files that name ids, the one that counts first, with these."""
     generation, config = folder / GENERATION, folder / "config.json"
-    described = _read_object(config)
+    described = read_object(config, BadCheckpoint)
     text, own = described.get("text_config"), described.get(KEY)
     of_config = text.get(KEY) if own is None and isinstance(text, Mapping) else own
     for path, value in ((generation, read_generation_config(folder).get(KEY)), (config, of_config)):
@@ -58,7 +59,7 @@ def _named(folder: Path) -> Iterator[tuple[Path, tuple[int, ...]]]:
 def read_generation_config(folder: Path) -> dict[str, Any]:
     """Returns the content of generation_config.json, empty without one; raises BadCheckpoint if it is damaged."""
     path = folder / GENERATION
-    return _read_object(path) if path.exists() else {}
+    return read_object(path, BadCheckpoint) if os.path.lexists(path) else {}
 
 
 def generation_config(published: Mapping[str, Any], ends: Sequence[int], pad: int, vocabulary: int) -> dict[str, Any]:
@@ -86,10 +87,3 @@ def set_stop_tokens(described: dict[str, Any], ends: Sequence[int], pad: int, vo
 
 def _kept(value: Any, pad: int, vocabulary: int) -> int:
     return value if type(value) is int and 0 <= value < vocabulary else pad
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    content = read_json(path, BadCheckpoint)
-    if not isinstance(content, dict):
-        raise BadCheckpoint(f"{path} must hold a JSON object, got {quote(content)}")
-    return content
