@@ -1,7 +1,6 @@
 """The shell that all commands share: errors of users become one sentence and an exit status."""
 
 import argparse
-import errno
 import functools
 import os
 import sys
@@ -10,9 +9,9 @@ from collections.abc import Callable, Sequence
 from absl import logging
 
 from ilvr_jax.errors import InputError, one_line
+from ilvr_jax.files import FULL
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -1,24 +1,19 @@
 """Checkpoints in and out: python -m ilvr_jax.convert from-hf SRC DST, python -m ilvr_jax.convert to-hf WORKDIR DST"""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import logging
-
+from ilvr_jax.command import DONE, ArgumentParser, command
 from ilvr_jax.models.config import DTYPES
-from ilvr_jax.models.tensor_files import BadCheckpoint
-from ilvr_jax.training.checkpoints import NoCheckpoint
-from ilvr_jax.training.configuration import BadConfig
 from ilvr_jax.training.export import export
 from ilvr_jax.training.pretrained import open_pretrained, save_converted
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0 done, 1 not written, 2 bad input, 130 stopped."""
-    logging.set_verbosity(logging.FATAL)  # libraries log the errors that they raise: each is to be said once
-    parser = argparse.ArgumentParser(prog="python -m ilvr_jax.convert", description=__doc__, allow_abbrev=False)
+    """Runs the command and returns its exit status; a folder that cannot be finished is removed again."""
+    parser = ArgumentParser(prog="python -m ilvr_jax.convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     into = commands.add_parser("from-hf", help="write a published Qwen2.5-VL as a folder for config.model.init_from")
     into.add_argument("source", metavar="SRC", help="a folder with config.json and *.safetensors, or a hub name")
@@ -33,23 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     how.add_argument("--merge-lora", action="store_true", help="add LoRA adapters to the weights")
     how.add_argument("--adapter", action="store_true", help="write LoRA adapters alone, as PEFT does")
     options = parser.parse_args(arguments)
-    try:
-        if options.command == "from-hf":
-            save_converted(open_pretrained(options.source), options.destination)
-        else:
-            lora = "merge" if options.merge_lora else "adapter" if options.adapter else None
-            export(options.source, options.destination, options.stage, options.dtype, options.teacher, lora)
-    except (BadCheckpoint, BadConfig, NoCheckpoint, FileExistsError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{options.destination} cannot be written: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"stopped; {options.destination} is incomplete", file=sys.stderr)
-        return 130
+    if options.command == "from-hf":
+        save_converted(open_pretrained(options.source), options.destination)
+    else:
+        lora = "merge" if options.merge_lora else "adapter" if options.adapter else None
+        export(options.source, options.destination, options.stage, options.dtype, options.teacher, lora)
     print(f"written: {options.destination}")
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import datetime
 import errno
 import json
 import os
+import resource
+import shutil
 import socket
 import stat
 import tempfile
@@ -16,6 +18,8 @@ from filelock import FileLock, Timeout
 
 from ilvr_jax.errors import InputError, quote
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk, a full quota and the limit of a file's size
+FULL_WORDS = ("No space left", "ENOSPC", "Disk quota", "File too large")
 POINTER = b"version https://git-lfs"  # what a clone without large-file storage holds in place of a file
 IS_POINTER = "holds a pointer of Git's large-file storage; fetch the file itself (git lfs pull)"
 
@@ -116,6 +120,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def copy(source: Path, destination: Path) -> None:
+    """Copies a small file; raises OSError, with the path that cannot be read or written."""
+    with open_regular(source) as file, named_errors(destination):
+        destination.write_bytes(file.read())
+
+
 @contextlib.contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
     """Gives the errors of writes and reads within it, which lack a file name (a full disk), that of `path`."""
@@ -125,6 +135,57 @@ def named_errors(path: str | Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+def check_new_folder(path: Path) -> None:
+    """Raises InputError if `path` is there and no empty folder, OSError if that cannot be found out."""
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise InputError(f"{path} must be a new or empty folder, but is not empty")
+    elif os.path.lexists(path):
+        kind = "a file" if path.is_file() else "a device, FIFO, socket or broken link"
+        raise InputError(f"{path} must be a new or empty folder, but is {kind}")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[None]:
+    """Makes a folder, new or empty, for what is written within; whatever ends that early, it is removed again.
+
+    Raises as `check_new_folder` does, and OSError, with the path, if it cannot be made or the disk is full, however the
+    libraries that write put that.
+    """
+    check_new_folder(path)
+    there = path.is_dir()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        for part in path.iterdir() if there else [path]:
+            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink()
+        if is_full_disk(error) and not isinstance(error, OSError):
+            raise full_disk(path) from error
+        raise
+
+
+def check_room(folder: Path, size: int, file_size: int) -> None:
+    """Raises the error of a full disk if files of `size` bytes in all, up to `file_size` each, cannot be written."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if shutil.disk_usage(folder).free < size or 0 <= limit < min(size, file_size):
+        raise full_disk(folder)
+
+
+def full_disk(path: Path) -> OSError:
+    """Returns the error of a full disk on which `path` cannot be written."""
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Returns whether an error, or one that it came from, is the file system's for a full disk, in words or by code."""
+    while error is not None:
+        if getattr(error, "errno", None) in FULL or any(words in str(error) for words in FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _umask() -> int:

@@ -1,9 +1,15 @@
 """Checkpoints in and out: bit for bit as transformers saves them, and what is not one is refused in a sentence."""
 
+import contextlib
 import dataclasses
+import errno
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -174,6 +180,95 @@ def test_a_name_that_cannot_be_fetched_says_how_to_give_a_folder(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(BadCheckpoint, match="without a network, give the folder"):
         open_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")
+
+
+FILLED = """
+import resource, sys
+from ilvr_jax import convert
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(convert.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["from-hf", "to-hf"])
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(published, tmp_path, command):
+    source = published
+    if command == "to-hf":
+        source = tmp_path / "ours"
+        assert convert.main(["from-hf", str(published), str(source)]) == 0
+    arguments = [sys.executable, "-c", FILLED, command, str(source), str(tmp_path / "out" / "new")]
+    done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("[transformers]")]
+    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    assert re.fullmatch(rf"no disk space to write {tmp_path}/out/new\S* \(.*\); free some and .*", lines[0])
+    assert not (tmp_path / "out" / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("RESOURCE_EXHAUSTED: Error writing x: [OS error 28: ENOSPC No space left on device]"),
+        Exception("No space left on device (os error 28)"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+    ],
+    ids=["orbax", "tokenizers", "system"],
+)
+@pytest.mark.parametrize("what", ["tokenizer", "params"])
+def test_a_full_disk_is_recognised_in_the_words_of_each_writer(published, tmp_path, monkeypatch, capsys, error, what):
+    def fill(*_, **__):
+        raise error
+
+    names = {
+        "tokenizer": "transformers.PreTrainedTokenizerFast.save_pretrained",
+        "params": "orbax.checkpoint.Checkpointer.save",
+    }
+    monkeypatch.setattr(names[what], fill)
+    (tmp_path / "out").mkdir()
+    assert convert.main(["from-hf", str(published), str(tmp_path / "out")]) == 1
+    assert re.match("no disk space to write .*; free some and repeat the command\n$", capsys.readouterr().err)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_disk_that_is_too_small_is_found_out_before(published, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert convert.main(["from-hf", str(published), str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith(f"no disk space to write {tmp_path / 'out'} ")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()])
+def test_what_is_not_finished_is_removed(published, tmp_path, monkeypatch, error):
+    def stop(*_, **__):
+        raise error
+
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", stop)
+    with contextlib.suppress(ZeroDivisionError):
+        assert convert.main(["from-hf", str(published), str(tmp_path / "out")]) == 130
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("destination", "sentence"),
+    [
+        ("full", "full must be a new or empty folder, but is not empty"),
+        ("file", "file must be a new or empty folder, but is a file"),
+        ("fifo", "fifo must be a new or empty folder, but is a device, FIFO, socket or broken link"),
+        ("broken", "broken must be a new or empty folder, but is a device, FIFO, socket or broken link"),
+        ("/dev/null", "/dev/null must be a new or empty folder, but is a device, FIFO, socket or broken link"),
+        ("file/new", "Not a directory"),
+        ("n" * 300, "File name too long"),
+        ("/proc/new", "cannot be read or written"),
+    ],
+)
+def test_destinations_that_cannot_be_written_are_named(published, tmp_path, capsys, destination, sentence):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken").symlink_to("nothing")
+    os.mkfifo(tmp_path / "fifo")
+    assert convert.main(["from-hf", str(published), str(tmp_path / destination)]) == 2
+    message = capsys.readouterr().err
+    assert sentence in message and message.count("\n") == 1 and len(message) < 400
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["x"]
 
 
 def test_large_checkpoints_are_cut_into_files_with_an_index(tmp_path):

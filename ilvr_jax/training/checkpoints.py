@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens
 from ilvr_jax.errors import InputError
+from ilvr_jax.files import is_full_disk
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import model_config
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
@@ -350,10 +351,6 @@ def _say_disk_full(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the file system's error comes wrapped differently by each writer
-        cause: BaseException | None = error
-        while cause is not None:
-            text = str(cause)
-            if any(words in text for words in ("No space left", "ENOSPC", "Disk quota", "File too large")):
-                raise DiskFull(_no_room(path)) from error
-            cause = cause.__cause__ or cause.__context__
+        if is_full_disk(error):
+            raise DiskFull(_no_room(path)) from error
         raise

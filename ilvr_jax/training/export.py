@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import Qwen2_5_VLConfig
 
 from ilvr_jax.data.examples import chat_template
 from ilvr_jax.data.tokenizer import special_tokens
-from ilvr_jax.files import write_json
+from ilvr_jax.files import check_new_folder, copy, new_folder, write_json
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.checkpoint import state_dict_from_params
 from ilvr_jax.models.config import ModelConfig, model_config_from_hf
@@ -45,11 +44,10 @@ def export(
     `stage` is by default the last with a checkpoint, `dtype` that of the checkpoint that the run began from. `lora`
     says what becomes of adapters: "merge" into the weights or "adapter", a PEFT folder of them alone.
 
-    Raises BadConfig and NoCheckpoint if the run or its stage does not fit what is asked for, FileExistsError if
-    `destination` is not empty.
+    Raises BadConfig and NoCheckpoint if the run or its stage does not fit what is asked for, and InputError and OSError
+    as `new_folder` does.
     """
-    if destination.exists() and any(destination.iterdir()):
-        raise FileExistsError(f"{destination} is not empty; a new or empty folder is accepted")
+    check_new_folder(destination)
     if (source / CONVERTED).is_dir():
         if teacher or lora or stage:
             raise BadConfig(f"{source} is a converted checkpoint: it has no stages, teacher or adapters")
@@ -73,25 +71,26 @@ def export(
             if lora is None:
                 raise BadConfig(f"{source} trained LoRA adapters; give --merge-lora or --adapter")
             if lora == "adapter":
-                write_adapter(params["adapters"], config.lora, run.model.init_from, destination)
+                with new_folder(destination):
+                    write_adapter(params["adapters"], config.lora, run.model.init_from, destination)
                 return
             params = merge_adapters(params, config.lora)
         elif lora:
             raise BadConfig(f"{source} has no LoRA adapters; without --merge-lora and --adapter it can be exported")
     nested = (published / SOURCE).is_file() and read_nested(published)
     dtype = dtype or settings.get("dtype") or settings.get("torch_dtype") or "float32"
-    destination.mkdir(parents=True, exist_ok=True)
-    write_tensors(state_dict_from_params(params, config, dtype, nested), destination)
-    tokenizer.save_pretrained(destination)
-    for name in KEPT:
-        if (published / name).is_file():
-            shutil.copyfile(published / name, destination / name)
-    if not any((destination / name).is_file() for name in IMAGE_PROCESSOR):
-        (destination / "preprocessor_config.json").write_text(json.dumps(image_processor(config), indent=2) + "\n")
-    generation = generation_config(read_generation_config(published), ends, special.pad, config.vocab_size)
-    write_json(destination / GENERATION, generation)
-    described = with_tokens(settings, config.vocab_size, special, ends, dtype, latent_size)
-    write_json(destination / "config.json", described)
+    with new_folder(destination):
+        write_tensors(state_dict_from_params(params, config, dtype, nested), destination)
+        tokenizer.save_pretrained(destination)
+        for name in KEPT:
+            if (published / name).is_file():
+                copy(published / name, destination / name)
+        if not any((destination / name).is_file() for name in IMAGE_PROCESSOR):
+            write_json(destination / "preprocessor_config.json", image_processor(config))
+        generation = generation_config(read_generation_config(published), ends, special.pad, config.vocab_size)
+        write_json(destination / GENERATION, generation)
+        described = with_tokens(settings, config.vocab_size, special, ends, dtype, latent_size)
+        write_json(destination / "config.json", described)
 
 
 def with_tokens(
@@ -172,7 +171,6 @@ def write_adapter(adapters: PyTree, lora: LoraConfig, base: str, destination: Pa
         for layer in range(leaf.shape[0]):
             module = ".".join(["base_model.model.model.language_model.layers", str(layer), *inside])
             tensors[f"{module}.lora_{matrix.upper()}.weight"] = np.ascontiguousarray(np.asarray(leaf[layer]).T)
-    destination.mkdir(parents=True, exist_ok=True)
     save_file(tensors, destination / "adapter_model.safetensors", metadata={"format": "pt"})
     described = {
         "peft_type": "LORA",
@@ -186,4 +184,4 @@ def write_adapter(adapters: PyTree, lora: LoraConfig, base: str, destination: Pa
         "bias": "none",
         "inference_mode": True,
     }
-    (destination / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    write_json(destination / "adapter_config.json", described)

@@ -1,10 +1,14 @@
 """Published Qwen2.5-VL checkpoints as the start of a run: from the hub, a folder, or a folder converted before."""
 
+import contextlib
 import dataclasses
+import gc
 import json
+import logging
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,17 @@ from transformers import PreTrainedTokenizerFast
 from ilvr_jax.data.images import image_processor_settings
 from ilvr_jax.data.tokenizer import add_latent_tokens, read_tokenizer
 from ilvr_jax.errors import InputError, listed, quote
-from ilvr_jax.files import named_errors, read_json, read_object, write_json
+from ilvr_jax.files import (
+    check_new_folder,
+    check_room,
+    copy,
+    full_disk,
+    is_full_disk,
+    new_folder,
+    read_json,
+    read_object,
+    write_json,
+)
 from ilvr_jax.models.checkpoint import is_nested, params_from_state_dict, put
 from ilvr_jax.models.config import CLIP_MEAN, CLIP_STD, ModelConfig, model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
@@ -81,11 +95,11 @@ def open_pretrained(name: str | Path, weights: bool = True) -> Pretrained:
     """
     folder = find_folder(name, weights)
     published = read_published(folder)
-    rows = model_config_from_hf(published).vocab_size
     for name in KEPT:
         if os.path.lexists(folder / name):
             read_object(folder / name, BadCheckpoint)
     check_stop_tokens(folder)
+    rows = model_config_from_hf(published).vocab_size
     try:
         tokenizer = read_tokenizer(folder)
     except ValueError as error:
@@ -164,8 +178,7 @@ def keep_description(pretrained: Pretrained, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", GENERATION, *KEPT):
         if (pretrained.folder / name).is_file():
-            with named_errors(folder / name):
-                shutil.copyfile(pretrained.folder / name, folder / name)
+            copy(pretrained.folder / name, folder / name)
     write_json(folder / SOURCE, {"nested": pretrained.nested})
 
 
@@ -232,21 +245,50 @@ def with_latent_rows(
 def save_converted(pretrained: Pretrained, folder: Path) -> None:
     """Writes a checkpoint as a folder that `open_pretrained` reads faster: description, tokenizer, orbax parameters.
 
-    Weights keep the dtype that the config names. Raises BadCheckpoint, FileExistsError if `folder` is not empty.
+    Weights keep the dtype that the config names. Raises BadCheckpoint, and InputError and OSError as `new_folder` does.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; a new or empty folder is accepted")
     config = model_config_from_hf(pretrained.published)
     vocabulary = max(config.vocab_size, len(pretrained.tokenizer))
     config = dataclasses.replace(config, vocab_size=vocabulary)
+    check_new_folder(folder)
     params = load_params(pretrained, config, pretrained.dtype, jax.random.key(0))
-    keep_description(pretrained, folder)
-    pretrained.tokenizer.save_pretrained(folder)
-    write_published({**pretrained.published}, vocabulary, folder)
+    with new_folder(folder):
+        keep_description(pretrained, folder)
+        pretrained.tokenizer.save_pretrained(folder)
+        write_published({**pretrained.published}, vocabulary, folder)
+        # Found out before, since orbax's threads would write and print tracebacks long after they have failed.
+        check_room(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(params)), PIECE_BYTES)
+        with _failed_tasks_are_silent():
+            written = _write_params(params, folder / CONVERTED)
+        if not written:
+            raise full_disk(folder)
+
+
+def _write_params(params: PyTree, path: Path) -> bool:
+    """Writes parameters with orbax; returns whether there was room for them."""
     pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE_BYTES), params)
-    with _checkpointer(params) as writer:
-        arguments = ocp.args.PyTreeSave(params, pieces, ocdbt_target_data_file_size=PIECE_BYTES)
-        writer.save((folder / CONVERTED).absolute(), arguments)
+    try:
+        with _checkpointer(params) as writer:
+            arguments = ocp.args.PyTreeSave(params, pieces, ocdbt_target_data_file_size=PIECE_BYTES)
+            writer.save(path.absolute(), arguments)
+    except Exception as error:  # the file system's error, wrapped by tensorstore
+        if not is_full_disk(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _failed_tasks_are_silent() -> Iterator[None]:
+    """Keeps the tasks that a failed write of orbax leaves behind from printing a traceback each; it raises as well."""
+    tasks, hooks = logging.getLogger("asyncio"), (sys.excepthook, sys.unraisablehook)
+    tasks.disabled, sys.excepthook, sys.unraisablehook = True, lambda *_: None, lambda _: None
+    try:
+        yield
+        gc.collect()
+    finally:
+        tasks.disabled, (sys.excepthook, sys.unraisablehook) = False, hooks
 
 
 def write_published(published: dict[str, Any], vocabulary: int, folder: Path) -> None:
