@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import gc
-import json
 import logging
 import os
 import sys
