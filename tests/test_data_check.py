@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ilvr_jax.data import check
+from ilvr_jax.data import check, images
 from ilvr_jax.data.__main__ import export, main
 from ilvr_jax.data.examples import ExampleSettings, build_example
 from ilvr_jax.data.formats import find_format
@@ -175,6 +175,7 @@ SHAPES = st.tuples(
 
 
 @settings(max_examples=40, deadline=None)
+@example([([0], [], (1, 1)), ([0, 7], [], (1, 1)), ([0, 0, 0], [], (1, 1)), ([23], [], (1, 1))], 1)
 @given(st.lists(SHAPES, min_size=1, max_size=24), st.integers(1, 5))
 def test_suggested_buckets_hold_every_sample(shapes, most):
     rng = np.random.default_rng(0)
@@ -209,7 +210,7 @@ def test_more_buckets_for_samples_that_differ(monkeypatch):
 
 
 def test_what_is_wrong_is_counted_by_kind(folder, capsys, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 112 * 112 // 4)  # b.png is a bomb
+    monkeypatch.setattr(images, "MOST_PIXELS", 112 * 112 - 1)  # b.png has one more
     path = write_records(
         folder,
         {"image_output": "c.png"},
@@ -239,9 +240,9 @@ def test_what_is_wrong_is_counted_by_kind(folder, capsys, monkeypatch):
             counted[reason.strip()] = int(number)
     assert counted == {
         '"image_input" must be an image file in …, but … cannot be read: No such file or directory': 2,
-        "…: is a decompression bomb; an image of at most 6272 pixels is accepted": 1,
-        "…: has more than one frame; an image file with a single one is accepted": 1,
-        "…: has … bits a channel; 8 or 16 are accepted": 1,
+        "…: must have at most … pixels in the file, got …": 1,
+        "…: must be an image with a single frame, got …": 1,
+        "…: must have … or … bits a channel, got …": 1,
         '"text_output" must have one <output_image> where each of the … images of "image_output" belongs, got …': 1,
         "a text must not hold special tokens, got <|im_end|>": 1,
         "must be one JSON object in UTF-8, but is not JSON": 1,
@@ -252,7 +253,7 @@ def test_what_is_wrong_is_counted_by_kind(folder, capsys, monkeypatch):
         "train.jsonl line 10: must be one JSON object in UTF-8, but is not JSON (",
         "train.jsonl line 12: must be one JSON object, got a list",
         f"train.jsonl line 6: \"image_input\" must be an image file in {folder}, but 'gone_1.png' cannot",
-        f"train.jsonl line 4: {folder / 'moving.gif'}: has more than one frame",
+        f"train.jsonl line 4: {folder / 'moving.gif'}: must be an image with a single frame",
     ):
         assert f"- {sentence}"[:100] in printed, sentence
     assert (
@@ -265,7 +266,8 @@ def test_what_is_wrong_is_counted_by_kind(folder, capsys, monkeypatch):
     "problem, reason",
     [
         ("a.jsonl line 3: /x/my maps/1.png: is 3000x10 pixels; at most 9", "…: is … pixels; at most 9"),
-        ("x.parquet row 1: image_1: is not an image; a PNG", "image_1: is not an image; a PNG"),
+        ("x.parquet row 1: image_1: is no image; a PNG", "image_1: is no image; a PNG"),
+        ("a.jsonl line 3: /x/b.png: must be a PNG, got b'(1; 2)'", "…: must be a PNG, got …"),
         (
             "x row 1: an image of 17 bytes: cannot be decoded (broken); one",
             "an image of … bytes: cannot be decoded; one",
@@ -371,7 +373,7 @@ def test_parquet_and_images_without_bytes(folder, capsys, monkeypatch):
         printed, _ = capsys.readouterr()
         assert "(zebra_cot): 5 records, 2 usable" in printed
         assert "- one.parquet row 1: must have an image for every marker, got none in 'reasoning_image_1'" in printed
-        assert "- one.parquet row 2: an image of 6 bytes: is not an image" in printed
+        assert "- one.parquet row 2: an image of 6 bytes: must be a whole PNG, " in printed
         assert '- one.parquet row 4: "Question" must be text, got null or an empty one' in printed
         assert cells(printed, "Images as the model gets them")["56x56"] == ["4", "0", "2"]
     (folder / "elsewhere").mkdir()
@@ -423,7 +425,7 @@ def test_nothing_usable_after_all(folder, capsys):
     assert main(["check", str(path)]) == 2
     printed, said = capsys.readouterr()
     assert said.endswith(f"{path}: no record is usable\n")
-    assert "1 records, 0 usable" in printed and "is not an image" in printed and "ConfigDict" not in printed
+    assert "1 records, 0 usable" in printed and "must be a whole PNG, " in printed and "ConfigDict" not in printed
 
 
 def test_samples_that_no_bucket_holds_are_shown_too(folder, capsys):

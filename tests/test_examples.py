@@ -265,7 +265,9 @@ def test_bad_records_are_named(tmp_path):
         ),
         r"special tokens, got <\|im_end\|>": Record("<|im_end|>", (), (Text("x"),), name="f line 2"),
         r"special tokens, got <\|video_pad\|>": Record("<|video_pad|>", (), (Text("x"),), name="f line 2"),
-        "gone.png: there is no such file": Record("q", (tmp_path / "gone.png",), (Text("x"),), name="f line 2"),
+        "gone.png: must be an image file, but cannot": Record(
+            "q", (tmp_path / "gone.png",), (Text("x"),), name="f line 2"
+        ),
         r"uint8 \[height, width, 3\]": Record("q", (), (Look(np.zeros((4, 4), np.uint8)),), name="f line 2"),
     }
     for message, record in cases.items():

@@ -179,7 +179,7 @@ def test_images_too_large_and_unreadable_stay_out(source, complete, tmp_path):
     store, count = complete()
     assert count == 5
     loaded = load(source, 0, store)
-    assert "is not an image" in loaded.problem
+    assert "must be a whole PNG, JPEG" in loaded.problem and "begins with b'no image'" in loaded.problem
 
 
 def load(source, number, store):

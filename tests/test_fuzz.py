@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from ilvr_jax.data import images
 from ilvr_jax.data.formats import FORMATS, find_format
 from ilvr_jax.data.records import BadRecord, Look, Record, Text
 from ilvr_jax.errors import SENTENCE_LENGTH
@@ -312,3 +314,70 @@ def test_parquet_rows(folder):
         read = functools.partial(read_records, "zebra_cot", folder / "train.parquet", number % 2 == 1)
         counts[isinstance(outcome(read, BadRecord), BadRecord)] += 1
     assert min(counts.values()) > RECORDS // 25, counts
+
+
+def image_files() -> dict[str, bytes]:
+    """Returns image files of every format that is read, with EXIF data, palettes, transparency and several frames."""
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    palette, grey, exif = colours.quantize(16), colours.convert("L"), Image.Exif()
+    transparent = colours.convert("RGBA")
+    transparent.putalpha(grey)
+    exif[0x0112], exif[0x010F] = 6, "a camera"
+    made = [(colours, kind.lower(), {}) for kind in images.FORMATS]
+    made += [(colours, kind, {"exif": exif}) for kind in ("png", "jpeg", "webp", "tiff", "avif")]
+    made += [(colours, kind, {"save_all": True, "append_images": [colours]}) for kind in ("png", "gif", "tiff", "mpo")]
+    made += [(palette, kind, {"transparency": 3}) for kind in ("png", "gif")] + [(palette, "bmp", {})]
+    made += [(transparent, kind, {}) for kind in ("png", "webp", "bmp", "avif")]
+    made += [(colours, "jpeg", {"progressive": True}), (colours.convert("CMYK"), "jpeg", {}), (grey, "ppm", {})]
+    made += [(colours, "tiff", {"compression": name}) for name in ("tiff_lzw", "jpeg", "tiff_deflate", "packbits")]
+    made += [(grey.convert("1"), "tiff", {"compression": "group4"}), (grey.convert("F"), "tiff", {})]
+    files = {}
+    for number, (image, kind, options) in enumerate(made):
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        files[f"{number} {kind}"] = file.getvalue()
+    return files
+
+
+IMAGES = image_files()
+
+
+def mutated_image(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    """Returns a file with bytes changed, removed, put in from another one or cut off, most of them near its start."""
+    content = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 3, 6))):
+        place = rng.randrange(1 + min(len(content), rng.choice((60, 400, len(content)))))
+        length = rng.randrange(1, 30)
+        kind = rng.choice(("byte", "bit", "number", "removal", "splice", "end"))
+        if kind == "byte":
+            content[place : place + 1] = rng.randbytes(1)
+        elif kind == "bit" and place < len(content):
+            content[place] ^= 1 << rng.randrange(8)
+        elif kind == "number":
+            content[place : place + 4] = rng.choice((b"\xff\xff\xff\xff", bytes(4), b"\x7f\xff\xff\xff", b"\0\0\1\0"))
+        elif kind == "removal":
+            del content[place : place + length]
+        elif kind == "splice":
+            other = rng.choice(others)
+            start = rng.randrange(len(other))
+            content[place : place + rng.randrange(30)] = other[start : start + length]
+        elif kind == "end":
+            del content[rng.randrange(1 + len(content)) :]
+    return bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's own, about the damage
+@pytest.mark.parametrize("name", IMAGES)
+def test_mutated_images_load_or_are_bad_records(name, capfd):
+    rng = random.Random(name)
+    for _ in range(8):
+        content = mutated_image(IMAGES[name], list(IMAGES.values()), rng)
+        try:
+            pixels = images.load_image(content)
+        except BadRecord as error:
+            sentence = str(error)
+            assert sentence.startswith(f"an image of {len(content)} bytes: must ")
+            assert len(sentence) <= SENTENCE_LENGTH and "\n" not in sentence
+        else:
+            assert pixels.dtype == np.uint8 and pixels.ndim == 3
+    assert capfd.readouterr().err == ""  # decoders in C print there by themselves

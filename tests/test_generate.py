@@ -87,7 +87,7 @@ def test_a_published_checkpoint_without_latent_tokens_answers_in_plain_text_and_
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--image=missing.png"], "missing.png: there is no such file; an image file is accepted"),
+        (["--image=missing.png"], "missing.png: must be an image file, but cannot be read: No such file or directory"),
         (["--max-new-tokens=0"], "max_new_tokens must be a whole number from 1 to 131072, got 0"),
         (["--latent-size=0"], "latent_size must be a whole number from 1 to 2147483647, got 0"),
         (["--temperature=-1"], "temperature must be 0 or a number from 1e-6 to 1e6, got -1.0"),

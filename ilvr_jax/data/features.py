@@ -89,7 +89,7 @@ class FeatureStore:
 def image_key(source: ImageSource) -> str:
     """Returns what an image is found by: a hash of its file's content, or of its pixels and their shape.
 
-    Empty if there is no such file.
+    Empty if the file cannot be read.
     """
     content = hashlib.blake2b(digest_size=16)
     if isinstance(source, np.ndarray):
@@ -100,7 +100,7 @@ def image_key(source: ImageSource) -> str:
     else:
         try:
             with open_regular(source) as file:
-                content.update(file.read())
-        except OSError:
+                hashlib.file_digest(file, lambda: content)
+        except (OSError, ValueError):  # ValueError: no path
             return ""
     return content.hexdigest()

@@ -1,25 +1,36 @@
 """Pixels: reading image files, scaling, and cutting into patches for the vision tower."""
 
+import contextlib
+import ctypes
 import io
+import logging
 import math
 import os
 import struct
+import warnings
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from ilvr_jax.data.records import BadRecord, ImageSource
 from ilvr_jax.errors import InputError, quote
-from ilvr_jax.files import read_object
+from ilvr_jax.files import POINTER, open_regular, read_object
 from ilvr_jax.models.images import MERGE, PatchedImage
 
 PATCH = 14  # pixels a side of a patch
 UNIT = PATCH * MERGE  # pixels a side of a merge unit, one vision token
 ASPECT_RATIO = 200  # of the most elongated image that smart_resize takes
+MOST_PIXELS = 2**27  # of an image, as it is in the file and as the model gets it: 134 megapixels
+MOST_BYTES = 8 * MOST_PIXELS  # of an image file: four channels of 16 bits, not compressed
+STRIP_PIXELS = 2**22
+
+# The formats that Pillow may open; others run programs (EPS) or are rare, and their decoders little tried.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 # What Pillow's decoders let through on damaged files, damaged EXIF data among them.
 DECODING_ERRORS = (
@@ -29,9 +40,21 @@ DECODING_ERRORS = (
     EOFError,
     LookupError,
     TypeError,
+    RuntimeError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
     struct.error,
     zlib.error,
 )
+
+# What is wrong with a file is raised here, as one BadRecord: Pillow's own remarks on damage would repeat it.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with contextlib.suppress(AttributeError):  # a libtiff that hides its functions prints on
+    for kind in ("Error", "Warning"):  # it writes to stderr by itself, a line for each damaged row
+        getattr(ctypes.CDLL(Image.core.__file__), f"TIFFSet{kind}Handler")(None)
 
 # Names that published checkpoints give to the one image processor that this module mirrors, and what it does.
 IMAGE_PROCESSORS = (
@@ -66,67 +89,123 @@ def load_image(
     transformers' Qwen2-VL image processor with these bounds; a bound that is None is 784 pixels (one vision token)
     or infinite. Transparency shows white, as there; EXIF rotation is applied, and of 16 bits the upper 8 are kept.
 
-    Raises BadRecord if a file is missing, truncated, animated or no image, would decode to more pixels than Pillow
-    allows or has 32 bits a channel; if one side is over 200 times the other (after `scale`); or if an array is not
-    uint8 [height, width, 3].
+    Raises BadRecord if a file cannot be read or decoded, has another format than `FORMATS`, several frames or 32 bits
+    a channel; if it has more than `MOST_PIXELS`, which is known before they are decoded, or more after scaling; if one
+    side is over 200 times the other (after `scale`); or if an array is not uint8 [height, width, 3].
     """
     if isinstance(source, np.ndarray):
+        name = "an image"
+    else:
+        name = f"an image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+    def scaled(sides: tuple[int, int]) -> tuple[float, float]:
+        return tuple(max(1, round(side * scale)) if scale < 1.0 else side * scale for side in sides)
+
+    def fit(sides: tuple[int, int]) -> tuple[int, int]:
+        return _fitting_size(*scaled(sides), min_pixels, max_pixels, name)
+
+    if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
-            raise BadRecord(f"an image is {source.dtype} {list(source.shape)}; uint8 [height, width, 3] is accepted")
-        name, size = "an image", (source.shape[1], source.shape[0])
-        if scale == 1.0 and _fitting_size(*size, min_pixels, max_pixels, name) == size:
+            raise BadRecord(f"{name} must be uint8 [height, width, 3], got {source.dtype} {list(source.shape)}")
+        sides = (source.shape[1], source.shape[0])
+        if scale == 1.0 and fit(sides) == sides:
             return source
         image = Image.fromarray(source)
     else:
-        name = f"an image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
-        image = open_image(source, name)
+        image = open_image(source, name, fit)
+    size = fit(image.size)
     if scale < 1.0:
-        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BOX)
-    width, height = (side * max(scale, 1.0) for side in image.size)
-    size = _fitting_size(width, height, min_pixels, max_pixels, name)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    return np.asarray(image)
+        image = image.resize(scaled(image.size), Image.Resampling.BOX)
+    for step in ((size[0], image.height), size):  # as a call for both sides does, which would hold one more image
+        if step != image.size:
+            image = image.resize(step, Image.Resampling.BICUBIC)
+    pixels = np.empty((*size[::-1], 3), np.uint8)
+    for box in _strips(image.size):
+        pixels[box[1] : box[3]] = np.asarray(image.crop(box))
+    return pixels
 
 
 def _fitting_size(
     width: float, height: float, min_pixels: int | None, max_pixels: int | None, name: str
 ) -> tuple[int, int]:
-    """Returns the width and height, multiples of 28 pixels, that an image gets; raises BadRecord if it is too long."""
+    """Returns the width and height, multiples of 28 pixels, that an image gets; raises BadRecord as `load_image`."""
     if max(width, height) > ASPECT_RATIO * min(width, height):
         raise BadRecord(
-            f"{name}: is {width:.0f}x{height:.0f} pixels; a longer side of at most {ASPECT_RATIO} times the shorter "
-            "is accepted"
+            f"{name}: must have a longer side of at most {ASPECT_RATIO} times the shorter, got "
+            f"{width:.0f}x{height:.0f} pixels"
         )
     if min_pixels is None and max_pixels is None:
-        return max(UNIT, round(width / UNIT) * UNIT), max(UNIT, round(height / UNIT) * UNIT)
-    # Where PyTorch is installed this import takes seconds, and small runs do without.
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+        width, height = (max(UNIT, round(side / UNIT) * UNIT) for side in (width, height))
+    else:
+        # Where PyTorch is installed this import takes seconds, and small runs do without.
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    height, width = smart_resize(height, width, UNIT, min_pixels or UNIT**2, max_pixels or math.inf)
+        height, width = smart_resize(height, width, UNIT, min_pixels or UNIT**2, max_pixels or math.inf)
+    _check_pixels(width, height, name, "after scaling")
     return width, height
 
 
-def open_image(source: Path | bytes, name: str) -> Image.Image:
-    """Returns an image file, or the content of one, as RGB in its own size; raises BadRecord as `load_image` does."""
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise BadRecord(f"{name}: there is no such file; an image file is accepted")
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            # The further frames of an MPO file, a camera's JPEG, are previews or the view of the other eye.
-            if getattr(image, "is_animated", False) and image.format != "MPO":
-                raise BadRecord(f"{name}: has more than one frame; an image file with a single one is accepted")
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image, name)
-    except BadRecord:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise BadRecord(f"{name}: is not an image; a PNG, JPEG or other image file is accepted") from error
-    except Image.DecompressionBombError as error:
-        pixels = 2 * Image.MAX_IMAGE_PIXELS
-        raise BadRecord(f"{name}: is a decompression bomb; an image of at most {pixels} pixels is accepted") from error
-    except DECODING_ERRORS as error:
-        raise BadRecord(f"{name}: cannot be decoded as an image ({error}); a whole image file is accepted") from error
+def open_image(
+    source: Path | bytes, name: str, check: Callable[[tuple[int, int]], object] = lambda sides: None
+) -> Image.Image:
+    """Returns an image file, or the content of one, as RGB in its own size; raises BadRecord as `load_image` does.
+
+    `check` gets width and height before pixels are decoded, and may raise BadRecord.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(io.BytesIO(source) if isinstance(source, bytes) else open_regular(source))
+            length = file.seek(0, io.SEEK_END)
+        except OSError as error:
+            raise BadRecord(f"{name}: must be an image file, but cannot be read: {error.strerror}") from error
+        except ValueError as error:  # a path with a zero character, or half of a surrogate pair
+            raise BadRecord(f"{name}: must be an image file, but is no path ({error})") from error
+        if length > MOST_BYTES:  # some decoders read a file as a whole
+            raise BadRecord(f"{name}: must be an image file of at most {MOST_BYTES} bytes, got {length}")
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                _check_pixels(*image.size, name, "in the file")
+                if image.format == "TIFF":  # a tile is decoded as a whole, however small the image
+                    tile = (image.tag_v2.get(tag, 1) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
+                    _check_pixels(*tile, name, "in a tile")
+                check(image.size)
+                # The further frames of an MPO file, a camera's JPEG, are previews or the view of the other eye.
+                if getattr(image, "is_animated", False) and image.format != "MPO":
+                    raise BadRecord(f"{name}: must be an image with a single frame, got several")
+                ImageOps.exif_transpose(image, in_place=True)
+                rgb = Image.new("RGB", image.size)
+                for box in _strips(image.size):
+                    rgb.paste(_to_rgb(image.crop(box), name), box)
+                return rgb
+        except BadRecord:
+            raise
+        except Image.UnidentifiedImageError as error:
+            file.seek(0)
+            raise BadRecord(f"{name}: must be a whole {', '.join(FORMATS)} image, got {_beginning(file)}") from error
+        except Image.DecompressionBombError as error:  # Pillow looks at the size first, and has a limit of its own
+            raise BadRecord(f"{name}: must have at most {MOST_PIXELS} pixels in the file, got far more") from error
+        except DECODING_ERRORS as error:
+            raise BadRecord(f"{name}: must be a whole image file, but cannot be decoded ({error})") from error
+
+
+def _beginning(file: BinaryIO) -> str:
+    content = file.read(len(POINTER))
+    if content == POINTER:
+        return "a pointer of Git's large-file storage; fetch the file itself (git lfs pull)"
+    return f"a file that begins with {quote(content[:16])}" if content else "an empty file"
+
+
+def _check_pixels(width: float, height: float, name: str, where: str) -> None:
+    if width * height > MOST_PIXELS:
+        raise BadRecord(f"{name}: must have at most {MOST_PIXELS} pixels {where}, got {width:.0f}x{height:.0f}")
+
+
+def _strips(sides: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Yields boxes that an image is worked on in, so that what is made on the way stays small."""
+    width, height = sides
+    rows = max(1, STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        yield 0, top, width, min(height, top + rows)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -134,7 +213,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         pixels = np.asarray(image)
         # Pillow reads some files of 16 bits into 32.
         if image.mode == "F" or pixels.min() < 0 or pixels.max() > 0xFFFF:
-            raise BadRecord(f"{name}: has 32 bits a channel; 8 or 16 are accepted")
+            raise BadRecord(f"{name}: must have 8 or 16 bits a channel, got 32")
         return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or image.info.get("transparency") is not None:  # as transformers' convert_to_rgb
         image = image.convert("RGBA")

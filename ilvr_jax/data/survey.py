@@ -20,6 +20,7 @@ from ilvr_jax.latents.layout import Layout, Sample, merge_layouts, padded_tokens
 from ilvr_jax.latents.tokens import Role
 
 QUOTED = 3  # sentences of each reason
+MOST_REASONS = 1000  # that are counted apart
 MOST_BUCKETS = 4
 CANDIDATES = 16  # layouts that buckets are merged from: finding the best pair takes the square of it
 SPARED_BUCKET = 0.02  # a bucket, and its compilation, is spared if batches grow by no more than this share
@@ -152,6 +153,8 @@ class Survey:
         """Counts a record that cannot be used, once under each reason."""
         self.left_out += 1
         for reason, sentence in {reason_of(problem): problem for problem in reversed(problems)}.items():
+            if len(self.reasons) >= MOST_REASONS and reason not in self.reasons:
+                reason = "other reasons"
             self.reasons[reason] += 1
             if len(self.sentences[reason]) < QUOTED:
                 self.sentences[reason].append(sentence)
@@ -176,6 +179,7 @@ class Survey:
 def reason_of(problem: str) -> str:
     """Returns a problem's sentence without what differs from record to record: name, numbers, paths and asides."""
     sentence = re.sub(r" \(.*\)", "", problem.partition(": ")[2])
+    sentence = re.sub(r", got .*", ", got …", sentence)
     what, semicolon, accepted = sentence.partition("; ")
     what = re.sub(r"'[^']*'|[^\s:,]*[/\\.][^\s:,]*|(?<![\w-])\d+(x\d+)?", "…", what)
     return re.sub(r"…( …)+", "…", what) + semicolon + accepted
@@ -197,6 +201,7 @@ def suggest_buckets(needs: Mapping[Layout, int], window_units: int, most: int = 
     The two whose union adds the least padding are merged, again and again.
     """
     groups: Counter[Layout] = Counter()
+    members: defaultdict[Layout, list[Layout]] = defaultdict(list)
     union, cost = functools.cache(merge_layouts), functools.cache(lambda layout: padded_tokens(layout, window_units))
 
     def padding(pair: tuple[Layout, Layout]) -> int:
@@ -207,14 +212,18 @@ def suggest_buckets(needs: Mapping[Layout, int], window_units: int, most: int = 
         if waiting and len(groups) < CANDIDATES:
             need = waiting.pop()
             groups[need] += needs[need]
+            members[need].append(need)
             continue
         pair = min(itertools.combinations(groups, 2), key=padding)
         padded = sum(samples * cost(layout) for layout, samples in groups.items())
         if len(groups) <= most and padding(pair) > SPARED_BUCKET * padded:
             break
-        samples = sum(groups.pop(layout) for layout in pair)
+        samples, joined = sum(groups.pop(layout) for layout in pair), [*members.pop(pair[0]), *members.pop(pair[1])]
         groups[union(pair)] += samples
-    return {f"bucket_{number}": layout for number, layout in enumerate(sorted(groups, key=cost), start=1)}
+        members[union(pair)] += joined
+    # A union of unions may keep columns that the union of all their members does without.
+    merged = sorted((merge_layouts(members[layout]) for layout in groups), key=cost)
+    return {f"bucket_{number}": layout for number, layout in enumerate(merged, start=1)}
 
 
 def first_holding(need: Layout, buckets: Mapping[str, Layout]) -> str:
