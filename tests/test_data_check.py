@@ -241,7 +241,7 @@ def test_what_is_wrong_is_counted_by_kind(folder, capsys, monkeypatch):
     assert counted == {
         '"image_input" must be an image file in …, but … cannot be read: No such file or directory': 2,
         "…: must have at most … pixels in the file, got …": 1,
-        "…: must be an image with a single frame, got …": 1,
+        "…: must be an image with a single frame, got several": 1,
         "…: must have … or … bits a channel, got …": 1,
         '"text_output" must have one <output_image> where each of the … images of "image_output" belongs, got …': 1,
         "a text must not hold special tokens, got <|im_end|>": 1,
@@ -463,7 +463,7 @@ def test_the_settings_of_a_config_are_used(folder, capsys):
 def test_a_checkpoint_on_the_hub_is_asked_for_no_weights(folder, capsys, monkeypatch):
     asked = []
 
-    def download(name, allow_patterns):
+    def download(name, allow_patterns, ignore_patterns):
         asked.append((name, allow_patterns))
         raise OSError("no network")
 

@@ -179,7 +179,7 @@ class Survey:
 def reason_of(problem: str) -> str:
     """Returns a problem's sentence without what differs from record to record: name, numbers, paths and asides."""
     sentence = re.sub(r" \(.*\)", "", problem.partition(": ")[2])
-    sentence = re.sub(r", got .*", ", got …", sentence)
+    sentence = re.sub(r"(, got [^'\"]*?)b?['\"].*", r"\1…", sentence)
     what, semicolon, accepted = sentence.partition("; ")
     what = re.sub(r"'[^']*'|[^\s:,]*[/\\.][^\s:,]*|(?<![\w-])\d+(x\d+)?", "…", what)
     return re.sub(r"…( …)+", "…", what) + semicolon + accepted
