@@ -1,5 +1,6 @@
 """Tiny random checkpoints as transformers saves them."""
 
+import copy
 import json
 
 import torch
@@ -40,8 +41,11 @@ def save_published(folder, nested=False, shard="5GB", tied=False, dtype="bfloat1
 
     Every word of `texts` is a token of it.
     """
-    config = transformers.Qwen2_5_VLConfig(
-        **{**TEXT, "vocab_size": vocabulary}, vision_config=VISION, tie_word_embeddings=tied, torch_dtype=dtype
+    config = transformers.Qwen2_5_VLConfig(  # it changes the dictionaries that it gets
+        **{**copy.deepcopy(TEXT), "vocab_size": vocabulary},
+        vision_config=VISION,
+        tie_word_embeddings=tied,
+        torch_dtype=dtype,
     )
     torch.manual_seed(1)
     model = transformers.Qwen2_5_VLForConditionalGeneration(config).to(getattr(torch, dtype))

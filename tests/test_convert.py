@@ -30,10 +30,11 @@ from ilvr_jax.models.checkpoint import nested_name
 from ilvr_jax.models.config import model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.tensor_files import BadCheckpoint, TensorToWrite, weight_files, write_tensors
+from ilvr_jax.training.checkpoints import build_model
 from ilvr_jax.training.configuration import read_config, to_json
-from ilvr_jax.training.pretrained import load_params, open_pretrained
+from ilvr_jax.training.pretrained import keep_description, load_params, open_pretrained
 from tests.published import VOCABULARY, read_all, save_published
-from tests.samples import untrained_run
+from tests.samples import tiny_config, untrained_run
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -88,24 +89,117 @@ def test_rows_are_added_where_none_is_spare(tmp_path):
     assert convert.main(["from-hf", str(tmp_path / "back"), str(tmp_path / "again")]) == 0
 
 
-def test_transformers_opens_what_is_written_with_the_same_logits(tmp_path):
-    save_published(tmp_path / "published", dtype="float32")
-    assert convert.main(["from-hf", str(tmp_path / "published"), str(tmp_path / "ours")]) == 0
-    assert convert.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
-    ids = tokenizer("up down<|latent_start|><|latent_pad|><|latent_end|>left")["input_ids"]
-    assert len(tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS))) == 3
-    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "back", dtype=torch.float32)
-    assert theirs.config.latent_token_id == tokenizer.convert_tokens_to_ids("<|latent_pad|>")
+def their_logits(folder, ids):
+    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        expected = theirs(input_ids=torch.tensor([ids])).logits.numpy()
-    pretrained = open_pretrained(tmp_path / "ours")
+        return theirs(input_ids=torch.tensor([ids])).logits.numpy()
+
+
+def our_logits(folder, ids):
+    pretrained = open_pretrained(folder)
     config = model_config_from_hf(pretrained.published)
     model, params = Qwen2_5VL(config), load_params(pretrained, config, "float32", jax.random.key(0))
     inputs = model.embed(params["decoder"], np.array([ids]))
     positions = np.broadcast_to(np.arange(len(ids)), (1, 3, len(ids)))
     hidden, _ = model.decode(params["decoder"], inputs, positions, causal_mask(np.ones((1, len(ids)), bool)))
-    np.testing.assert_allclose(model.logits(params["decoder"], hidden), expected, atol=2e-4)
+    return model.logits(params["decoder"], hidden)
+
+
+YARN = {"type": "yarn", "mrope_section": [1, 1, 2], "factor": 4, "original_max_position_embeddings": 8}
+
+
+@pytest.mark.parametrize("rope", [None, YARN], ids=["default", "yarn"])
+def test_transformers_opens_what_is_written_with_the_same_logits(tmp_path, rope):
+    save_published(tmp_path / "published", dtype="float32")
+    if rope:
+        config = json.loads((tmp_path / "published" / "config.json").read_text())
+        config["text_config"] |= {"rope_scaling": rope, "rope_parameters": None}
+        (tmp_path / "published" / "config.json").write_text(json.dumps(config))
+    assert convert.main(["from-hf", str(tmp_path / "published"), str(tmp_path / "ours")]) == 0
+    assert convert.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    ids = tokenizer("up down<|latent_start|><|latent_pad|><|latent_end|>left" * 3)["input_ids"]
+    assert len(tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS))) == 3
+    theirs = transformers.Qwen2_5_VLConfig.from_pretrained(tmp_path / "back")
+    assert theirs.latent_token_id == tokenizer.convert_tokens_to_ids("<|latent_pad|>")
+    assert theirs.text_config.rope_parameters["rope_type"] == ("yarn" if rope else "default")
+    expected = their_logits(tmp_path / "back", ids)
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", ids), expected, atol=2e-4)
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_head_of_its_own_is_used_whatever_the_config_ties(tmp_path, capsys, nested):
+    published, embedding = tmp_path / "published", f"model.{'language_model.' * nested}embed_tokens.weight"
+    save_published(published, nested, tied=True, dtype="float32")
+    head = np.random.default_rng(0).standard_normal((VOCABULARY, 32)).astype(np.float32)
+    change_tensors(published, lambda tensors: tensors.update({"lm_head.weight": head}))
+    pretrained = open_pretrained(published)
+    sentence = capsys.readouterr().err
+    assert "config.json has `tie_word_embeddings` true, but lm_head.weight differs" in sentence
+    ids, used = [3, 9, 2, 20, 4], min(pretrained.added)
+    expected = their_logits(published, ids)[..., :used]
+    np.testing.assert_allclose(our_logits(published, ids)[..., :used], expected, atol=2e-4)
+    assert convert.main(["from-hf", str(published), str(tmp_path / "ours")]) == 0
+    assert convert.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    np.testing.assert_array_equal(read_all(tmp_path / "back")["lm_head.weight"][:used], head[:used])
+    capsys.readouterr()
+    np.testing.assert_allclose(their_logits(tmp_path / "back", ids)[..., :used], expected, atol=2e-4)
+    assert "tie" not in capsys.readouterr().err
+    # A run that begins from it is built with the head, and when it is opened again, from what it keeps.
+    config = tiny_config().unlock()
+    config.model = {"init_from": str(published), "frozen_dtype": "float32"}
+    keep_description(pretrained, tmp_path / "kept")
+    for folder, description in ((published, pretrained.published), (tmp_path / "kept", None)):
+        model = build_model(config, folder, pretrained.tokenizer, description)
+        assert not model.config.tie_word_embeddings
+    assert embedding in read_all(published)
+
+
+def test_equal_or_single_tensors_are_tied_without_a_word(tmp_path, capsys):
+    save_published(tmp_path / "published", tied=True, dtype="float32")
+    ids = [3, 9, 2, 20, 4]
+    used, expected = min(open_pretrained(tmp_path / "published").added), their_logits(tmp_path / "published", ids)
+
+    def copy_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+    for change in (copy_head, lambda tensors: tensors.pop("model.embed_tokens.weight")):
+        change_tensors(tmp_path / "published", change)
+        capsys.readouterr()
+        assert model_config_from_hf(open_pretrained(tmp_path / "published").published).tie_word_embeddings
+        found = our_logits(tmp_path / "published", ids)[..., :used]
+        assert not capsys.readouterr().err
+        np.testing.assert_allclose(found, expected[..., :used], atol=2e-4)
+        np.testing.assert_array_equal(their_logits(tmp_path / "published", ids), expected)
+
+
+def test_a_head_that_is_not_there_is_named(tmp_path, capsys):
+    save_published(tmp_path / "published")
+    change_tensors(tmp_path / "published", lambda tensors: tensors.pop("lm_head.weight"))
+    assert convert.main(["from-hf", str(tmp_path / "published"), str(tmp_path / "ours")]) == 2
+    assert "lacks lm_head.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("named", "dtype"), [("auto", "bfloat16"), (None, "bfloat16"), ("fp16", "float16")])
+def test_a_dtype_of_any_name_or_none_is_kept_in_and_out(tmp_path, named, dtype):
+    save_published(tmp_path / "published", dtype="bfloat16")
+    config = json.loads((tmp_path / "published" / "config.json").read_text())
+    for section in (config, config["text_config"], config["vision_config"]):
+        section.pop("dtype", None)
+    (tmp_path / "published" / "config.json").write_text(json.dumps({**config, "torch_dtype": named}))
+    assert open_pretrained(tmp_path / "published").dtype == dtype
+    assert convert.main(["from-hf", str(tmp_path / "published"), str(tmp_path / "ours")]) == 0
+    assert open_pretrained(tmp_path / "ours").dtype == dtype
+    assert convert.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    assert {str(tensor.dtype) for tensor in read_all(tmp_path / "back").values()} == {dtype}
+    theirs = transformers.Qwen2_5_VLConfig.from_pretrained(tmp_path / "back")
+    assert str(theirs.dtype) == f"torch.{dtype}"
 
 
 def damaged(folder, how):
@@ -128,6 +222,8 @@ def damaged(folder, how):
         (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
     elif how == "no config":
         (folder / "config.json").unlink()
+    elif how == "image token":
+        (folder / "config.json").write_text(json.dumps({**config, "image_token_id": 0}))
     elif how == "index":
         weights.unlink()
         index = {"weight_map": {name: "model-00001-of-00002.safetensors" for name in tensors}}
@@ -158,6 +254,7 @@ def published(tmp_path_factory):
         ),
         ("empty", r"must hold model.safetensors, or .* but holds no weights"),
         ("architecture", "must have the `model_type` 'qwen2_5_vl', got 'llama'"),
+        ("image token", r"config.json: `image_token_id` must be the number of <\|image_pad\|>, got 0, that of"),
         ("no config", "has no config.json"),
         ("index", "names model-00001-of-00002.safetensors, which must be files of .*, but are not there"),
         ("tokenizer", r"must have an embedding row for each token, but has \d+ tokens and 100 rows"),

@@ -134,6 +134,13 @@ def test_a_field_of_the_decoder_that_cannot_be_used_is_named(field, value, neste
     assert f"{field}`" in sentence or f"`{name}`" in sentence
 
 
+@pytest.mark.parametrize("name", ["tie_word_embeddings", "image_token_id", "text_config"])
+@pytest.mark.parametrize("value", ["true", -1.5, [3]])
+def test_a_field_of_the_whole_that_cannot_be_used_is_named(name, value, tmp_path):
+    with pytest.raises(BadCheckpoint, match=f"config.json: `{name}` must be .*, got "):
+        shape_of({**FLAT, name: value}, tmp_path)
+
+
 @pytest.mark.parametrize("key", ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale"])
 @pytest.mark.parametrize("value", ["4", True, -1.0, float("inf"), [4], {}])
 def test_a_field_of_yarn_that_cannot_be_used_is_named(key, value, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
 from ilvr_jax.data.records import Record, Text
 from ilvr_jax.errors import InputError, listed, quote
@@ -94,8 +94,12 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     Raises BadTokenizer, naming the file, if there is none or one of its files is damaged.
     """
     files = tokenizer_files(Path(folder))
+    # By itself it would read the model's config.json beside the tokenizer, and fail at fields that are harmless here.
+    config = Qwen2_5_VLConfig() if (Path(folder) / "config.json").is_file() else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), config=config, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # tokenizers raises plain Exception, transformers whatever reading what it holds does
         for path in files:
             if path.name == TOKENIZER:

@@ -18,7 +18,7 @@ from ilvr_jax.errors import LISTED, listed, quote
 from ilvr_jax.models.config import ModelConfig
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.sharding import one_device, shardings, to_mesh
-from ilvr_jax.models.tensor_files import DTYPES, BadCheckpoint, TensorFiles, TensorToWrite, warn
+from ilvr_jax.models.tensor_files import DTYPE_NAMES, DTYPES, BadCheckpoint, TensorFiles, TensorToWrite, warn
 
 # Module names that differ between a checkpoint and our parameters.
 RENAMED = {
@@ -54,6 +54,7 @@ QUANTISED = {
     "quanto": ("_data", "_scale"),
 }
 UNMERGED = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)\.")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -84,7 +85,7 @@ def tensor_name(path: tuple[str, ...], layer: int | None = None) -> str:
     """Returns the flat name of the parameter at `path`; `layer` picks from a stacked parameter."""
     tower, *modules = path
     if modules == ["lm_head"]:
-        return "lm_head.weight"
+        return HEAD
     leaf = {"kernel": "weight", "embed_tokens": "embed_tokens.weight"}.get(modules[-1], modules[-1])
     modules = [RENAMED.get(module, module) for module in modules[:-1]]
     modules = [re.sub(r"^blocks_(\d+)$", r"blocks.\1", module) for module in modules]
@@ -159,8 +160,8 @@ def check_tensors(state: Mapping[str, np.ndarray], shapes: PyTree, config: Model
         if (other := found.setdefault(flat_name(name), name)) != name:
             raise BadCheckpoint(f"the checkpoint must hold a tensor once, but has {quote(other)} and {quote(name)}")
     check_not_quantised(found)
-    if config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)
+    if config.tie_word_embeddings and (head := found.pop(HEAD, None)):
+        found.setdefault(EMBEDDING, head)  # one of the two is enough, as it is for transformers
     expected = published_shapes(shapes, config)
     others = sorted(found.keys() - expected.keys())
     misshapen, numbers = [], []
@@ -183,6 +184,25 @@ def check_tensors(state: Mapping[str, np.ndarray], shapes: PyTree, config: Model
     if others:
         warn(f"ignored tensors that are not part of the model: {listed(others)}")
     return {name: found[name] for name in expected}
+
+
+def has_own_head(state: TensorFiles) -> bool:
+    """Returns whether a checkpoint has an output head with other numbers than its embedding.
+
+    transformers ties the two in no such case, whatever `tie_word_embeddings` is.
+    """
+    names = {flat_name(name): name for name in state}
+    pair = [names[name] for name in (EMBEDDING, HEAD) if name in names]
+    if len(pair) < 2 or any(state.places[name].dtype not in FLOATS or not state.places[name].shape for name in pair):
+        return False
+    return not state.equal(*pair)
+
+
+def stored_dtype(state: TensorFiles) -> str:
+    """Returns the dtype of a checkpoint's first tensor of floating point, by which transformers takes its dtype."""
+    names = {short: name for name, short in DTYPE_NAMES.items()}
+    kinds = (place.dtype for place in state.places.values() if place.dtype in FLOATS)
+    return names.get(next(kinds, "F32"), "float32")
 
 
 def check_not_quantised(names: Collection[str]) -> None:

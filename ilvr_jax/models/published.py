@@ -71,6 +71,12 @@ ONE_VALUE = {
     "mrope_interleaved": nullable(one_of(False)),
     "per_layer_config": ABSENT,
 }
+ROOT = {
+    "text_config": nullable(SECTION),
+    "tie_word_embeddings": FLAG,
+    "image_token_id": whole(least=0),
+    "per_layer_config": ABSENT,
+}
 TEXT = {
     "vocab_size": whole(),
     "hidden_size": whole(),
@@ -130,7 +136,7 @@ def read_fields(published: Mapping[str, Any]) -> Qwen2_5_VLConfig:
     """
     check_not_quantised(published)
     published_dtype(published)
-    check(published, "", {"tie_word_embeddings": FLAG, "text_config": nullable(SECTION), "per_layer_config": ABSENT})
+    check(published, "", ROOT)
     check({"vision_config": published.get("vision_config")}, "", {"vision_config": SECTION})
     nested = published.get("text_config") is not None
     text, prefix = (published["text_config"], "text_config.") if nested else (published, "")

@@ -20,6 +20,7 @@ from ilvr_jax.files import IS_POINTER, POINTER, named_errors, open_regular, read
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # in a file's header
+COMPARED_ROWS = 4096  # of two matrices, at a time
 SHARD_BYTES = 5 * 10**9  # as transformers cuts them
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 FOREIGN = (*PICKLES, ".gguf", ".safetensors", ".safetensors.index.json")  # files of weights, by how names end
@@ -47,6 +48,23 @@ class TensorFiles(Mapping[str, Shaped[np.ndarray, "..."]]):
         # Opened anew each time: the pages that were read stay in the process as long as their file is open.
         with safe_open(self.places[name].path, framework="numpy") as file:
             return file.get_tensor(name)
+
+    def equal(self, one: str, other: str) -> bool:
+        """Returns whether two matrices hold the same numbers; some of their rows at a time are read."""
+        places = self.places[one], self.places[other]
+        if places[0].shape != places[1].shape:
+            return False
+        with (
+            safe_open(places[0].path, framework="numpy") as first,
+            safe_open(places[1].path, framework="numpy") as then,
+        ):
+            views = first.get_slice(one), then.get_slice(other)
+            count = places[0].shape[0]
+            for start in range(0, count, COMPARED_ROWS):
+                rows = [view[start : min(start + COMPARED_ROWS, count)].astype(np.float32) for view in views]
+                if not np.array_equal(*rows):
+                    return False
+        return True
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)

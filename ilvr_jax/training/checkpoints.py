@@ -4,7 +4,7 @@ import contextlib
 import functools
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -259,9 +259,15 @@ def restore_teacher(workdir: Path, config: ConfigDict, stage: str | None = None)
     return teacher
 
 
-def build_model(config: ConfigDict, folder: Path, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5VL:
-    """Returns the model of a run: of the shape in its config, or of the checkpoint that it begins from, in `folder`."""
-    published = read_published(folder) if config.model.init_from else None
+def build_model(
+    config: ConfigDict, folder: Path, tokenizer: PreTrainedTokenizerFast, published: Mapping[str, Any] | None = None
+) -> Qwen2_5VL:
+    """Returns the model of a run: of the shape in its config, or of the checkpoint that it begins from.
+
+    That is described by `published`, by default the config.json in `folder`.
+    """
+    if config.model.init_from and published is None:
+        published = read_published(folder)
     with blame("model"):
         return Qwen2_5VL(model_config(config.model, len(tokenizer), published))
 

@@ -19,7 +19,7 @@ from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.checkpoint import state_dict_from_params
 from ilvr_jax.models.config import ModelConfig, model_config_from_hf
 from ilvr_jax.models.lora import SUFFIX, LoraConfig, merge_adapters
-from ilvr_jax.models.published import described_scaling
+from ilvr_jax.models.published import described_scaling, published_dtype
 from ilvr_jax.models.tensor_files import write_tensors
 from ilvr_jax.training.checkpoints import PRETRAINED, restore_for_inference, restore_teacher
 from ilvr_jax.training.configuration import BadConfig, read_config
@@ -78,7 +78,7 @@ def export(
         elif lora:
             raise BadConfig(f"{source} has no LoRA adapters; without --merge-lora and --adapter it can be exported")
     nested = (published / SOURCE).is_file() and read_nested(published)
-    dtype = dtype or settings.get("dtype") or settings.get("torch_dtype") or "float32"
+    dtype = dtype or published_dtype(settings) or "float32"
     with new_folder(destination):
         write_tensors(state_dict_from_params(params, config, dtype, nested), destination)
         tokenizer.save_pretrained(destination)
@@ -103,7 +103,7 @@ def with_tokens(
 ) -> dict[str, Any]:
     """Returns a config.json with the sizes and token ids of a run; latent fields are named as Mirage and ILVR do."""
     described = json.loads(json.dumps(published))
-    for section in (described, described.get("text_config", {})):
+    for section in (described, described.get("text_config") or {}):
         for key in ("vocab_size", "dtype", "torch_dtype"):
             if key in section:
                 section[key] = vocabulary if key == "vocab_size" else dtype

@@ -83,7 +83,7 @@ def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> 
     else:
         tokenizer = pretrained.tokenizer if pretrained else make_tokenizer(config, source)
     described = pretrained.folder if pretrained else workdir / PRETRAINED
-    model = build_model(config, described, tokenizer)
+    model = build_model(config, described, tokenizer, pretrained and pretrained.published)
     special = answer_tokens(config, described, tokenizer, model)
     with blame("mesh"):
         mesh = make_mesh(config.mesh)

@@ -34,8 +34,9 @@ from ilvr_jax.files import (
     read_object,
     write_json,
 )
-from ilvr_jax.models.checkpoint import is_nested, params_from_state_dict, put
+from ilvr_jax.models.checkpoint import HEAD, has_own_head, is_nested, params_from_state_dict, put, stored_dtype
 from ilvr_jax.models.config import CLIP_MEAN, CLIP_STD, ModelConfig, model_config_from_hf
+from ilvr_jax.models.published import published_dtype
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.sharding import one_device, placed_like, shardings
 from ilvr_jax.models.tensor_files import (
@@ -78,10 +79,8 @@ class Pretrained:
 
     @property
     def dtype(self) -> str:
-        """Returns the dtype that its config names."""
-        text = self.published.get("text_config", {})
-        named = [part.get(key) for part in (self.published, text) for key in ("dtype", "torch_dtype")]
-        return next(filter(None, named), "float32")
+        """Returns the dtype of its weights, float32 if neither its config nor a file names one."""
+        return published_dtype(self.published) or "float32"
 
 
 def open_pretrained(name: str | Path, weights: bool = True) -> Pretrained:
@@ -93,7 +92,7 @@ def open_pretrained(name: str | Path, weights: bool = True) -> Pretrained:
     the embedding has rows.
     """
     folder = find_folder(name, weights)
-    published = read_published(folder)
+    published = as_weights_are(read_published(folder), folder)
     for name in KEPT:
         if os.path.lexists(folder / name):
             read_object(folder / name, BadCheckpoint)
@@ -108,8 +107,20 @@ def open_pretrained(name: str | Path, weights: bool = True) -> Pretrained:
             f"{folder} must have an embedding row for each token, but has {len(tokenizer)} tokens and {rows} rows"
         )
     check_image_processor(folder)
+    check_image_token(published, folder, tokenizer)
     stop = read_stop_tokens(folder, tokenizer, rows)
     return Pretrained(folder, published, tokenizer, add_latent_tokens(tokenizer), stop)
+
+
+def check_image_token(published: Mapping[str, Any], folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises BadCheckpoint if a checkpoint's images go where its tokenizer has another token than ours do."""
+    token = published.get("image_token_id", len(tokenizer))
+    name = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else None
+    if name not in (None, "<|image_pad|>"):
+        raise BadCheckpoint(
+            f"{folder / 'config.json'}: `image_token_id` must be the number of <|image_pad|>, got {token}, that of "
+            f"{quote(name)}"
+        )
 
 
 def check_image_processor(folder: Path) -> None:
@@ -172,12 +183,38 @@ def read_published(folder: Path) -> dict[str, Any]:
     return published
 
 
+def as_weights_are(published: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns a config.json with what the weights decide: a dtype if it has none, and that a head of its own is kept.
+
+    The latter is what transformers does, whatever `tie_word_embeddings` is; a line on stderr names it.
+    """
+    tied, dtype = model_config_from_hf(published).tie_word_embeddings, published_dtype(published)
+    if not tied and dtype:
+        return published
+    try:
+        tensors = checkpoint_tensors(folder)
+    except BadCheckpoint:  # they are not there, and raise the same where they are needed
+        return published
+    if not dtype:
+        published = published | {"dtype": stored_dtype(tensors)}
+    if tied and has_own_head(tensors):
+        warn(
+            f"{folder / 'config.json'} has `tie_word_embeddings` true, but {HEAD} differs from the embedding: both are "
+            "used, as transformers does"
+        )
+        published = published | {"tie_word_embeddings": False}
+        if published.get("text_config"):
+            published["text_config"] = published["text_config"] | {"tie_word_embeddings": False}
+    return published
+
+
 def keep_description(pretrained: Pretrained, folder: Path) -> None:
     """Copies into `folder` what describes the model and its images, for reading the weights of a run later."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", GENERATION, *KEPT):
+    for name in (GENERATION, *KEPT):
         if (pretrained.folder / name).is_file():
             copy(pretrained.folder / name, folder / name)
+    write_json(folder / "config.json", pretrained.published)
     write_json(folder / SOURCE, {"nested": pretrained.nested})
 
 
@@ -292,7 +329,7 @@ def _failed_tasks_are_silent() -> Iterator[None]:
 
 def write_published(published: dict[str, Any], vocabulary: int, folder: Path) -> None:
     """Writes config.json with the number of embedding rows, wherever the published one says it."""
-    for section in (published, published.get("text_config", {})):
+    for section in (published, published.get("text_config") or {}):
         if "vocab_size" in section:
             section["vocab_size"] = vocabulary
     write_json(folder / "config.json", published)
