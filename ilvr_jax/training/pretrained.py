@@ -141,7 +141,7 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or str(name).count("/") != 1 or str(name).startswith((".", "~", "/")):
-        raise BadCheckpoint(f"{name} is not a folder; a folder of a checkpoint or a name on the hub is accepted")
+        raise BadCheckpoint(f"{name} must be the folder of a checkpoint, or a name on the hub, and is neither")
     try:
         folder = _fetch(name, ["*.json", "*.txt", "*.jinja"])
         if weights:
@@ -155,7 +155,7 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadCheckpoint(
             f"{name} is no folder here and could not be fetched from the hub ({first_line}); without a network, give "
-            "the folder that holds its config.json and *.safetensors"
+            f"the folder that holds its config.json and {WEIGHTS}"
         ) from error
 
 
@@ -168,7 +168,7 @@ def _fetch(name: str | Path, patterns: Sequence[str]) -> Path:
 def read_published(folder: Path) -> dict[str, Any]:
     """Returns a checkpoint's config.json; raises BadCheckpoint if there is none or its model cannot be built here."""
     path = folder / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise BadCheckpoint(f"{folder} has no config.json; a folder of a published checkpoint must have one")
     published = read_json(path, BadCheckpoint)
     kind = published.get("model_type") if isinstance(published, dict) else None
