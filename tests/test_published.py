@@ -89,6 +89,7 @@ def test_scaled_positions_of_our_own_config_are_exported(scaling):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("hidden_size", 2**30),
         ("hidden_act", "gelu"),
         ("hidden_act", None),
         ("use_sliding_window", True),
@@ -172,6 +173,7 @@ def test_scaled_positions_beside_the_text_config_are_not_ignored(tmp_path):
         ("depth", "2"),
         ("patch_size", [14, 14]),
         ("window_size", 50),
+        ("window_size", 28 * 2**20),
         ("num_heads", 3),
         ("num_attention_heads", 0),
         ("out_hidden_size", 64),

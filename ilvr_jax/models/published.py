@@ -16,7 +16,9 @@ from ilvr_jax.errors import QUOTE_LENGTH, quote
 from ilvr_jax.models.rotary import RopeScaling, yarn_magnitude
 from ilvr_jax.models.tensor_files import BadCheckpoint
 
-LARGEST, LARGEST_NUMBER, MOST_LAYERS = 2**31 - 1, 1e30, 1000
+# Beyond these a model could not even be described; published ones have 29568 channels, 80 layers and windows of 112.
+LARGEST, LARGEST_NUMBER, MOST_LAYERS = 2**31 - 1, 1e30, 256
+WIDEST, MOST_PIXELS = 2**20, 2**14
 MROPE_SECTION = (16, 24, 24)  # what transformers takes where there is none
 # Names of dtypes by what files hold, "torch." before them or not.
 DTYPE_NAMES = {
@@ -79,10 +81,10 @@ ROOT = {
 }
 TEXT = {
     "vocab_size": whole(),
-    "hidden_size": whole(),
-    "intermediate_size": whole(),
+    "hidden_size": whole(most=WIDEST),
+    "intermediate_size": whole(most=WIDEST),
     "num_hidden_layers": whole(most=MOST_LAYERS),
-    "num_attention_heads": whole(),
+    "num_attention_heads": whole(most=WIDEST),
     "num_key_value_heads": nullable(whole()),
     "max_position_embeddings": whole(),
     "original_max_position_embeddings": whole(),
@@ -98,13 +100,13 @@ TEXT = {
 }
 VISION = {
     "depth": whole(most=MOST_LAYERS),
-    "hidden_size": whole(),
-    "intermediate_size": whole(),
-    "num_heads": whole(),
-    "out_hidden_size": whole(),
-    "window_size": whole(),
-    "patch_size": whole(),
-    "temporal_patch_size": whole(),
+    "hidden_size": whole(most=WIDEST),
+    "intermediate_size": whole(most=WIDEST),
+    "num_heads": whole(most=WIDEST),
+    "out_hidden_size": whole(most=WIDEST),
+    "window_size": whole(most=MOST_PIXELS),
+    "patch_size": whole(most=MOST_PIXELS),
+    "temporal_patch_size": whole(most=WIDEST),
     "spatial_merge_size": one_of(2),
     "in_channels": one_of(3),
     "hidden_act": SILU,
