@@ -1,6 +1,13 @@
 """ILVR-JAX: interleaved latent visual reasoning in JAX and Flax (arXiv 2512.05665)."""
 
 import os
+import sys
+
+from ilvr_jax.interrupts import stop_at_interrupts
 
 # transformers serves tokenizers, image processors and configs here: that it finds no PyTorch is as it should be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+# One of our commands is starting (python -m ilvr_jax.train): Ctrl-C ends it from its first import on.
+if sys.argv[:1] == ["-m"] and any(argument.startswith("ilvr_jax.") for argument in sys.orig_argv):
+    stop_at_interrupts()

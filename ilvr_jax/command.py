@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 
 from absl import logging
 
-from ilvr_jax.errors import InputError, one_line
+from ilvr_jax.errors import InputError, one_line, quote
 from ilvr_jax.files import FULL
+from ilvr_jax.interrupts import STOPPED
 
-DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
+DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -35,18 +36,45 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     def run(arguments: Sequence[str] | None = None) -> int:
         logging.set_verbosity(logging.FATAL)  # avoid printing library errors twice
         try:
-            return main(arguments)
+            check_encoding(sys.argv[1:] if arguments is None else arguments)
+            status = main(arguments)
+            if sys.stdout is not None:  # none where the caller closed it
+                sys.stdout.flush()
+            return status
         except InputError as error:
             return fail(BAD_INPUT, error)
-        except BrokenPipeError:  # who read the output has ended: nothing is left to write, at exit either
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # who read the output has ended
+            _discard_output()
             return FAILED
         except OSError as error:
+            if error.filename is None:
+                _discard_output()
             return fail(FAILED if error.errno in FULL else BAD_INPUT, describe(error))
-        except KeyboardInterrupt:
-            return fail(STOPPED, "stopped")
+        except KeyboardInterrupt as error:  # where `interrupts` does not end the process: it is not ours alone
+            return fail(STOPPED, str(error) or "stopped")
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's name of it
+                raise
+            return fail(FAILED, f"the memory is full; ask for smaller batches, images or answers ({error})")
 
     return run
+
+
+def check_encoding(arguments: Sequence[str]) -> None:
+    """Raises InputError for an argument that is no UTF-8 text: no file, prompt or message could hold it."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"each argument must be text in UTF-8, got {quote(os.fsencode(argument))}") from error
+
+
+def _discard_output() -> None:
+    """Lets the interpreter write the rest of its output to nowhere as it ends, where it would fail once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(status: int, sentence: object) -> int:

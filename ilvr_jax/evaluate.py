@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-import json
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,68 +11,75 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from absl import logging
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ilvr_jax.command import ArgumentParser, command
 from ilvr_jax.data.examples import ExampleSettings, build_prompt, read_image
-from ilvr_jax.data.pipeline import Source
+from ilvr_jax.data.pipeline import Source, fingerprint
 from ilvr_jax.data.records import BadRecord, Record
+from ilvr_jax.errors import InputError, quote
+from ilvr_jax.files import check_output, write_json
 from ilvr_jax.inference.engine import Engine, fit_settings
-from ilvr_jax.inference.flags import add_decoding_flags, how_to_decode, over_limits
+from ilvr_jax.inference.flags import add_decoding_flags, blame_flags, check_sizes, how_to_decode
 from ilvr_jax.inference.requests import Answer, Picture, Request
+from ilvr_jax.inference.sampling import check_whole
 from ilvr_jax.inference.transcript import split_at_looks
-from ilvr_jax.models.tensor_files import BadCheckpoint
+from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.tasks import TASKS
-from ilvr_jax.tasks.results import BadResults, Key, Results, figures
-from ilvr_jax.training.checkpoints import NoCheckpoint
+from ilvr_jax.tasks.results import Key, Results, figures, open_results
 from ilvr_jax.training.configuration import BadConfig, resolve_path
 from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.trained import TrainedModel, open_trained
 
 REPORT_SECONDS = 10.0  # between two lines of progress
+MOST_SAMPLES, MOST_ROWS = 2**16, 2**16
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0 done, 1 some records left out, 2 bad input, 130 stopped."""
-    logging.set_verbosity(logging.FATAL)  # libraries log the errors that they raise: each is to be said once
+    """Runs the command and returns its exit status: 0 done, 1 some records skipped, 2 bad input, 130 stopped."""
     options = make_parser().parse_args(arguments)
-    results = None
-    try:
-        trained = open_trained(options.checkpoint, options.stage, options.dtype)
-        if not trained.looks and options.method != "text":
-            print(f"{options.checkpoint} has no latent tokens; it is decoded as plain text", file=sys.stderr)
-            options.method = "text"
-        work = Work(options, trained, TASKS[options.task])
-        results = Results(work.out, work.settings())
+    check_flags(options)
+    trained = open_trained(options.checkpoint, options.stage, options.dtype)
+    if not trained.looks and options.method != "text":
+        print(f"{options.checkpoint} has no latent tokens; it is decoded as plain text", file=sys.stderr)
+        options.method = "text"
+    work = Work(options, trained, TASKS[options.task])
+    summary_path = work.out.with_suffix(".summary.json")
+    check_output(summary_path)
+    with open_results(work.out, work.settings()) as results, stop_sentence(lambda: stopped(results)):
         for sentence in results.damaged:
             print(sentence, file=sys.stderr)
         seconds = work.answer_all(results)
-    except (BadConfig, BadCheckpoint, BadRecord, BadResults, NoCheckpoint) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{error.filename or options.out} cannot be read or written: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        kept = f"{len(results.lines)} answers are in {results.path}, and the same command goes on" if results else ""
-        print(f"stopped; {kept or 'nothing was written'}", file=sys.stderr)
-        return 130
-    finally:
-        if results:
-            results.close()
-    summary = work.summary(results, seconds)
-    show(summary, work.settings(), Console())
-    summary_path = results.path.with_suffix(".summary.json")
-    summary_path.write_text(json.dumps(summary, indent=2) + "\n")
+        summary = work.summary(results, seconds)
+        show(summary, work.settings(), Console())
+        write_json(summary_path, summary)
     print(f"Every answer: {results.path}; the figures: {summary_path}")
     return 1 if work.left_out else 0
 
 
+def stopped(results: Results) -> str:
+    return f"stopped; {len(results.lines)} answers are in {results.path}, and the same command asks the others"
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Raises InputError, naming the flag, for a bad value of those that this command alone has."""
+    with blame_flags():
+        for name, most in (("samples_per_question", MOST_SAMPLES), ("batch_size", MOST_ROWS)):
+            check_whole(name, getattr(options, name), 1, most)
+        if options.limit is not None:
+            check_whole("limit", options.limit, 1)
+    if options.samples_per_question > 1 and not options.temperature:
+        raise BadConfig("--temperature must be above 0 for --samples-per-question above 1, or all samples are alike")
+    if options.out is not None and options.out.suffix != ".jsonl":
+        raise BadConfig(f"--out must be a file whose name ends with .jsonl, got {quote(str(options.out))}")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m ilvr_jax.evaluate", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(prog="python -m ilvr_jax.evaluate", description=__doc__)
     parser.add_argument("checkpoint", help="the workdir of a run, a folder of a Qwen2.5-VL, or its name on the hub")
     parser.add_argument("--task", choices=TASKS, required=True, help="what is asked and how answers are scored")
     parser.add_argument("--data", type=Path, help="the records, in a format of the task (default: the run's eval.data)")
@@ -99,27 +106,17 @@ class Work:
 
     def __init__(self, options: argparse.Namespace, trained: TrainedModel, task: ModuleType):
         self.options, self.trained, self.task = options, trained, task
-        for name in ("samples_per_question", "batch_size", *(["limit"] if options.limit is not None else [])):
-            if getattr(options, name) < 1:
-                raise BadConfig(f"--{name.replace('_', '-')} is {getattr(options, name)}; 1 or more is accepted")
-        if options.samples_per_question > 1 and not options.temperature:
-            raise BadConfig(
-                "--samples-per-question is above 1 and --temperature 0, which gives every sample alike; "
-                "a temperature above 0 is accepted"
-            )
         if options.method == "pixels" and not hasattr(task, "draw_look"):
             drawn = ", ".join(name for name, module in TASKS.items() if hasattr(module, "draw_look"))
-            raise BadConfig(f"--method is pixels, and {options.task} has no pictures to show; {drawn} is accepted")
-        try:
-            self.how = how_to_decode(options, trained.prompts, trained.max_new_tokens)
-        except ValueError as error:
-            raise BadConfig(str(error)) from error
+            raise BadConfig(f'--method must not be "pixels" for {options.task}, which has no pictures as {drawn} has')
+        self.how = how_to_decode(options, trained.prompts, trained.max_new_tokens)
         self.data = options.data or self._data_of_run()
         self.source: Source = task.open_source(self.data, options.root, "skip", self._follow_links())
         for sentence in getattr(self.source, "remarks", ()):
             print(sentence, file=sys.stderr)
         self.count = min(len(self.source), options.limit or len(self.source))
         self.out = options.out or self._default_out()
+        self.model_digest = trained.digest()
         self.left_out: dict[Any, str] = {}
         for number, sentence in enumerate(self.source.skipped):
             self._leave_out(("line", number), sentence)
@@ -127,9 +124,7 @@ class Work:
     def _data_of_run(self) -> Path:
         config = self.trained.config
         if config is None or not config.eval.data:
-            raise BadConfig(
-                f"there is no --data, and {self.options.checkpoint} names none; a file of records is accepted"
-            )
+            raise BadConfig(f"--data must be a file of records, since {self.options.checkpoint} names none")
         return resolve_path(config.eval.data)
 
     def _follow_links(self) -> bool:
@@ -142,7 +137,7 @@ class Work:
         folder = Path(self.options.checkpoint)
         if self.trained.config is not None:
             return folder / "evaluations" / name
-        return Path("evaluations") / f"{folder.name}-{name}"
+        return Path("evaluations") / f"{folder.absolute().name}-{name}"
 
     def _leave_out(self, key: Any, sentence: str) -> None:
         if key not in self.left_out:
@@ -156,7 +151,11 @@ class Work:
         return {
             "checkpoint": str(options.checkpoint),
             "stage": self.trained.stage,
+            "step": self.trained.step,
+            "model": self.model_digest,
             "data": str(self.data),
+            "root": None if options.root is None else str(options.root),
+            "records": fingerprint(self.source),
             **{name: getattr(options, name) for name in names},
             **self.how,
         }
@@ -169,13 +168,16 @@ class Work:
         began, trained = time.monotonic(), self.trained
         every = [key for key, _ in self.keys()]
         done = sum(key in results.lines for key in every)
-        if done == len(every):
+        if every and done == len(every):
             return 0.0
         prompts = (request for _, _, request in self.requests(results.lines))  # made twice: all at once fill memory
-        try:
-            settings = fit_settings(prompts, self.options.batch_size, trained.model.config.vision.window_units)
-        except ValueError as error:
-            raise BadConfig(f"{self.data}: no record is left to ask") from error
+        first_prompt = next(prompts, None)
+        if first_prompt is None and done:  # the others were skipped, as they were when these were answered
+            return 0.0
+        if first_prompt is None:
+            raise BadConfig(f"{self.data}: no record is left to ask")
+        prompts = itertools.chain([first_prompt], prompts)
+        settings = fit_settings(prompts, self.options.batch_size, trained.model.config.vision.window_units)
         engine = Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer)
         asked: list[tuple[Key, Record]] = []
 
@@ -228,12 +230,10 @@ class Work:
                 asked = dataclasses.replace(record, question=self.question(record))
                 try:
                     prompt = build_prompt(asked, trained.tokenizer, trained.special, prompts, key.number)
-                    refusal = over_limits(self.options, prompt)
-                except BadRecord as error:
-                    self._leave_out((key.number, key.form), str(error))
-                    continue
-                if refusal:
-                    self._leave_out((key.number, key.form), f"{record.name}: {refusal}")
+                    check_sizes(self.options, prompt)
+                except InputError as error:
+                    named = str(error).startswith(record.name)
+                    self._leave_out((key.number, key.form), str(error) if named else f"{record.name}: {error}")
                     continue
                 before = key.number, key.form
             seed = np.random.SeedSequence((self.options.seed, key.number, key.sample)).generate_state(1)[0]

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import errno
+import functools
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from ilvr_jax.errors import InputError, quote
+from ilvr_jax.interrupts import undone_when_stopped
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk, a full quota and the limit of a file's size
 FULL_WORDS = ("No space left", "ENOSPC", "Disk quota", "File too large")
@@ -101,12 +103,14 @@ def written(path: Path) -> Iterator[Path]:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.parent)
         os.close(descriptor)
         unfinished = Path(name)
+        remove = functools.partial(unfinished.unlink, missing_ok=True)
         try:
-            unfinished.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
-            yield unfinished
-            unfinished.replace(path)
+            with undone_when_stopped(remove):
+                unfinished.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
+                yield unfinished
+                unfinished.replace(path)
         finally:
-            unfinished.unlink(missing_ok=True)
+            remove()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -157,11 +161,16 @@ def new_folder(path: Path) -> Iterator[None]:
     check_new_folder(path)
     there = path.is_dir()
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException as error:
+
+    def remove() -> None:
         for part in path.iterdir() if there else [path]:
             shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink()
+
+    try:
+        with undone_when_stopped(remove):
+            yield
+    except BaseException as error:
+        remove()
         if is_full_disk(error) and not isinstance(error, OSError):
             raise full_disk(path) from error
         raise
@@ -207,18 +216,28 @@ def lock(path: Path, what: str) -> Iterator[None]:
         "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
+    linked = True
+
     def sign(descriptor: int) -> None:
+        nonlocal linked
+        linked = os.fstat(descriptor).st_nlink > 0
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
 
     held = FileLock(path, blocking=False, thread_local=False, preserve_lock_file=True, on_acquired=sign)
     try:
         held.acquire()
+        while not linked:  # the file was deleted by its holder between being opened and locked here
+            held.release()
+            held.acquire()
     except Timeout as error:
         raise InUse(f"{what} is being written by {_holder(path)}; wait for it to end or stop it") from error
+    remove = functools.partial(path.unlink, missing_ok=True)
     try:
-        yield
+        with undone_when_stopped(remove):
+            yield
     finally:
+        remove()
         held.release()
 
 

@@ -1,6 +1,7 @@
 """python -m ilvr_jax.generate: a question, with images or without, answered in text and latent slots."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -9,25 +10,47 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 
+from ilvr_jax.command import ArgumentParser, command
 from ilvr_jax.data.examples import build_prompt
-from ilvr_jax.data.records import BadRecord, Record
+from ilvr_jax.data.records import Record
+from ilvr_jax.errors import quote
+from ilvr_jax.files import check_output, named_errors, written
 from ilvr_jax.inference.engine import Engine, fit_settings
-from ilvr_jax.inference.flags import add_decoding_flags, how_to_decode, over_limits
+from ilvr_jax.inference.flags import add_decoding_flags, check_sizes, how_to_decode
 from ilvr_jax.inference.requests import Answer, Request
 from ilvr_jax.inference.transcript import show_look
-from ilvr_jax.models.tensor_files import BadCheckpoint
 from ilvr_jax.tasks.final_answer import find_final_answer
-from ilvr_jax.training.checkpoints import NoCheckpoint
 from ilvr_jax.training.configuration import BadConfig
 from ilvr_jax.training.trained import TrainedModel, open_trained
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0 done, 1 not written, 2 bad input, 130 stopped."""
-    logging.set_verbosity(logging.FATAL)  # libraries log the errors that they raise: each is to be said once
-    parser = argparse.ArgumentParser(prog="python -m ilvr_jax.generate", description=__doc__, allow_abbrev=False)
+    options = read_flags(arguments)
+    trained = open_trained(options.checkpoint, options.stage, options.dtype)
+    if not trained.looks and options.method != "text":
+        print(f"{options.checkpoint} has no latent tokens; it is decoded as plain text", file=sys.stderr)
+        options.method = "text"
+    engine, request = prepare(options, trained)
+    printer = None if options.json else Printer(trained, request.latent_size)
+    # Opened before the answer is decoded: a file that cannot be written is an error at once.
+    with written(options.latents) if options.latents else contextlib.nullcontext() as latents:
+        (answer,) = engine.serve([request], printer and (lambda _, tokens: printer.show(tokens)))
+        if options.json:
+            print(json.dumps(as_json(answer), ensure_ascii=False))
+        else:
+            show_end(answer)
+        if latents:
+            with named_errors(options.latents), latents.open("wb") as file:
+                np.save(file, np.asarray(answer.latent_vectors, np.float32))
+    return 0
+
+
+def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the command line's flags; raises BadConfig for some that cannot be used together."""
+    parser = ArgumentParser(prog="python -m ilvr_jax.generate", description=__doc__)
     parser.add_argument("checkpoint", help="the workdir of a run, a folder of a Qwen2.5-VL, or its name on the hub")
     parser.add_argument(
         "question", nargs="?", help="with <image> where an image belongs, or without (default: the run's)"
@@ -38,55 +61,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--latents", type=Path, help="a .npy file for what the slots held: float32 [slots, channels]")
     add_decoding_flags(parser)
     options = parser.parse_intermixed_args(arguments)  # so that the question may come last
-    try:
-        if options.method == "pixels":
-            raise BadConfig("--method is pixels, which takes a task that has pictures to show; evaluate does that")
-        trained = open_trained(options.checkpoint, options.stage, options.dtype)
-        if not trained.looks and options.method != "text":
-            print(f"{options.checkpoint} has no latent tokens; it is decoded as plain text", file=sys.stderr)
-            options.method = "text"
-        engine, request = prepare(options, trained)
-        answer = generate(engine, request, None if options.json else Printer(trained, request.latent_size))
-    except (BadConfig, BadCheckpoint, BadRecord, NoCheckpoint) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    if options.json:
-        print(json.dumps(as_json(answer), ensure_ascii=False))
-    else:
-        show_end(answer)
+    if options.method == "pixels":
+        raise BadConfig('--method must not be "pixels" here: evaluate shows pictures, for tasks that have some')
+    if options.log_probabilities and not options.json:
+        raise BadConfig("--log-probabilities must be given together with --json, which prints them")
     if options.latents:
-        try:
-            with options.latents.open("wb") as file:
-                np.save(file, np.asarray(answer.latent_vectors, np.float32))
-        except OSError as error:
-            print(f"--latents {options.latents} cannot be written: {error.strerror}", file=sys.stderr)
-            return 1
-    return 0
+        check_output(options.latents)
+    return options
 
 
 def prepare(options: argparse.Namespace, trained: TrainedModel) -> tuple[Engine, Request]:
     """Returns an engine that holds the question, and its request; raises BadConfig or BadRecord if it is no good."""
     prompts = trained.prompts
+    how = how_to_decode(options, prompts, trained.max_new_tokens)
     question = options.question if options.question is not None else prompts.question
     if question is None:
-        raise BadConfig(f"there is no question, and {options.checkpoint} has none of its own; a text is accepted")
+        raise BadConfig(f"a question must be given, since {options.checkpoint} has none of its own")
+    if not question.strip():
+        raise BadConfig(f"the question must have letters, got {quote(question)}")
+    check_images(options, trained)
     record = Record(question, tuple(options.image), (), name="the question")
     prompt = build_prompt(record, trained.tokenizer, trained.special, dataclasses.replace(prompts, question=None))
-    if refusal := over_limits(options, prompt):
-        raise BadConfig(refusal)
-    try:
-        request = Request(
-            prompt,
-            **how_to_decode(options, prompts, trained.max_new_tokens),
-            seed=options.seed,
-            log_probabilities=options.log_probabilities,
-            latent_vectors=options.latents is not None,
-        )
-    except ValueError as error:
-        raise BadConfig(str(error)) from error
+    check_sizes(options, prompt)
+    request = Request(
+        prompt,
+        **how,
+        seed=options.seed,
+        log_probabilities=options.log_probabilities,
+        latent_vectors=options.latents is not None,
+    )
     settings = fit_settings([request], 1, trained.model.config.vision.window_units)
     engine = Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer)
     if refusal := engine.refusal(request):
@@ -94,11 +97,17 @@ def prepare(options: argparse.Namespace, trained: TrainedModel) -> tuple[Engine,
     return engine, request
 
 
-def generate(engine: Engine, request: Request, printer: "Printer | None") -> Answer:
-    """Returns the answer; with a printer its text comes as it is written."""
-    if printer is None:
-        return engine.answer([request])[0]
-    return next(engine.serve([request], lambda _, tokens: printer.show(tokens)))
+def check_images(options: argparse.Namespace, trained: TrainedModel) -> None:
+    """Raises BadConfig for more images than a run was trained with, or none where its own question is about some."""
+    if trained.config is None:
+        return
+    most, given = max(bucket.images for bucket in trained.config.data.buckets.values()), len(options.image)
+    if given > most:
+        raise BadConfig(
+            f"--image must be given at most {most} times, as many as {options.checkpoint} was trained with, got {given}"
+        )
+    if most and not given and options.question is None:
+        raise BadConfig("--image must be given with the run's own question, which is about an image")
 
 
 class Printer:

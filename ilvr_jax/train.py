@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from absl import logging
 
 from ilvr_jax.data.records import BadRecord
+from ilvr_jax.interrupts import STOPPED, stop_sentence
 from ilvr_jax.training.checkpoints import DiskFull, NoCheckpoint
 from ilvr_jax.training.configuration import BadConfig, read_command
 from ilvr_jax.training.divergence import Diverged
 from ilvr_jax.training.interruption import Interrupted
 from ilvr_jax.training.loop import train
 from ilvr_jax.training.processes import add_flags, is_main, join
+
+STOPPED_OUTSIDE = "stopped outside a training step; the same command resumes from the newest checkpoint"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,15 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = read_command(parser, arguments)
         join(options)
-        summary = train(options.config, options.workdir)
+        with stop_sentence(lambda: STOPPED_OUTSIDE):
+            summary = train(options.config, options.workdir)
     except (BadConfig, BadRecord) as error:
         return fail(2, error)
     except (DiskFull, Diverged, NoCheckpoint) as error:
         return fail(1, error)
     except Interrupted as error:
         return fail(error.exit_status, error)
-    except KeyboardInterrupt:
-        return fail(130, "stopped outside a training step; the same command goes on from the newest checkpoint")
+    except KeyboardInterrupt as error:
+        return fail(STOPPED, str(error) or "stopped")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -137,7 +137,7 @@ def export_maps(folder: Path, count: int = 4) -> Path:
     return folder / "train.jsonl"
 
 
-def untrained_run(folder: Path) -> Path:
+def untrained_run(folder: Path, seed: int = 0) -> Path:
     """Returns a workdir of the base config with a small model that has learnt nothing, saved after stage 1."""
     config = load_config(REPOSITORY / "configs" / "base.py").unlock()
     config.model.update(hidden_size=32, intermediate_size=32, num_hidden_layers=1, mrope_section=(2, 1, 1))
@@ -148,7 +148,7 @@ def untrained_run(folder: Path) -> Path:
     records = FrozenLakeSource(FrozenLakeSettings(), seed=0, count=30)
     tokenizer = train_tokenizer(record_texts(records[number] for number in range(30)))
     tokenizer.save_pretrained(folder / "tokenizer")
-    params = Qwen2_5VL(model_config(config.model, len(tokenizer))).init(jax.random.key(0))
+    params = Qwen2_5VL(model_config(config.model, len(tokenizer))).init(jax.random.key(seed))
     start = special_tokens(tokenizer).latent_start  # so that it looks
     params["decoder"]["lm_head"] = params["decoder"]["lm_head"].at[start].multiply(8.0)
     zero = jnp.int32(0)

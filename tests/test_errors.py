@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 import time
 
 import pytest
@@ -77,12 +78,39 @@ def test_a_bad_argument_is_a_short_message(capsys):
     assert exit.value.code == 2 and len(capsys.readouterr().err) < 500
 
 
-def test_a_reader_that_ends_early_does_not_make_a_traceback(tmp_path):
+@pytest.mark.parametrize(
+    ("lines", "reader", "error"),
+    [
+        (10**5, "| head -1 >/dev/null", ""),
+        (1, "| true", ""),  # written as the command ends
+        (10**5, ">/dev/full", "no disk space to write the output"),
+        (1, ">/dev/full", "no disk space to write the output"),
+        (1, ">&-", ""),
+    ],
+)
+def test_output_that_cannot_be_written_does_not_make_a_traceback(tmp_path, lines, reader, error):
     program = (
-        "import sys\nfrom ilvr_jax.command import command\n"
-        "@command\ndef main(arguments):\n    [print(n, flush=True) for n in range(10**5)]\n    return 0\n"
+        "import sys, time\nfrom ilvr_jax.command import command\n"
+        f"@command\ndef main(arguments):\n    time.sleep(0.1)\n    [print(n) for n in range({lines})]\n    return 0\n"
         "sys.exit(main([]))"
     )
     (tmp_path / "p.py").write_text(program)
-    assert os.system(f"PYTHONPATH=. python3 {tmp_path}/p.py 2>{tmp_path}/err | head -1 >/dev/null") == 0
-    assert (tmp_path / "err").read_text() == ""
+    os.system(f"PYTHONPATH=. {sys.executable} {tmp_path}/p.py 2>{tmp_path}/err {reader}")
+    written = (tmp_path / "err").read_text()
+    assert written.startswith(error) and written.count("\n") == bool(error)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")]
+)
+def test_a_full_memory_is_one_sentence(error, capsys):
+    @command
+    def main(arguments):
+        raise error
+
+    assert main([]) == 1 and capsys.readouterr().err.startswith("the memory is full; ask for smaller batches")
+
+
+def test_arguments_are_text(capsys):
+    assert command(lambda arguments: 0)(["caf\udce9"]) == 2
+    assert capsys.readouterr().err == "each argument must be text in UTF-8, got b'caf\\xe9'\n"

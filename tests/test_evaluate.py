@@ -1,6 +1,13 @@
 """python -m ilvr_jax.evaluate: figures from a results file that grows, resumes and survives damage."""
 
 import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from PIL import Image
@@ -8,6 +15,7 @@ from PIL import Image
 from ilvr_jax.data.drawing import draw_map
 from ilvr_jax.evaluate import main
 from ilvr_jax.tasks.results import BadResults, Key, Results, figures
+from ilvr_jax.training.configuration import REPOSITORY
 from tests.published import save_published
 from tests.samples import untrained_run
 
@@ -82,7 +90,10 @@ def test_a_stopped_evaluation_goes_on_with_the_same_answers(run, data, tmp_path,
     before = out.read_bytes()
     assert evaluate(run, data, out, *sampling) == 0 and out.read_bytes() == before  # nothing is left to ask
     assert evaluate(run, data, out, *sampling, "--seed=1") == 2
-    assert "holds another evaluation: seed differ; the same settings, or another --out" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert (
+        "must hold answers of this evaluation (seed 1), but holds those of another (seed 0); name another --out" in err
+    )
     assert out.read_bytes() == before
 
 
@@ -107,14 +118,17 @@ def test_bad_records_are_named_and_the_rest_is_answered(run, data, tmp_path, cap
         "mixed.jsonl line 2: must be one JSON object in UTF-8, but is not JSON",
         'mixed.jsonl line 3: has no "map_desc"',
         "mixed.jsonl line 5: ",
-        "mixed.jsonl line 6: an image takes 2209 vision tokens; at most 400 are accepted (--largest-image)",
-        "mixed.jsonl line 7: the prompt has",
+        "mixed.jsonl line 6: an image must take at most 400 vision tokens (--largest-image), got 2209",
+        "mixed.jsonl line 7: the prompt must have at most 500 tokens (--longest-prompt), got",
     ):
         assert err.count(f"left out: {sentence}") == 1, err
     assert {line["record"] for line in answers(out).values() if not line["form"]} == {
         f"mixed.jsonl line {number}" for number in (1, 4, 8)
     }
     assert json.loads((tmp_path / "out.summary.json").read_text())["left_out"] == 5
+    before = out.read_bytes()
+    assert evaluate(run, file, out, *limits) == 1 and out.read_bytes() == before  # nothing is left that can be asked
+    assert capsys.readouterr().err == err
     assert evaluate(run, data, tmp_path / "none.jsonl", "--longest-prompt=3") == 2
     assert capsys.readouterr().err.endswith("maps.jsonl: no record is left to ask\n")
 
@@ -131,14 +145,25 @@ def test_a_published_checkpoint_is_evaluated_in_plain_text(data, tmp_path, capsy
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--samples-per-question=0"], "--samples-per-question is 0; 1 or more is accepted"),
-        (["--samples-per-question=2"], "a temperature above 0 is accepted"),
-        (["--batch-size=0"], "--batch-size is 0; 1 or more is accepted"),
-        (["--limit=0"], "--limit is 0; 1 or more is accepted"),
-        (["--max-new-tokens=0"], "max_new_tokens must be a whole number from 1 to 131072, got 0"),
-        (["--temperature=-1"], "temperature must be 0 or a number from 1e-6 to 1e6, got -1.0"),
+        (["--samples-per-question=0"], "--samples-per-question must be a whole number from 1 to 65536, got 0"),
+        (
+            ["--samples-per-question=1000000000000"],
+            "--samples-per-question must be a whole number from 1 to 65536, got",
+        ),
+        (["--samples-per-question=2"], "--temperature must be above 0 for --samples-per-question above 1"),
+        (["--batch-size=0"], "--batch-size must be a whole number from 1 to 65536, got 0"),
+        (["--limit=0"], "--limit must be a whole number from 1 to 2147483647, got 0"),
+        (["--limit=99999999999"], "--limit must be a whole number from 1 to 2147483647, got 99999999999"),
+        (["--max-new-tokens=0"], "--max-new-tokens must be a whole number from 1 to 131072, got 0"),
+        (["--temperature=-1"], "--temperature must be 0 or a number from 1e-6 to 1e6, got -1.0"),
+        (["--seed=-1"], "--seed must be a whole number from 0 to 4294967295, got -1"),
+        (["--largest-image=-1"], "--largest-image must be a whole number from 1 to 2147483647, got -1"),
+        (["--instruction=caf\udce9"], "each argument must be text in UTF-8, got"),
+        (["--out=/dev/null"], "--out must be a file whose name ends with .jsonl, got '/dev/null'"),
+        (["--out=out.log"], "--out must be a file whose name ends with .jsonl, got 'out.log'"),
+        (["--out="], "--out must be a file whose name ends with .jsonl"),
         (["--data=absent.jsonl"], "absent.jsonl must be a file of records, but cannot be read: No such file"),
-        (["--task=comt", "--method=pixels"], "comt has no pictures to show; vsp_planning is accepted"),
+        (["--task=comt", "--method=pixels"], "for comt, which has no pictures as vsp_planning has"),
         (["--stage=stage2"], "no checkpoint of stage 'stage2'"),
         (["--out=/dev/null/x.jsonl"], "/dev/null cannot be read or written"),
     ],
@@ -147,6 +172,102 @@ def test_what_is_wrong_is_said_in_one_sentence(run, data, tmp_path, capsys, flag
     assert evaluate(run, data, tmp_path / "out.jsonl", *flags) == 2
     err = capsys.readouterr().err
     assert sentence in err and err.count("\n") == 1
+
+
+def test_outputs_are_regular_files_and_their_folder_is_made(run, data, tmp_path, capsys):
+    for number, path in enumerate(("out.jsonl", "out.summary.json", "out.log")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        os.mkfifo(folder / path)
+        assert evaluate(run, data, folder / "out.jsonl", "--limit=1") == 2
+        assert f"{folder / path} must be a regular file or a new one" in capsys.readouterr().err
+    (tmp_path / "folder.jsonl").mkdir()
+    assert evaluate(run, data, tmp_path / "folder.jsonl") == 2
+    assert "folder.jsonl must be a regular file or a new one, but it is a folder" in capsys.readouterr().err
+    assert evaluate(run, data, tmp_path / "new" / "folder" / "out.jsonl", "--limit=1") == 0
+    names = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
+    assert names == {"out.jsonl", "out.summary.json", "out.log"}
+
+
+def test_other_records_or_weights_are_another_evaluation(run, data, tmp_path, capsys):
+    out, copied = tmp_path / "out.jsonl", tmp_path / "run"
+    assert evaluate(run, data, out) == 0
+    before = out.read_bytes()
+    settings = json.loads(before.splitlines()[0])["settings"]
+    assert settings["step"] == 5 and settings["records"].startswith("3 records") and len(settings["model"]) == 16
+    lines = data.read_text().splitlines(keepends=True)
+    whole = data.read_text()
+    capsys.readouterr()
+    for other in (lines[::-1], lines[:2], [lines[0].replace("Which way?", "Where to?"), *lines[1:]]):
+        try:
+            data.write_text("".join(other))
+            assert evaluate(run, data, out) == 2
+        finally:
+            data.write_text(whole)
+        err = capsys.readouterr().err
+        assert f"{out} must hold answers of this evaluation (records '" in err and "name another --out" in err, err
+    shutil.copytree(run, copied)
+    (checkpoint,) = copied.glob("checkpoints/stage1/*[0-9]")
+    checkpoint.rename(checkpoint.with_name("6"))
+    out.write_bytes(before.replace(json.dumps(str(run)).encode(), json.dumps(str(copied)).encode()))
+    assert evaluate(copied, data, out) == 2
+    assert "(step 6), but holds those of another (step 5)" in capsys.readouterr().err
+    shutil.rmtree(copied / "checkpoints")
+    shutil.copytree(untrained_run(tmp_path / "other", seed=1) / "checkpoints", copied / "checkpoints")
+    assert evaluate(copied, data, out) == 2
+    assert f"(step 5, model '{settings['model']}')" not in (err := capsys.readouterr().err) and "(model '" in err
+    old = before.splitlines(keepends=True)
+    old[0] = json.dumps({"settings": {k: v for k, v in settings.items() if k not in ("records", "step", "model")}})
+    out.write_bytes(old[0].encode() + b"\n" + b"".join(old[1:]))
+    assert evaluate(run, data, out) == 2
+    assert "but holds those of another (step None, model None, records None)" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_the_answers_that_were_written(run, data, tmp_path, capsys, monkeypatch):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    rows = "--batch-size=3"  # shapes of one engine
+    assert evaluate(run, data, whole, rows) == 0
+    lines = whole.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:3]))
+    add, limits = Results.add, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def add_with_little_room(results, line):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(b"".join(lines[:4])) + 50, limits[1]))
+        try:
+            add(results, line)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(Results, "add", add_with_little_room)
+        assert evaluate(run, data, out, rows) == 1
+    assert f"no disk space to write {out} (File too large)" in capsys.readouterr().err
+    kept = out.read_bytes().splitlines(keepends=True)
+    assert kept[:3] == lines[:3] and len(kept) == 4 and kept[3].endswith(b"}\n")
+    assert evaluate(run, data, out, rows) == 0 and answers(out) == answers(whole)
+
+
+def test_a_second_writer_is_refused_and_ctrl_c_leaves_a_whole_file(run, data, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    flags = ["--samples-per-question=2000", "--temperature=1", "--batch-size=2", "--max-new-tokens=6"]
+    command = [sys.executable, "-m", "ilvr_jax.evaluate", str(run), "--task=vsp_planning", f"--data={data}", *flags]
+    with subprocess.Popen(
+        [*command, f"--out={out}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+    ) as process:
+        while not (out.exists() and out.read_bytes().count(b"\n") > 4):
+            time.sleep(0.05)
+            assert process.poll() is None
+        before = out.read_bytes()
+        assert evaluate(run, data, out) == 2
+        err = capsys.readouterr().err
+        assert f"{out} is being written by process {process.pid} on " in err and err.count("\n") == 1
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        count = len(answers(out))
+        assert process.stderr.read() == f"stopped; {count} answers are in {out}, and the same command asks the others\n"
+    assert out.read_bytes().startswith(before) and out.read_bytes().endswith(b"}\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.log"}
 
 
 def line_of(number: int, sample: int, answer: str | None, right: bool, form: str = "") -> dict:
@@ -172,6 +293,6 @@ def test_figures_are_those_of_the_answers():
 def test_a_file_without_its_first_line_is_refused(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text("garbage\n")
-    with pytest.raises(BadResults, match="results.jsonl line 1: does not say what was evaluated"):
+    with pytest.raises(BadResults, match="results.jsonl line 1: must hold the settings of an evaluation"):
         Results(path, {"task": "t"})
     assert path.read_text() == "garbage\n"

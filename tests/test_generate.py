@@ -1,7 +1,11 @@
 """python -m ilvr_jax.generate: what it prints for runs and published checkpoints, and for what it cannot answer."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -60,8 +64,10 @@ def test_what_slots_held_and_log_probabilities_are_given_on_request(run, picture
     assert len(told["log_probabilities"]) == len(told["tokens"]) and max(told["log_probabilities"]) <= 0
     latents = np.load(file)
     assert latents.shape == (sum(look["slots"] for look in told["looks"]), 32) and latents.dtype == np.float32
-    assert main([*map(str, flags[:-1]), f"--latents={tmp_path / 'none' / 'latents.npy'}"]) == 1
-    assert "cannot be written: No such file or directory" in capsys.readouterr().err
+    other = tmp_path / "none" / "latents.npy"
+    printed(capsys, *flags[:-1], f"--latents={other}")
+    np.testing.assert_array_equal(np.load(other), latents)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["latents.npy", "latents.npy", "none"]
 
 
 def test_methods_and_sampling_are_chosen_by_flags(run, picture, capsys):
@@ -88,12 +94,32 @@ def test_a_published_checkpoint_without_latent_tokens_answers_in_plain_text_and_
     ("flags", "sentence"),
     [
         (["--image=missing.png"], "missing.png: must be an image file, but cannot be read: No such file or directory"),
-        (["--max-new-tokens=0"], "max_new_tokens must be a whole number from 1 to 131072, got 0"),
-        (["--latent-size=0"], "latent_size must be a whole number from 1 to 2147483647, got 0"),
-        (["--temperature=-1"], "temperature must be 0 or a number from 1e-6 to 1e6, got -1.0"),
-        (["--longest-prompt=10"], "the prompt has 25 tokens; at most 10 are accepted"),
-        (["--largest-image=8"], "an image takes 9 vision tokens; at most 8 are accepted"),
-        (["--method=pixels"], "--method is pixels, which takes a task"),
+        (["--max-new-tokens=0"], "--max-new-tokens must be a whole number from 1 to 131072, got 0"),
+        (["--max-new-tokens=99999999999"], "--max-new-tokens must be a whole number from 1 to 131072, got 99999999999"),
+        (["--latent-size=0"], "--latent-size must be a whole number from 1 to 2147483647, got 0"),
+        (["--latent-size=2147483648"], "--latent-size must be a whole number from 1 to 2147483647, got 2147483648"),
+        (["--top-k=-1"], "--top-k must be a whole number from 0 to 2147483647, got -1"),
+        (["--top-k=2147483648"], "--top-k must be a whole number from 0 to 2147483647"),
+        (["--top-p=nan"], "--top-p must be a number above 0 and at most 1, got nan"),
+        (["--temperature=-1"], "--temperature must be 0 or a number from 1e-6 to 1e6, got -1.0"),
+        (["--temperature=inf"], "--temperature must be 0 or a number from 1e-6 to 1e6, got inf"),
+        (
+            ["--seed=12345678901234567890"],
+            "--seed must be a whole number from 0 to 4294967295, got 1234567",
+        ),
+        (["--seed=-1"], "--seed must be a whole number from 0 to 4294967295, got -1"),
+        (["--longest-prompt=10"], "the prompt must have at most 10 tokens (--longest-prompt), got 25"),
+        (["--longest-prompt=0"], "--longest-prompt must be a whole number from 1"),
+        (["--largest-image=8"], "an image must take at most 8 vision tokens (--largest-image), got 9"),
+        (["--largest-image=-5"], "--largest-image must be a whole number from 1"),
+        (["--image=map.png"], "--image must be given at most 1 times, as many as"),
+        (["--log-probabilities"], "--log-probabilities must be given together with --json"),
+        (["--latents=/dev/null"], "/dev/null must be a regular file or a new one, but it is a device"),
+        (["--latents=."], ". must be a regular file or a new one, but it is a folder"),
+        (["--latents=/dev/null/x.npy"], "/dev/null cannot be read or written"),
+        ([""], "the question must have letters, got ''"),
+        (["what \udce9?"], "each argument must be text in UTF-8, got b'what \\xe9?'"),
+        (["--method=pixels"], '--method must not be "pixels" here'),
         (["--stage=stage2"], "no checkpoint of stage 'stage2'"),
         (
             ["one <image> two <image>"],
@@ -108,6 +134,35 @@ def test_what_is_wrong_is_said_in_one_sentence(run, picture, capsys, flags, sent
     assert sentence in err and err.count("\n") == 1 and out == ""
 
 
+def test_images_that_are_no_files_are_named(run, picture, tmp_path, capsys):
+    os.mkfifo(tmp_path / "fifo")
+    for name in (tmp_path / "fifo", tmp_path, "/dev/null", "x" * 5000, "a\nb"):
+        assert main([str(run), f"--image={name}"]) == 2
+        out, err = capsys.readouterr()
+        assert str(name)[:20].splitlines()[0] in err and err.count("\n") == 1 and len(err) <= 400 and out == ""
+    assert main([str(run)]) == 2
+    assert "--image must be given with the run's own question" in capsys.readouterr().err
+
+
+def test_a_published_checkpoint_takes_several_images(published, picture, capsys):
+    def answer(*flags):
+        flags = [f"--image={picture}", *flags, "--max-new-tokens=6", "--json", "--log-probabilities"]
+        return json.loads(printed(capsys, published, *flags))["log_probabilities"]
+
+    first = answer("What is this?", f"--image={picture}")
+    assert first == answer("<image><image>What is this?", f"--image={picture}") != answer("What is this?")
+
+
+def test_ctrl_c_while_an_answer_is_decoded(run, picture):
+    flags = [run, f"--image={picture}", "--max-new-tokens=100000", "--method=text"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ilvr_jax.generate", *map(str, flags)], stdout=subprocess.PIPE, cwd=REPOSITORY
+    ) as process:
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+
+
 def test_a_checkpoint_that_is_none_is_named(tmp_path, published, capsys):
     for name, sentence in (
         (tmp_path, "has no config.json; the workdir of a run, or a folder of a published checkpoint, is accepted"),
@@ -116,7 +171,7 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path, published, capsys):
         assert main([str(name), "What?"]) == 2
         assert sentence in capsys.readouterr().err
     assert main([str(published)]) == 2
-    assert "there is no question" in capsys.readouterr().err
+    assert "a question must be given" in capsys.readouterr().err
 
 
 def test_the_example_of_the_readme_runs(run, capsys):

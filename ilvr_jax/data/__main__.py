@@ -11,11 +11,12 @@ import rich.console
 import rich.progress
 from PIL import Image
 
-from ilvr_jax.command import STOPPED, ArgumentParser, command, fail
+from ilvr_jax.command import ArgumentParser, command
 from ilvr_jax.data.drawing import CELL_PIXELS
 from ilvr_jax.data.frozen_lake import FrozenLakeSource, frozen_lake_settings
 from ilvr_jax.data.records import Record, Text
 from ilvr_jax.errors import InputError
+from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.training.configuration import BadConfig, read_config_flags, resolve_path
 
 
@@ -66,12 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=["export", "check"], help="its flags: export --help, check --help")
     if parser.parse_args(arguments[:1]).command == "export":
         return export_command(arguments[1:])
-    try:
+    with stop_sentence(lambda: "stopped; no page was written"):
         from ilvr_jax.data import check  # all that training imports takes seconds
 
         return check.main(arguments[1:])
-    except KeyboardInterrupt:
-        return fail(STOPPED, "stopped; no page was written")
 
 
 def export_command(arguments: Sequence[str]) -> int:
@@ -86,11 +85,10 @@ def export_command(arguments: Sequence[str]) -> int:
     if options.seed is not None and options.seed < 0:
         raise BadConfig(f"--seed must be at least 0, got {options.seed}")
     try:
-        _export_config(options)
+        with stop_sentence(lambda: f"stopped; {options.out} is incomplete and has no train.jsonl"):
+            _export_config(options)
     except (ValueError, FileExistsError) as error:
         raise InputError(error) from error
-    except KeyboardInterrupt:
-        return fail(STOPPED, f"stopped; {options.out} is incomplete and has no train.jsonl")
     return 0
 
 

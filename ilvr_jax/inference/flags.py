@@ -1,12 +1,16 @@
 """Flags that say how answers are decoded, for the commands that do."""
 
 import argparse
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from ilvr_jax.data.examples import ExampleSettings
+from ilvr_jax.errors import InputError
 from ilvr_jax.inference.decode import DecodeSettings
 from ilvr_jax.inference.requests import METHODS
+from ilvr_jax.inference.sampling import check_whole
 from ilvr_jax.latents.layout import Sample
 from ilvr_jax.models.config import DTYPES
 
@@ -36,27 +40,42 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def how_to_decode(options: argparse.Namespace, prompts: ExampleSettings, max_new_tokens: int) -> dict[str, Any]:
-    """Returns the fields of a Request that the flags say, `seed` left out; the others are what the model came with.
+    """Returns the fields of a Request that the flags give, all but `seed`; the others are what the model came with.
 
-    Raises ValueError, one sentence, for a bad value.
+    Raises InputError, naming the flag, for a bad value of any of the flags.
     """
-    settings = DecodeSettings(
-        max_new_tokens=max_new_tokens if options.max_new_tokens is None else options.max_new_tokens,
-        latent_size=prompts.latent_size if options.latent_size is None else options.latent_size,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        early_end=options.early_end,
-    )
+    with blame_flags():
+        for name in ("longest_prompt", "largest_image"):
+            check_whole(name, getattr(options, name), 1)
+        check_whole("seed", options.seed, 0, 2**32 - 1)
+        settings = DecodeSettings(
+            max_new_tokens=max_new_tokens if options.max_new_tokens is None else options.max_new_tokens,
+            latent_size=prompts.latent_size if options.latent_size is None else options.latent_size,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            early_end=options.early_end,
+        )
     return {"method": options.method, **dataclasses.asdict(settings)}
 
 
-def over_limits(options: argparse.Namespace, prompt: Sample) -> str | None:
-    """Returns one sentence if a prompt or one of its images is larger than the flags allow, else None."""
+@contextlib.contextmanager
+def blame_flags() -> Iterator[None]:
+    """Within it errors of checks, which begin with the name of a value, are about the flag of that name: InputError."""
+    try:
+        yield
+    except ValueError as error:
+        name, _, problem = str(error).partition(" ")
+        raise InputError(f"--{name.replace('_', '-')} {problem}") from error
+
+
+def check_sizes(options: argparse.Namespace, prompt: Sample) -> None:
+    """Raises InputError if a prompt or one of its images is larger than the flags allow."""
     largest = max((image.vision_tokens for image in prompt.images), default=0)
     if largest > options.largest_image:
-        return f"an image takes {largest} vision tokens; at most {options.largest_image} are accepted (--largest-image)"
+        raise InputError(
+            f"an image must take at most {options.largest_image} vision tokens (--largest-image), got {largest}"
+        )
     if len(prompt.tokens) > options.longest_prompt:
-        accepted = f"at most {options.longest_prompt} are accepted (--longest-prompt)"
-        return f"the prompt has {len(prompt.tokens)} tokens; {accepted}"
-    return None
+        most, length = options.longest_prompt, len(prompt.tokens)
+        raise InputError(f"the prompt must have at most {most} tokens (--longest-prompt), got {length}")

@@ -1,16 +1,19 @@
 """The answers of an evaluation, a JSON line each, in a file that grows as they come; and the figures made of them.
 
-The first line says what was evaluated and how. A file that holds some of the answers is gone on with.
+The first line holds what was evaluated and how. A file with some of the answers is completed.
 """
 
+import contextlib
 import json
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from ilvr_jax.errors import InputError
+from ilvr_jax.errors import InputError, listed, one_line, quote
+from ilvr_jax.files import check_output, lock, named_errors, write_text
 from ilvr_jax.tasks.scores import majority, pass_at_k, wilson_interval
 
 FIELDS = {
@@ -31,7 +34,7 @@ FIELDS = {
 
 
 class BadResults(InputError):
-    """A results file that cannot be gone on with; one sentence names it and says what is wrong."""
+    """A results file that cannot be completed; one sentence names it and what is wrong."""
 
 
 class Key(NamedTuple):
@@ -53,50 +56,70 @@ class Results:
         self.path, self.damaged = path, []
         self.lines: dict[Key, dict[str, Any]] = {}
         header = json.dumps({"settings": settings}, ensure_ascii=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size:
-            self._read(json.loads(header)["settings"])
-        unfinished = path.with_name(path.name + ".partial")
-        whole = [header, *(json.dumps(line, ensure_ascii=False) for line in self.lines.values())]
-        unfinished.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
-        unfinished.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        check_output(path)
+        content = path.read_bytes() if path.exists() else b""
+        if content:
+            self._read(content, json.loads(header)["settings"])
+        if self.damaged or not content.endswith(b"\n"):
+            whole = [header, *(json.dumps(line, ensure_ascii=False) for line in self.lines.values())]
+            write_text(path, "".join(f"{line}\n" for line in whole))
+        self._file = path.open("ab", buffering=0)
 
-    def _read(self, settings: Mapping[str, Any]) -> None:
-        first, *others = self.path.read_bytes().splitlines()
+    def _read(self, content: bytes, settings: Mapping[str, Any]) -> None:
+        first, *others = content.splitlines()
         try:
-            theirs = json.loads(first)["settings"]
-            differing = sorted(key for key in theirs.keys() | settings if theirs.get(key) != settings.get(key))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            theirs = dict(json.loads(first)["settings"])
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise BadResults(
-                f"{self.path} line 1: does not say what was evaluated ({error}); the file of an evaluation, or a new "
-                "one, is accepted"
+                f"{self.path} line 1: must hold the settings of an evaluation, but cannot be read ({error}); name "
+                "another --out or delete the file"
             ) from error
+        differing = [name for name in settings | theirs if theirs.get(name) != settings.get(name)]
         if differing:
+            was, now = ([f"{name} {quote(of.get(name))}" for name in differing] for of in (theirs, settings))
             raise BadResults(
-                f"{self.path} holds another evaluation: {', '.join(differing)} differ; the same settings, or another "
-                "--out, are accepted"
+                f"{self.path} must hold answers of this evaluation ({listed(now)}), but holds those of another "
+                f"({listed(was)}); name another --out or delete the file"
             )
         for number, line in enumerate(others, start=2):
             try:
                 fields = json.loads(line)
                 wrong = [name for name, kind in FIELDS.items() if not isinstance(fields[name], kind)]
                 if wrong:
-                    raise ValueError(f"{wrong[0]} is {fields[wrong[0]]!r}")
+                    raise ValueError(f"{wrong[0]} is {quote(fields[wrong[0]])}")
                 self.lines.setdefault(Key(fields["number"], fields["form"], fields["sample"]), fields)
-            except (ValueError, LookupError, TypeError) as error:
-                self.damaged.append(
-                    f"{self.path} line {number}: cannot be read ({type(error).__name__}: {error}); it is asked again"
-                )
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                problem = one_line(f"{self.path} line {number}: cannot be read ({type(error).__name__}: {error})")
+                self.damaged.append(f"{problem}; it is asked again")
 
     def add(self, line: dict[str, Any]) -> None:
-        """Writes an answer down, for good."""
+        """Writes an answer down, for good; a line that does not fit on the disk leaves the file as it was."""
+        text = memoryview(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            with named_errors(self.path):
+                while text:
+                    text = text[self._file.write(text) :]
+        except OSError:
+            self._file.truncate(end)
+            raise
         self.lines[Key(line["number"], line["form"], line["sample"])] = line
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+@contextlib.contextmanager
+def open_results(path: Path, settings: Mapping[str, Any]) -> Iterator[Results]:
+    """Opens a results file for one writer.
+
+    Raises InUse, naming the process that writes it, BadResults and OSError as `Results` does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(path)
+    beside = path.with_name(f".{path.name[:200]}.lock")
+    with lock(beside, str(path)), contextlib.closing(Results(path, settings)) as results:
+        yield results
 
 
 def figures(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -224,6 +224,16 @@ def restore_for_inference(
 ) -> tuple[Qwen2_5VL, PyTree, PreTrainedTokenizerFast, SpecialTokens]:
     """Returns model, parameters, tokenizer and special tokens of a run, by default after the last stage it reached.
 
+    Arguments and errors are those of `restore_step_for_inference`.
+    """
+    return restore_step_for_inference(workdir, config, stage, mesh)[1:]
+
+
+def restore_step_for_inference(
+    workdir: Path, config: ConfigDict | None = None, stage: str | None = None, mesh: Mesh | None = None
+) -> tuple[int, Qwen2_5VL, PyTree, PreTrainedTokenizerFast, SpecialTokens]:
+    """Returns the step of a run's checkpoint, and the model, parameters, tokenizer and special tokens of it.
+
     `config` is by default that of the workdir, the mesh one device. A damaged checkpoint is named on stderr and the one
     before it used. Raises BadConfig if the workdir is no run, NoCheckpoint if it has none that can be read, or none of
     `stage`.
@@ -234,8 +244,8 @@ def restore_for_inference(
     model = build_model(config, workdir / PRETRAINED, tokenizer)
     like = params_like(model, config, mesh or one_device())
     with Checkpoints(stage_folder(workdir, stage)) as checkpoints:
-        _, params = checkpoints.restore_newest(lambda step: checkpoints.restore_params(step, like), _warn)
-    return model, params, tokenizer, answer_tokens(config, workdir / PRETRAINED, tokenizer, model)
+        step, params = checkpoints.restore_newest(lambda step: checkpoints.restore_params(step, like), _warn)
+    return step, model, params, tokenizer, answer_tokens(config, workdir / PRETRAINED, tokenizer, model)
 
 
 def choose_stage(workdir: Path, config: ConfigDict, stage: str | None) -> str:

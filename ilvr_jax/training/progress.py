@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from ilvr_jax.files import check_output, named_errors
+
 SHOWN = ("loss", "similarity")  # the metrics that fit on a terminal
 
 
@@ -17,7 +19,8 @@ class Progress:
 
     def __init__(self, log: Path, console: Console | None = None):
         self.console = console or Console()
-        self._log = log.open("a")
+        check_output(log)
+        self._path, self._log = log, log.open("a")
         self._bar = Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=30),
@@ -29,8 +32,7 @@ class Progress:
 
     def say(self, sentence: str) -> None:
         """Prints a sentence, above the bar if there is one."""
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")
-        self._log.flush()
+        self._write(sentence)
         self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
@@ -54,13 +56,18 @@ class Progress:
         self._bar.update(self._task, text=text)
         line = f"{self._stage} {self._step}/{self._steps} {text}"
         if self.console.is_terminal:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-            self._log.flush()
+            self._write(line)
         else:
             self.say(line)
+
+    def _write(self, line: str) -> None:
+        with named_errors(self._path):
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            self._log.flush()
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *error) -> None:
-        self._log.close()
+        with contextlib.suppress(OSError):  # what a full disk refused was raised when it was written
+            self._log.close()

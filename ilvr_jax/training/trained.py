@@ -1,10 +1,12 @@
 """A model to be used: a run of ours, or a Qwen2.5-VL from the Hugging Face hub or a folder."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
@@ -17,7 +19,7 @@ from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.tensor_files import BadCheckpoint
-from ilvr_jax.training.checkpoints import choose_stage, restore_for_inference
+from ilvr_jax.training.checkpoints import choose_stage, restore_step_for_inference
 from ilvr_jax.training.configuration import BadConfig, blame, read_config
 from ilvr_jax.training.pretrained import IMAGE_PROCESSOR, load_params, open_pretrained
 
@@ -38,6 +40,16 @@ class TrainedModel:
     looks: bool  # whether it came with latent tokens; without, it has never learnt to look
     config: ConfigDict | None  # of a run of ours
     stage: str | None  # of that run
+    step: int | None  # of that stage
+
+    def digest(self) -> str:
+        """Returns a digest of all that answers follow from: parameters, tokenizer, shape and how prompts are made."""
+        digest = hashlib.sha256(repr((self.model.config, self.special, self.prompts)).encode())
+        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+            digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+        return digest.hexdigest()[:16]
 
 
 def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = None) -> TrainedModel:
@@ -55,8 +67,8 @@ def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = 
         with blame("data"):
             prompts = prompt_settings(config)
         stage = choose_stage(folder, config, stage)
-        restored = restore_for_inference(folder, config, stage)
-        return TrainedModel(*restored, prompts, config.eval.max_new_tokens, True, config, stage)
+        step, *restored = restore_step_for_inference(folder, config, stage)
+        return TrainedModel(*restored, prompts, config.eval.max_new_tokens, True, config, stage, step)
     if stage:
         raise BadConfig(f"--stage is {stage}, and {checkpoint} is no run of ours; none is accepted")
     pretrained = open_pretrained(checkpoint)
@@ -75,6 +87,7 @@ def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = 
         ExampleSettings(latent_size=LATENT_SIZE, system=SYSTEM, **bounds),
         MAX_NEW_TOKENS,
         not pretrained.added,
+        None,
         None,
         None,
     )
