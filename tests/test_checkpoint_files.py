@@ -422,3 +422,10 @@ def test_only_what_is_loaded_is_fetched_from_the_hub(monkeypatch, folder, sharde
     shards = sorted(path.name for path in sharded.glob("model-*.safetensors"))
     assert sorted(path.name for path in cache.rglob("*.safetensors")) == ([WEIGHTS] if whole else shards)
     assert not (cache / "run-500").exists() and not (cache / "optimizer.pt").exists()
+
+
+def test_a_config_that_names_other_weights_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    with pytest.raises(BadCheckpoint, match="must not have `transformers_weights`, got 'other.safetensors'"):
+        open_pretrained(folder)

@@ -93,6 +93,8 @@ def open_pretrained(name: str | Path, weights: bool = True) -> Pretrained:
     """
     folder = find_folder(name, weights)
     published = as_weights_are(read_published(folder), folder)
+    if other := published.get("transformers_weights"):
+        raise BadCheckpoint(f"{folder / 'config.json'} must not have `transformers_weights`, got {quote(other)}")
     for name in KEPT:
         if os.path.lexists(folder / name):
             read_object(folder / name, BadCheckpoint)
@@ -328,7 +330,7 @@ def _failed_tasks_are_silent() -> Iterator[None]:
 
 
 def write_published(published: dict[str, Any], vocabulary: int, folder: Path) -> None:
-    """Writes config.json with the number of embedding rows, wherever the published one says it."""
+    """Writes config.json with the number of embedding rows, wherever the published one has it."""
     for section in (published, published.get("text_config") or {}):
         if "vocab_size" in section:
             section["vocab_size"] = vocabulary
