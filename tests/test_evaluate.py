@@ -18,6 +18,7 @@ from ilvr_jax.tasks.results import BadResults, Key, Results, figures
 from ilvr_jax.training.configuration import REPOSITORY
 from tests.published import save_published
 from tests.samples import untrained_run
+from tests.test_zebra_cot import mark, row, write
 
 MAPS = (
     ((1, 0, 2), (0, 0, 0), (0, 0, 0)),
@@ -131,6 +132,30 @@ def test_bad_records_are_named_and_the_rest_is_answered(run, data, tmp_path, cap
     assert capsys.readouterr().err == err
     assert evaluate(run, data, tmp_path / "none.jsonl", "--longest-prompt=3") == 2
     assert capsys.readouterr().err.endswith("maps.jsonl: no record is left to ask\n")
+
+
+def test_rows_that_cannot_be_read_are_named_and_the_rest_is_answered(run, data, tmp_path, capsys):
+    image, question = (data.parent / "0.png").read_bytes(), f"Which way? {mark('problem_image_1')}"
+    rows = [
+        row(question, "so", "up", problem_image_1=image),
+        row(question, "so", "up", problem_image_1=b"no image"),
+        row(question, "so", "up", problem_image_1=image[: len(image) // 2]),
+        row(question, "so", "up", problem_image_1=None),
+        row(question, "so", None, problem_image_1=image),
+        row(None, "so", "up", problem_image_1=image),
+        row("why " * 900, "so", "up"),
+        row("a <|im_end|> of a question", "so", "up"),
+        row(question, f"see {mark('reasoning_image_1')}", "up", problem_image_1=image),  # for training alone
+    ]
+    file, out = write(tmp_path / "rows.parquet", rows), tmp_path / "out.jsonl"
+    limits = ("--longest-prompt=500", "--question=")
+    assert evaluate(run, file, out, *limits, task="zebra_cot") == 1
+    err = capsys.readouterr().err
+    for number in range(1, 8):
+        assert err.count(f"left out: rows.parquet row {number}: ") == 1, err
+    assert err.count("\n") == 7
+    assert {line["record"] for line in answers(out).values()} == {"rows.parquet row 0", "rows.parquet row 8"}
+    assert json.loads((tmp_path / "out.summary.json").read_text())["left_out"] == 7
 
 
 def test_a_published_checkpoint_is_evaluated_in_plain_text(data, tmp_path, capsys):

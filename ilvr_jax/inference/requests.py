@@ -21,6 +21,8 @@ METHODS = {
     "pixels": "where the model wants to look it is shown a picture, which is encoded",
 }
 
+LARGEST_VALUE = 1e6  # of an image: normalised pixels are below 3, features of the vision tower below some hundreds
+
 Picture = PatchedImage | EncodedImage
 
 
@@ -174,8 +176,9 @@ def check_picture(image: Picture, config: ModelConfig) -> None:
                 f"pixels of {image.height}x{image.width} patches must have shape ({patches}, {still}) in uint8 or "
                 f"({patches}, {config.vision.patch_dim}) in float32, got {_described(values)}"
             )
-    if not np.isfinite(values.astype(np.float32, copy=False)).all():
-        raise ValueError("the values of an image must be finite, got some that are not")
+    # What is no number, or becomes none, stays in the cache of the row, where it is multiplied by 0 for later requests.
+    if values.dtype != np.uint8 and not (np.abs(values.astype(np.float32)) <= LARGEST_VALUE).all():
+        raise ValueError(f"the values of an image must be numbers up to {LARGEST_VALUE:g}, got others")
 
 
 def check_tokens(name: str, tokens: Iterable[int], least: int, vocab_size: int) -> None:
