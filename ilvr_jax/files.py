@@ -231,6 +231,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
             held.release()
             held.acquire()
     except Timeout as error:
+        path.touch()  # raises why it cannot be made, if it is not there
         raise InUse(f"{what} is being written by {_holder(path)}; wait for it to end or stop it") from error
     remove = functools.partial(path.unlink, missing_ok=True)
     try:

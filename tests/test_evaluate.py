@@ -184,6 +184,7 @@ def test_a_published_checkpoint_is_evaluated_in_plain_text(data, tmp_path, capsy
         (["--seed=-1"], "--seed must be a whole number from 0 to 4294967295, got -1"),
         (["--largest-image=-1"], "--largest-image must be a whole number from 1 to 2147483647, got -1"),
         (["--instruction=caf\udce9"], "each argument must be text in UTF-8, got"),
+        (["--out=/proc/none.jsonl"], "/proc/.none.jsonl.lock cannot be read or written"),
         (["--out=/dev/null"], "--out must be a file whose name ends with .jsonl, got '/dev/null'"),
         (["--out=out.log"], "--out must be a file whose name ends with .jsonl, got 'out.log'"),
         (["--out="], "--out must be a file whose name ends with .jsonl"),
@@ -321,3 +322,10 @@ def test_a_file_without_its_first_line_is_refused(tmp_path):
     with pytest.raises(BadResults, match="results.jsonl line 1: must hold the settings of an evaluation"):
         Results(path, {"task": "t"})
     assert path.read_text() == "garbage\n"
+
+
+def test_a_file_without_answers_is_used_by_any_evaluation(tmp_path):
+    path = tmp_path / "results.jsonl"
+    for task in ("t", "u", "u"):
+        Results(path, {"task": task}).close()
+        assert path.read_text() == f'{{"settings": {{"task": "{task}"}}}}\n'

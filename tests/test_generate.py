@@ -120,6 +120,7 @@ def test_a_published_checkpoint_without_latent_tokens_answers_in_plain_text_and_
         ([""], "the question must have letters, got ''"),
         (["what \udce9?"], "each argument must be text in UTF-8, got b'what \\xe9?'"),
         (["--method=pixels"], '--method must not be "pixels" here'),
+        (["--stage="], "no checkpoint of stage ''"),
         (["--stage=stage2"], "no checkpoint of stage 'stage2'"),
         (
             ["one <image> two <image>"],
@@ -170,6 +171,8 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path, published, capsys):
     ):
         assert main([str(name), "What?"]) == 2
         assert sentence in capsys.readouterr().err
+    assert main([str(published), "What?", "--stage=stage1"]) == 2
+    assert "--stage must not be given for" in capsys.readouterr().err
     assert main([str(published)]) == 2
     assert "a question must be given" in capsys.readouterr().err
 

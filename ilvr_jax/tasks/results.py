@@ -60,7 +60,7 @@ class Results:
         content = path.read_bytes() if path.exists() else b""
         if content:
             self._read(content, json.loads(header)["settings"])
-        if self.damaged or not content.endswith(b"\n"):
+        if self.damaged or not (path.exists() and content.endswith(b"\n")):
             whole = [header, *(json.dumps(line, ensure_ascii=False) for line in self.lines.values())]
             write_text(path, "".join(f"{line}\n" for line in whole))
         self._file = path.open("ab", buffering=0)
@@ -75,7 +75,9 @@ class Results:
                 "another --out or delete the file"
             ) from error
         differing = [name for name in settings | theirs if theirs.get(name) != settings.get(name)]
-        if differing:
+        if differing and not others:  # it was stopped before its first answer
+            self.path.unlink()
+        elif differing:
             was, now = ([f"{name} {quote(of.get(name))}" for name in differing] for of in (theirs, settings))
             raise BadResults(
                 f"{self.path} must hold answers of this evaluation ({listed(now)}), but holds those of another "

@@ -253,7 +253,7 @@ def choose_stage(workdir: Path, config: ConfigDict, stage: str | None) -> str:
     found = stages_with_checkpoints(workdir, config.stages)
     if not found:
         raise NoCheckpoint(f"{workdir} has no complete checkpoint yet; train until the first is saved")
-    stage = stage or found[-1]
+    stage = found[-1] if stage is None else stage
     if stage not in found:
         raise NoCheckpoint(f"{workdir} has no checkpoint of stage {stage!r}, it has {', '.join(found)}")
     return stage

@@ -69,8 +69,8 @@ def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = 
         stage = choose_stage(folder, config, stage)
         step, *restored = restore_step_for_inference(folder, config, stage)
         return TrainedModel(*restored, prompts, config.eval.max_new_tokens, True, config, stage, step)
-    if stage:
-        raise BadConfig(f"--stage is {stage}, and {checkpoint} is no run of ours; none is accepted")
+    if stage is not None:
+        raise BadConfig(f"--stage must not be given for {checkpoint}, which is no run of ours, got {stage!r}")
     pretrained = open_pretrained(checkpoint)
     config = model_config_from_hf(pretrained.published, dtype=dtype or pretrained.dtype)
     config = dataclasses.replace(config, vocab_size=max(config.vocab_size, len(pretrained.tokenizer)))
