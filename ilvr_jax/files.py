@@ -10,6 +10,7 @@ import resource
 import shutil
 import socket
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ from ilvr_jax.interrupts import undone_when_stopped
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk, a full quota and the limit of a file's size
 FULL_WORDS = ("No space left", "ENOSPC", "Disk quota", "File too large")
+LOCK = ".lock"  # in a folder: the lock file of the process that writes there
+CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems without locks
 POINTER = b"version https://git-lfs"  # what a clone without large-file storage holds in place of a file
 IS_POINTER = "holds a pointer of Git's large-file storage; fetch the file itself (git lfs pull)"
 
@@ -136,16 +139,16 @@ def named_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # without a number it is a sentence already
             error.filename = str(path)
         raise
 
 
 def check_new_folder(path: Path) -> None:
-    """Raises InputError if `path` is there and no empty folder, OSError if that cannot be found out."""
+    """Raises InputError if `path` is there and no empty folder, or another process writes there; OSError as `lock`."""
     if path.is_dir():
-        if any(path.iterdir()):
-            raise InputError(f"{path} must be a new or empty folder, but is not empty")
+        with locked_folder(path):
+            _check_empty(path)
     elif os.path.lexists(path):
         kind = "a file" if path.is_file() else "a device, FIFO, socket or broken link"
         raise InputError(f"{path} must be a new or empty folder, but is {kind}")
@@ -158,22 +161,29 @@ def new_folder(path: Path) -> Iterator[None]:
     Raises as `check_new_folder` does, and OSError, with the path, if it cannot be made or the disk is full, however the
     libraries that write put that.
     """
-    check_new_folder(path)
-    there = path.is_dir()
-    path.mkdir(parents=True, exist_ok=True)
+    if not path.is_dir():
+        check_new_folder(path)
+    with locked_folder(path):
+        _check_empty(path)
 
-    def remove() -> None:
-        for part in path.iterdir() if there else [path]:
-            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink()
+        def remove() -> None:
+            for part in path.iterdir():
+                if part.name != LOCK:
+                    shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink()
 
-    try:
-        with undone_when_stopped(remove):
-            yield
-    except BaseException as error:
-        remove()
-        if is_full_disk(error) and not isinstance(error, OSError):
-            raise full_disk(path) from error
-        raise
+        try:
+            with undone_when_stopped(remove):
+                yield
+        except BaseException as error:
+            remove()
+            if is_full_disk(error) and not isinstance(error, OSError):
+                raise full_disk(path) from error
+            raise
+
+
+def _check_empty(folder: Path) -> None:
+    if any(path.name != LOCK for path in folder.iterdir()):
+        raise InputError(f"{folder} must be a new or empty folder, but is not empty")
 
 
 def check_room(folder: Path, size: int, file_size: int) -> None:
@@ -205,10 +215,11 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
-    """Holds the lock file `path` for one writer of `what`; ends with the process, however that ends.
+    """Holds the lock file `path` for one writer of `what`, and removes it afterwards.
 
-    Raises InUse, naming the process that holds it, its host and since when, if there is one; OSError if the file cannot
-    be made.
+    The lock ends with the process, however that ends; on a file system that has none a warning is printed. Raises
+    InUse, naming the process that holds it, its host and since when, if there is one; OSError if the file cannot be
+    made.
     """
     holder = {
         "process": os.getpid(),
@@ -233,13 +244,38 @@ def lock(path: Path, what: str) -> Iterator[None]:
     except Timeout as error:
         path.touch()  # raises why it cannot be made, if it is not there
         raise InUse(f"{what} is being written by {_holder(path)}; wait for it to end or stop it") from error
+    except OSError as error:
+        if error.errno not in CANNOT_LOCK:
+            raise
+        print(f"{path.parent} has no locks ({error.strerror}): other writers of {what} go unnoticed", file=sys.stderr)
     remove = functools.partial(path.unlink, missing_ok=True)
     try:
         with undone_when_stopped(remove):
             yield
     finally:
-        remove()
+        remove()  # while it is held: who opened it before us notices that it is gone
         held.release()
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder if it is not there, and holds it for one writer; raises as `lock` does.
+
+    Folders that were made, and in which nothing was written, are removed afterwards.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+
+    def remove_empty() -> None:
+        with contextlib.suppress(OSError):  # something is in it
+            for path in made:
+                path.rmdir()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with undone_when_stopped(remove_empty), lock(folder / LOCK, str(folder)):
+            yield
+    finally:
+        remove_empty()
 
 
 def _holder(path: Path) -> str:

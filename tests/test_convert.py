@@ -24,6 +24,7 @@ from ilvr_jax import convert
 from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.records import Record
 from ilvr_jax.data.tokenizer import LATENT_TOKENS, load_tokenizer, special_tokens
+from ilvr_jax.files import locked_folder
 from ilvr_jax.inference.evaluation import prompt_settings
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.checkpoint import nested_name
@@ -268,6 +269,13 @@ def test_what_is_no_checkpoint_is_refused(published, tmp_path, capsys, how, sent
     assert re.search(sentence, message), message
     assert message.count("\n") == 1
     assert not (tmp_path / "ours").exists()
+
+
+def test_two_conversions_into_one_folder_are_refused(published, tmp_path, capsys):
+    with locked_folder(tmp_path):
+        assert convert.main(["from-hf", str(published), str(tmp_path)]) == 2
+    assert f"{tmp_path} is being written by process {os.getpid()} on " in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_name_that_cannot_be_fetched_says_how_to_give_a_folder(monkeypatch):

@@ -22,6 +22,7 @@ from ilvr_jax.data.images import load_image
 from ilvr_jax.data.pipeline import make_iterator
 from ilvr_jax.data.records import Text
 from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer
+from ilvr_jax.files import locked_folder
 from ilvr_jax.latents.layout import Layout
 from ilvr_jax.training.configuration import load_config, resolve_path
 
@@ -161,16 +162,24 @@ def test_existing_data_are_not_overwritten(exported):
     )
     assert ended.returncode == 2 and ended.stdout == ""
     *_, last = ended.stderr.splitlines()
-    assert last.endswith("a folder without a train.jsonl is accepted")
+    assert last.endswith("give a folder without a train.jsonl")
     assert f"{exported / 'train.jsonl'} exists" in last and "Traceback" not in ended.stderr
     assert {path: path.stat().st_mtime_ns for path in exported.rglob("*")} == before
+
+
+def test_two_exports_into_one_folder_are_refused(tmp_path, capsys):
+    """The second would exchange pictures that lines of the first name."""
+    with locked_folder(tmp_path):
+        assert main(["export", f"--config={CONFIG}", "--count=1", f"--out={tmp_path}"]) == 2
+    assert f"{tmp_path} is being written by process {os.getpid()} on " in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out"
     assert main(["export", f"--config={CONFIG}", "--count=1", f"--out={out}"]) == 2
-    assert f"{out / 'images'} cannot be read or written: Not a directory\n" in capsys.readouterr().err
+    assert f"{out} cannot be read or written: Not a directory\n" in capsys.readouterr().err
 
 
 def test_nothing_looks_finished_after_a_failure_midway(tmp_path, capsys):

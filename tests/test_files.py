@@ -1,5 +1,6 @@
 """Files that users name: special files, damaged JSON, writes that fail, and two writers."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ilvr_jax.errors import InputError
-from ilvr_jax.files import InUse, lock, open_regular, read_json, write_text, written
+from ilvr_jax.files import InUse, lock, locked_folder, new_folder, open_regular, read_json, write_text, written
 
 
 class BadThing(InputError):
@@ -87,3 +88,32 @@ def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path)
         pass
     with lock(path, "runs/x"):
         pass
+
+
+def test_a_folder_is_held_by_one_writer_and_left_as_it_was(tmp_path):
+    folder = tmp_path / "runs" / "x"
+    with pytest.raises(RuntimeError), locked_folder(folder):
+        with pytest.raises(InUse, match=f"^{folder} is being written by process {os.getpid()} "), locked_folder(folder):
+            pass
+        raise RuntimeError
+    assert not (tmp_path / "runs").exists()
+    with new_folder(folder), pytest.raises(InUse), new_folder(folder):
+        pass
+    with new_folder(folder):
+        (folder / "model").touch()
+    assert [path.name for path in folder.iterdir()] == ["model"]
+    with pytest.raises(InputError, match=f"{folder} must be a new or empty folder"), new_folder(folder):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_gets_a_warning(number, tmp_path, monkeypatch, capsys):
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with locked_folder(tmp_path):
+        pass
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{tmp_path} has no locks ({os.strerror(number)})" in said
+    assert not any(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ilvr_jax.files import locked_folder
 from ilvr_jax.train import main
 from ilvr_jax.training.metrics import read_metrics
 from tests.samples import export_maps
@@ -144,6 +145,15 @@ def test_sigterm_to_one_stops_all_at_the_same_step(config_file, tmp_path):
     assert [process.returncode for process in started] == [128 + signal.SIGTERM] * 2, "\n".join(printed)[-3000:]
     ((stage, step),) = set(re.findall(r"stopped in (\S+) after step (\d+) of 6", "".join(printed)))
     assert (tmp_path / "checkpoints" / stage / step).is_dir()
+
+
+def test_all_processes_of_a_second_run_are_refused(config_file, tmp_path):
+    with locked_folder(tmp_path / "run"):
+        started = start(config_file, tmp_path / "run", 2)
+        printed = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started] == [2, 2], "\n".join(printed)[-3000:]
+    assert all(f"{tmp_path / 'run'} is being written by process {os.getpid()}" in one for one in printed)
+    assert not (tmp_path / "run").exists()
 
 
 BASE = f"--config={REPOSITORY / 'configs' / 'base.py'}"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.files import locked_folder
 from ilvr_jax.latents.layout import Layout, padded_tokens
 from ilvr_jax.train import main
 from ilvr_jax.training.batches import place_to_resume
@@ -406,6 +407,14 @@ def test_the_workdir_of_another_config_is_refused(finished, config_file, capsys)
     workdir, _ = finished
     assert main([f"--config={config_file}", f"--workdir={workdir}", "--config.stage2.steps=7"]) == 2
     assert "was made with another config: stage2.steps (6 there, 7 here); give" in capsys.readouterr().err
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_names_the_first(config_file, tmp_path, capsys):
+    with locked_folder(tmp_path / "run"):
+        assert main([f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]) == 2
+        said = capsys.readouterr().err
+        assert f"{tmp_path / 'run'} is being written by process {os.getpid()} on " in said and said.count("\n") == 1
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_buckets_are_ordered_by_what_they_cost():

@@ -16,6 +16,7 @@ from ilvr_jax.data.drawing import CELL_PIXELS
 from ilvr_jax.data.frozen_lake import FrozenLakeSource, frozen_lake_settings
 from ilvr_jax.data.records import Record, Text
 from ilvr_jax.errors import InputError
+from ilvr_jax.files import locked_folder
 from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.training.configuration import BadConfig, read_config_flags, resolve_path
 
@@ -23,18 +24,19 @@ from ilvr_jax.training.configuration import BadConfig, read_config_flags, resolv
 def export(records: Iterable[Record], folder: Path) -> int:
     """Writes records as `folder`/train.jsonl and PNG files beside it, and returns how many.
 
-    train.jsonl appears when all are written. Raises FileExistsError if there is one already.
+    train.jsonl appears when all are written. Raises InputError if there is one already, InUse if another process writes
+    into the folder.
     """
-    path = folder / "train.jsonl"
-    if path.exists():
-        raise FileExistsError(f"{path} exists; a folder without a train.jsonl is accepted")
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".jsonl.partial")
-    count = 0
-    with unfinished.open("w", encoding="utf-8") as file:
-        for count, record in enumerate(records, start=1):
-            file.write(json.dumps(_fields(record, folder, count - 1)) + "\n")
-    unfinished.replace(path)
+    path, count = folder / "train.jsonl", 0
+    with locked_folder(folder):
+        if path.exists():
+            raise InputError(f"{path} exists: give a folder without a train.jsonl")
+        (folder / "images").mkdir(exist_ok=True)
+        unfinished = path.with_suffix(".jsonl.partial")
+        with unfinished.open("w", encoding="utf-8") as file:
+            for count, record in enumerate(records, start=1):
+                file.write(json.dumps(_fields(record, folder, count - 1)) + "\n")
+        unfinished.replace(path)
     return count
 
 
@@ -87,7 +89,7 @@ def export_command(arguments: Sequence[str]) -> int:
     try:
         with stop_sentence(lambda: f"stopped; {options.out} is incomplete and has no train.jsonl"):
             _export_config(options)
-    except (ValueError, FileExistsError) as error:
+    except ValueError as error:
         raise InputError(error) from error
     return 0
 

@@ -52,7 +52,7 @@ from ilvr_jax.training.interruption import Interrupted, StopRequest, stop_reques
 from ilvr_jax.training.metrics import Metrics
 from ilvr_jax.training.optimizer import make_optimizer
 from ilvr_jax.training.pretrained import Pretrained, keep_description, load_params, open_pretrained
-from ilvr_jax.training.processes import is_main, wait_for_all
+from ilvr_jax.training.processes import is_main, locked_workdir, wait_for_all
 from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.run import Run
 from ilvr_jax.training.state import TrainState, first_state, state_like
@@ -71,8 +71,13 @@ def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> 
     finished stages as they are and goes on from the newest checkpoint, with the numbers of a run never stopped.
 
     Raises BadConfig, BadRecord, DiskFull and Diverged, NoCheckpoint if those that are there cannot be read or are of
-    another model, and Interrupted after a signal, when all is saved.
+    another model, InUse while another run writes there, and Interrupted after a signal, when all is saved.
     """
+    with locked_workdir(workdir):
+        return _train(config, workdir, console)
+
+
+def _train(config: ConfigDict, workdir: Path, console: Console | None) -> dict[str, Any]:
     source, evaluation_source = open_source(config), open_evaluation_source(config)
     config = with_steps(config, len(source), workdir)
     check_workdir(config, workdir)

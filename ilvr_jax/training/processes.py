@@ -1,17 +1,21 @@
 """Several processes as one run: how they find each other, and what they tell each other beside the devices."""
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+from ilvr_jax.errors import InputError
+from ilvr_jax.files import locked_folder
 from ilvr_jax.training.configuration import BadConfig
 
 TIMEOUT = 300  # seconds to wait for the others
@@ -85,6 +89,32 @@ def _initialize(options: argparse.Namespace, where: str) -> None:
 def is_main() -> bool:
     """Says whether this process writes what only one should."""
     return jax.process_index() == 0
+
+
+def in_main(act: Callable[[], None]) -> None:
+    """Calls a function in the process that writes; if it raises InputError or OSError, all processes raise InputError.
+
+    The others would wait for it in vain.
+    """
+    failure = None
+    if is_main():
+        try:
+            act()
+        except (InputError, OSError) as error:
+            failure = error
+    problem = open_exchange()(str(failure) if failure else None)[0]
+    if failure:
+        raise failure
+    if problem:
+        raise InputError(problem)
+
+
+@contextlib.contextmanager
+def locked_workdir(workdir: Path) -> Iterator[None]:
+    """Holds a workdir for one run: its main process has the lock, and all of them raise if there is none to be had."""
+    with contextlib.ExitStack() as held:
+        in_main(lambda: held.enter_context(locked_folder(workdir)))
+        yield
 
 
 def wait_for_all(place: str) -> None:
