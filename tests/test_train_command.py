@@ -376,9 +376,12 @@ def config_file(config, tmp_path):
         (["--config.stage1.optimizer=sgd"], "stage1: optimizer is 'sgd'; accepted are"),
         (["--config.stage1.accumulation=7"], "stage1: accumulation (7) does not divide batch_size"),
         (["--config.latents.grouping=x"], "latents.grouping is 'x'"),
-        (["--config.data.source=ilvr", "--config.data.path=absent.jsonl"], "absent.jsonl: there is no such file"),
+        (
+            ["--config.data.source=ilvr", "--config.data.path=absent.jsonl"],
+            "absent.jsonl must be a file of records, but cannot be read",
+        ),
         (["--config.data.source=files"], "data.source is 'files', one of frozen_lake, ilvr, mirage"),
-        (["--config.eval.data=absent.jsonl"], "absent.jsonl: there is no such file"),
+        (["--config.eval.data=absent.jsonl"], "absent.jsonl must be a file of records, but cannot be read"),
         (["--config.eval.max_new_tokens=0"], "eval: max_new_tokens must be a whole number from 1 to 131072, got 0"),
         (["--config.latents.coverage=0"], "latents.coverage is 0.0; accepted is a number more than 0"),
         (["--config.model.dtype=floot32"], "`model.dtype` must be one of float32"),
@@ -393,7 +396,7 @@ def config_file(config, tmp_path):
             ["--config.data.frozen_lake.max_moves=1", "--config.data.on_bad_record=skip"],
             "none of 20000 maps",
         ),
-        (["--config.tokenizer=absent"], "absent holds no tokenizer.json"),
+        (["--config.tokenizer=absent"], "absent must hold a tokenizer"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_status_2(flags, sentence, config_file, tmp_path, capsys):
