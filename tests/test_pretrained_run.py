@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -17,13 +18,15 @@ from ilvr_jax import convert
 from ilvr_jax.data.mirage import MirageSource
 from ilvr_jax.data.tokenizer import read_tokenizer, record_texts
 from ilvr_jax.models.attention import causal_mask
-from ilvr_jax.models.lora import decoder_params
-from ilvr_jax.training.checkpoints import restore_for_inference
+from ilvr_jax.models.lora import LoraConfig, decoder_params
+from ilvr_jax.training.checkpoints import build_model, restore_for_inference
 from ilvr_jax.training.configuration import BadConfig, load_config
+from ilvr_jax.training.export import write_adapter
 from ilvr_jax.training.interruption import Interrupted
 from ilvr_jax.training.loop import train
 from ilvr_jax.training.metrics import read_metrics
 from ilvr_jax.training.progress import Progress
+from ilvr_jax.training.trained import open_trained
 from tests.published import save_published
 from tests.vectors import SHARED
 
@@ -155,7 +158,10 @@ def test_what_is_frozen_stays_in_bfloat16_and_what_learns_is_float32(finished):
 
 
 def our_logits(workdir, ids):
-    model, params, *_ = restore_for_inference(workdir)
+    return logits_of(*restore_for_inference(workdir)[:2], ids)
+
+
+def logits_of(model, params, ids):
     decoder = decoder_params(jax.tree.map(lambda leaf: leaf.astype("float32"), params))
     positions = np.broadcast_to(np.arange(len(ids)), (1, 3, len(ids)))
     mask = causal_mask(np.ones((1, len(ids)), bool))
@@ -205,6 +211,9 @@ def test_adapters_have_pefts_names_and_shapes(finished, tmp_path, capsys):
     np.testing.assert_allclose(our_logits(workdir, ids), their_logits(model, ids), atol=2e-4)
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 3 * 7 * 2  # layers, targets, matrices
+    again = open_trained(str(tmp_path / "adapter"), dtype="float32")
+    assert again.looks and again.special == restore_for_inference(workdir)[3]
+    np.testing.assert_allclose(logits_of(again.model, again.params, ids), our_logits(workdir, ids), atol=2e-4)
 
 
 def test_the_teachers_weights_go_out_on_request(finished, tmp_path, capsys):
@@ -221,13 +230,26 @@ def test_the_teachers_weights_go_out_on_request(finished, tmp_path, capsys):
 
 
 def test_stage_2_goes_on_in_the_workdir_of_stage_1(small, tmp_path):
-    config = tiny_run(*small, lora=True)
+    """Both begin from adapters, which are trained on, and are not asked for again."""
+    config, workdir, adapter = tiny_run(*small, lora=True), tmp_path / "run", tmp_path / "adapter"
+    base, settings = config.model.init_from, LoraConfig(config.model.lora.rank, config.model.lora.alpha)
+    model = build_model(config, small[0], read_tokenizer(small[0]))
+    begun = jax.tree.map(lambda leaf: 0.01 + jnp.abs(leaf), model.init(jax.random.key(5))["adapters"])
+    write_adapter(begun, settings, base, adapter)
+    config.unlock().model.init_from = str(adapter)
+    config.lock()
     first = config.copy_and_resolve_references().unlock()
     first.stages = ("stage1",)
     for stage in STAGES:
         first[stage].steps = config[stage].steps = 2
-    train(first.lock(), tmp_path)
-    train(config, tmp_path)
-    assert [(line["stage"], line["step"]) for line in curve(tmp_path)] == [(s, n) for s in STAGES for n in (1, 2)]
+    train(first.lock(), workdir)
+    learnt = restore_for_inference(workdir)[1]["adapters"]
+    for one, other in zip(jax.tree.leaves(learnt), jax.tree.leaves(begun), strict=True):
+        assert 0 < np.abs(one - other).max() < 0.1  # two steps on from where it began
+    shutil.rmtree(adapter)
+    train(config, workdir)
+    assert [(line["stage"], line["step"]) for line in curve(workdir)] == [(s, n) for s in STAGES for n in (1, 2)]
     with pytest.raises(BadConfig, match="another config: stages"):
-        train(first.lock(), tmp_path)
+        train(first.lock(), workdir)
+    assert convert.main(["to-hf", str(workdir), str(tmp_path / "out"), "--adapter"]) == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == base

@@ -14,21 +14,22 @@ from transformers import Qwen2_5_VLConfig
 
 from ilvr_jax.data.examples import chat_template
 from ilvr_jax.data.tokenizer import special_tokens
-from ilvr_jax.files import check_new_folder, copy, new_folder, write_json
+from ilvr_jax.files import check_new_folder, copy, new_folder, read_object, write_json
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.checkpoint import state_dict_from_params
 from ilvr_jax.models.config import ModelConfig, model_config_from_hf
 from ilvr_jax.models.lora import SUFFIX, LoraConfig, merge_adapters
 from ilvr_jax.models.published import described_scaling, published_dtype
-from ilvr_jax.models.tensor_files import write_tensors
+from ilvr_jax.models.tensor_files import BadCheckpoint, write_tensors
 from ilvr_jax.training.checkpoints import PRETRAINED, restore_for_inference, restore_teacher
-from ilvr_jax.training.configuration import BadConfig, read_config
+from ilvr_jax.training.configuration import BadConfig, read_config, resolve_path
 from ilvr_jax.training.pretrained import (
     CONVERTED,
     IMAGE_PROCESSOR,
     KEPT,
     SOURCE,
     load_params,
+    names_adapter,
     open_pretrained,
     read_nested,
     read_published,
@@ -39,7 +40,7 @@ from ilvr_jax.training.stop_tokens import GENERATION, generation_config, read_ge
 def export(
     source: Path, destination: Path, stage: str | None, dtype: str | None, teacher: bool, lora: str | None
 ) -> None:
-    """Writes the model of a run, or of a folder made by `from-hf`, as a published checkpoint.
+    """Writes the model of a run, a folder made by `from-hf` or an adapter on its base as a published checkpoint.
 
     `stage` is by default the last with a checkpoint, `dtype` that of the checkpoint that the run began from. `lora`
     says what becomes of adapters: "merge" into the weights or "adapter", a PEFT folder of them alone.
@@ -48,12 +49,16 @@ def export(
     as `new_folder` does.
     """
     check_new_folder(destination)
-    if (source / CONVERTED).is_dir():
+    if (source / CONVERTED).is_dir() or names_adapter(source):
         if teacher or lora or stage:
-            raise BadConfig(f"{source} is a converted checkpoint: it has no stages, teacher or adapters")
+            raise BadConfig(
+                f"--teacher, --stage, --adapter and --merge-lora must not be given for {source}: it is no run"
+            )
         pretrained = open_pretrained(source)
-        config, tokenizer, published = model_config_from_hf(pretrained.published), pretrained.tokenizer, source
-        params = load_params(pretrained, config, pretrained.dtype, jax.random.key(0))
+        config, tokenizer = model_config_from_hf(pretrained.published), pretrained.tokenizer
+        config = dataclasses.replace(config, vocab_size=max(config.vocab_size, len(tokenizer)))
+        params = load_params(pretrained, config, dtype or pretrained.dtype, jax.random.key(0))
+        published, nested = pretrained.folder, pretrained.nested
         settings, latent_size = pretrained.published, None
         special = special_tokens(tokenizer, pretrained.stop)
         ends = pretrained.stop or special.ends
@@ -63,6 +68,7 @@ def export(
         if teacher:
             params = {**params, **restore_teacher(source, run, stage)}
         config, published, latent_size = model.config, source / PRETRAINED, run.latents.latent_size
+        nested = (published / SOURCE).is_file() and read_nested(published)
         settings = read_published(published) if run.model.init_from else published_config(config)
         ends, tokenizer.eos_token = special.ends, "<|im_end|>"  # with which answers end in training
         if not run.model.init_from:
@@ -71,13 +77,21 @@ def export(
             if lora is None:
                 raise BadConfig(f"{source} trained LoRA adapters; give --merge-lora or --adapter")
             if lora == "adapter":
+                base = run.model.init_from
+                if base and (published / SOURCE).is_file():
+                    base = read_object(published / SOURCE, BadCheckpoint).get("base", base)
+                if run.model.init_from and not base:
+                    raise BadConfig(
+                        f"--merge-lora must be given for {source}, not --adapter: it began from an adapter merged into "
+                        "its base, and of that model there is no folder that an adapter could be for"
+                    )
                 with new_folder(destination):
-                    write_adapter(params["adapters"], config.lora, run.model.init_from, destination)
+                    write_adapter(params["adapters"], config.lora, base, destination)
+                    tokenizer.save_pretrained(destination)
                 return
             params = merge_adapters(params, config.lora)
         elif lora:
             raise BadConfig(f"{source} has no LoRA adapters; without --merge-lora and --adapter it can be exported")
-    nested = (published / SOURCE).is_file() and read_nested(published)
     dtype = dtype or published_dtype(settings) or "float32"
     with new_folder(destination):
         write_tensors(state_dict_from_params(params, config, dtype, nested), destination)
@@ -172,10 +186,11 @@ def write_adapter(adapters: PyTree, lora: LoraConfig, base: str, destination: Pa
             module = ".".join(["base_model.model.model.language_model.layers", str(layer), *inside])
             tensors[f"{module}.lora_{matrix.upper()}.weight"] = np.ascontiguousarray(np.asarray(leaf[layer]).T)
     save_file(tensors, destination / "adapter_model.safetensors", metadata={"format": "pt"})
+    folder = resolve_path(base) if base else Path()
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": str(folder.absolute()) if base and folder.is_dir() else base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,

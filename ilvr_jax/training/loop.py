@@ -98,7 +98,8 @@ def _train(config: ConfigDict, workdir: Path, console: Console | None) -> dict[s
     if is_main():
         write_config(config, workdir)
         if pretrained:
-            keep_description(pretrained, workdir / PRETRAINED)
+            base = pretrained.base(model.config, config.model.init_from)
+            keep_description(pretrained, workdir / PRETRAINED, base=base)
         tokenizer.save_pretrained(workdir / "tokenizer")
     with blame("model"), on_mesh(mesh):
         params = start_params(config, workdir, model, pretrained, mesh)

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.images import image_processor_settings
-from ilvr_jax.data.tokenizer import add_latent_tokens, read_tokenizer
+from ilvr_jax.data.tokenizer import LATENT_TOKENS, add_latent_tokens, read_tokenizer
 from ilvr_jax.errors import InputError, listed, quote
 from ilvr_jax.files import (
     check_new_folder,
@@ -34,7 +35,26 @@ from ilvr_jax.files import (
     read_object,
     write_json,
 )
-from ilvr_jax.models.checkpoint import HEAD, has_own_head, is_nested, params_from_state_dict, put, stored_dtype
+from ilvr_jax.models.adapters import CONFIG as ADAPTER_CONFIG
+from ilvr_jax.models.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from ilvr_jax.models.adapters import (
+    PeftAdapter,
+    check_fit,
+    is_adapter,
+    merge_adapter,
+    read_adapter,
+    replace_tensors,
+    trained_matrices,
+)
+from ilvr_jax.models.checkpoint import (
+    HEAD,
+    has_own_head,
+    is_nested,
+    params_from_state_dict,
+    published_shapes,
+    put,
+    stored_dtype,
+)
 from ilvr_jax.models.config import CLIP_MEAN, CLIP_STD, ModelConfig, model_config_from_hf
 from ilvr_jax.models.published import published_dtype
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
@@ -64,11 +84,14 @@ MEAN_ROWS = 4096  # of an embedding, summed at a time
 class Pretrained:
     """A checkpoint whose description and tokenizer are read, and whose weights are still on disk."""
 
-    folder: Path
-    published: Mapping[str, Any]  # its config.json
+    folder: Path  # that of the base, for an adapter
+    stored: Mapping[str, Any]  # its config.json, as its weights are
+    published: Mapping[str, Any]  # the same with what the adapter changes
     tokenizer: PreTrainedTokenizerFast  # with latent tokens
-    added: tuple[int, ...]  # ids of the latent tokens that it came without
+    added: tuple[int, ...]  # ids of the latent tokens for which the folder has no embedding
+    missing: tuple[int, ...]  # those of them that the tokenizer came without: it has never learnt to look
     stop: tuple[int, ...]  # ids that end an answer
+    adapter: PeftAdapter | None = None
 
     @property
     def nested(self) -> bool:
@@ -82,36 +105,107 @@ class Pretrained:
         """Returns the dtype of its weights, float32 if neither its config nor a file names one."""
         return published_dtype(self.published) or "float32"
 
+    def base(self, config: ModelConfig, name: str) -> str:
+        """Returns the name of what adapters that begin here are for, `name` being this checkpoint's.
+
+        It is empty if that is a merged model, of which there is no folder.
+        """
+        if self.adapter is None:
+            return name
+        trained_on = self.adapter.continues(config.lora, config.num_hidden_layers) and not self.adapter.replaced
+        return self.adapter.config["base_model_name_or_path"] if trained_on else ""
+
 
 def open_pretrained(name: str | Path, weights: bool = True) -> Pretrained:
     """Reads description and tokenizer of a checkpoint: a folder, or a name on the Hugging Face hub.
+
+    It may be an adapter of PEFT, on the base that its config names, or on another: ADAPTER@BASE.
 
     Without `weights` the hub is asked for these alone, and the tensors may not be there.
 
     Raises BadCheckpoint if it cannot be found or fetched, is not a Qwen2.5-VL, or its tokenizer has more tokens than
     the embedding has rows.
     """
+    name, base = split_name(name)
     folder = find_folder(name, weights)
-    published = as_weights_are(read_published(folder), folder)
-    if other := published.get("transformers_weights"):
+    adapter = read_adapter(folder) if is_adapter(folder) else None
+    if adapter:
+        adapter, folder = find_base(adapter, base, weights)
+    elif base:
+        raise BadCheckpoint(f"{name} must be a folder with {ADAPTER_CONFIG} to be put on {base}, but has none")
+    stored = as_weights_are(read_published(folder), folder)
+    if other := stored.get("transformers_weights"):
         raise BadCheckpoint(f"{folder / 'config.json'} must not have `transformers_weights`, got {quote(other)}")
     for name in KEPT:
         if os.path.lexists(folder / name):
             read_object(folder / name, BadCheckpoint)
     check_stop_tokens(folder)
+    published = adapter.changed(stored) if adapter else stored
     rows = model_config_from_hf(published).vocab_size
     try:
         tokenizer = read_tokenizer(folder)
+        lacking = [token for token in LATENT_TOKENS if token not in tokenizer.get_vocab()]
+        if adapter and (adapter.folder / "tokenizer.json").is_file():
+            tokenizer = read_tokenizer(adapter.folder)
+        used = len(tokenizer.get_vocab().keys() - set(lacking))
+        missing = add_latent_tokens(tokenizer)
+        added = tuple(tokenizer.convert_tokens_to_ids(lacking))
     except ValueError as error:
         raise BadCheckpoint(str(error)) from error
-    if len(tokenizer) > rows:
+    if used > rows:
         raise BadCheckpoint(
-            f"{folder} must have an embedding row for each token, but has {len(tokenizer)} tokens and {rows} rows"
+            f"{folder} must have an embedding row for each token, but has {used} tokens and {rows} rows"
         )
     check_image_processor(folder)
     check_image_token(published, folder, tokenizer)
     stop = read_stop_tokens(folder, tokenizer, rows)
-    return Pretrained(folder, published, tokenizer, add_latent_tokens(tokenizer), stop)
+    return Pretrained(folder, stored, published, tokenizer, added, missing, stop, adapter)
+
+
+def split_name(name: str | Path) -> tuple[str | Path, str]:
+    """Returns the two parts of ADAPTER@BASE, the second empty for all other names."""
+    if os.path.isdir(name) or "@" not in str(name):
+        return name, ""
+    name, _, base = str(name).partition("@")
+    return name, base
+
+
+def names_adapter(name: str | Path) -> bool:
+    """Returns whether a name is that of an adapter's folder, with its base or without."""
+    folder = Path(split_name(name)[0])
+    return os.path.isdir(folder) and is_adapter(folder)
+
+
+def find_base(adapter: PeftAdapter, given: str, weights: bool = True) -> tuple[PeftAdapter, Path]:
+    """Returns an adapter with the name of its base as `given`, else as its config has it, and the folder of that base.
+
+    Raises BadCheckpoint if there is none.
+    """
+    name = given or adapter.config.get("base_model_name_or_path")
+    where = "the base" if given else f"`base_model_name_or_path` in {adapter.folder / ADAPTER_CONFIG}"
+    wanted = f"{where} must be a folder or a hub name of the whole model (or give one: ADAPTER@BASE), got {quote(name)}"
+    if not isinstance(name, str) or not name:
+        raise BadCheckpoint(wanted)
+    # Relative to the working directory, as PEFT reads it, or to the adapter.
+    folders = [path for path in (os.path.expanduser(name), adapter.folder / name) if os.path.isdir(path)]
+    if folders:
+        folder = Path(folders[0])
+        name = str(folder.absolute())
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise BadCheckpoint(f"{wanted}, which is not there")
+    elif not given and (revision := adapter.config.get("revision")) not in (None, "main"):
+        raise BadCheckpoint(
+            f"`revision` in {adapter.folder / ADAPTER_CONFIG} must be null or 'main', got {quote(revision)}; "
+            "fetch that revision and give its folder: ADAPTER@BASE"
+        )
+    else:
+        try:
+            folder = find_folder(name, weights)
+        except BadCheckpoint as error:
+            raise BadCheckpoint(f"{where}: {error}, as ADAPTER@BASE") from error
+    if is_adapter(folder):
+        raise BadCheckpoint(f"{wanted}, an adapter itself: merge that first (convert to-hf)")
+    return adapter._replace(config={**adapter.config, "base_model_name_or_path": name}), folder
 
 
 def check_image_token(published: Mapping[str, Any], folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -150,6 +244,8 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
             _fetch(name, [WEIGHTS])
             if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
                 _fetch(name, sorted(set(read_index(folder).values())))
+        if is_adapter(folder):
+            _fetch(name, [ADAPTER_WEIGHTS])
         return folder
     except BadCheckpoint:
         raise
@@ -210,14 +306,17 @@ def as_weights_are(published: dict[str, Any], folder: Path) -> dict[str, Any]:
     return published
 
 
-def keep_description(pretrained: Pretrained, folder: Path) -> None:
-    """Copies into `folder` what describes the model and its images, for reading the weights of a run later."""
+def keep_description(pretrained: Pretrained, folder: Path, **facts: str) -> None:
+    """Copies into `folder` what describes the model and its images, for reading the weights of a run later.
+
+    `facts` are kept in it, too, beside the naming scheme.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in (GENERATION, *KEPT):
         if (pretrained.folder / name).is_file():
             copy(pretrained.folder / name, folder / name)
     write_json(folder / "config.json", pretrained.published)
-    write_json(folder / SOURCE, {"nested": pretrained.nested})
+    write_json(folder / SOURCE, {"nested": pretrained.nested, **facts})
 
 
 def read_nested(folder: Path) -> bool:
@@ -241,11 +340,24 @@ def load_params(
     """Returns the parameters, tensor by tensor, with rows for the latent tokens and fresh adapters if there are any.
 
     `dtype` is that of all parts, or of each ("vision", "decoder"); adapters are float32. They lie on the mesh, by
-    default one device. Raises BadCheckpoint as `params_from_state_dict` does.
+    default one device. A saved adapter is merged, or the one that is trained on (see `PeftAdapter.continues`).
+
+    Raises BadCheckpoint as `params_from_state_dict` does, and if an adapter does not fit its base.
     """
-    mesh = mesh or one_device()
-    rows = model_config_from_hf(pretrained.published).vocab_size
-    stored = dataclasses.replace(config, vocab_size=rows, lora=type(config.lora)())
+    mesh, adapter, trained_on = mesh or one_device(), pretrained.adapter, False
+    whole = model_config_from_hf(pretrained.published)
+    stored = model_config_from_hf(pretrained.stored)
+    base = {"tie_word_embeddings": stored.tie_word_embeddings, "lora": type(config.lora)()}
+    stored = dataclasses.replace(config, vocab_size=stored.vocab_size, **base)
+    if adapter:
+        whole = dataclasses.replace(stored, tie_word_embeddings=whole.tie_word_embeddings, vocab_size=whole.vocab_size)
+        adapter = fitted(adapter, whole, stored)
+        trained_on = adapter.continues(config.lora, config.num_hidden_layers)
+        if config.lora.rank and not trained_on:
+            warn(
+                f"merged the adapter of {adapter.folder}, and fresh ones are trained on top of it: `model.lora` has "
+                "other ranks or targets"
+            )
     if (pretrained.folder / CONVERTED).is_dir():
         params = _restore_converted(pretrained.folder, stored, pretrained.dtype, dtype, mesh)
     else:
@@ -253,13 +365,34 @@ def load_params(
         if ignored := ignored_files(pretrained.folder, {place.path for place in tensors.places.values()}):
             warn(f"ignored weights in {pretrained.folder} that transformers does not load either: {listed(ignored)}")
         params = params_from_state_dict(tensors, stored, dtype, mesh)
-    if pretrained.added:
-        for name in {"embed_tokens", "lm_head"} & params["decoder"].keys():
+    if adapter:
+        if stored.tie_word_embeddings and not whole.tie_word_embeddings:
+            params["decoder"]["lm_head"] = jnp.copy(params["decoder"]["embed_tokens"])
+        params = replace_tensors(params, adapter)
+        params = params if trained_on else merge_adapter(params, adapter)
+    for name in {"embed_tokens", "lm_head"} & params["decoder"].keys():
+        own = adapter is not None and adapter.has_table(name)
+        if rows := pretrained.missing if own else pretrained.added:
             table = params["decoder"].pop(name)
-            params["decoder"][name] = with_latent_rows(table, pretrained.added, config.vocab_size)
+            params["decoder"][name] = with_latent_rows(table, rows, config.vocab_size)
     if config.lora.rank:
         params["adapters"] = jax.jit(lambda key: Qwen2_5VL(config).init(key)["adapters"])(key)
+        if trained_on:
+            params["adapters"] = trained_matrices(params["adapters"], adapter, config.lora)
     return jax.device_put(params, shardings(params, mesh))  # where they are not there already
+
+
+def fitted(adapter: PeftAdapter, whole: ModelConfig, base: ModelConfig) -> PeftAdapter:
+    """Returns an adapter after a check that it fits the model; tied to the embedding, a head is not kept twice."""
+    if whole.tie_word_embeddings:
+        adapter = adapter._replace(replaced={name: own for name, own in adapter.replaced.items() if name != HEAD})
+    elif whole.vocab_size != base.vocab_size and HEAD not in adapter.replaced:
+        raise BadCheckpoint(
+            f"{adapter.folder / ADAPTER_WEIGHTS} must hold the head, lm_head, with its {whole.vocab_size} rows of the "
+            f"embedding, since its base has {base.vocab_size}"
+        )
+    check_fit(adapter, published_shapes(jax.eval_shape(Qwen2_5VL(whole).init, jax.random.key(0)), whole))
+    return adapter
 
 
 def with_latent_rows(

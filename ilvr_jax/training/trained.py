@@ -16,6 +16,7 @@ from ilvr_jax.data.images import image_processor_settings
 from ilvr_jax.data.tokenizer import special_tokens
 from ilvr_jax.inference.evaluation import prompt_settings
 from ilvr_jax.latents.tokens import SpecialTokens
+from ilvr_jax.models.adapters import is_adapter
 from ilvr_jax.models.config import model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.tensor_files import BadCheckpoint
@@ -59,7 +60,7 @@ def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = 
     NoCheckpoint or BadCheckpoint, one sentence, if it cannot be opened.
     """
     folder = Path(checkpoint)
-    if folder.is_dir() and not is_published(folder):
+    if folder.is_dir() and not is_adapter(folder) and not is_published(folder):
         config = read_config(folder)
         if dtype:
             with config.unlocked():
@@ -86,7 +87,7 @@ def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = 
         special_tokens(pretrained.tokenizer, pretrained.stop),
         ExampleSettings(latent_size=LATENT_SIZE, system=SYSTEM, **bounds),
         MAX_NEW_TOKENS,
-        not pretrained.added,
+        not pretrained.missing,
         None,
         None,
         None,
