@@ -78,8 +78,8 @@ def get_config() -> ConfigDict:
                 "remat_policy": "dots_saveable",  # or "none", "full", and others of jax.checkpoint_policies
                 "attention": "auto",  # the platform's kernel; or "xla", "splash" (TPU), "cudnn" (NVIDIA)
                 "dtype": "float32",  # of activations, or "bfloat16"
-                # A published checkpoint to start from, a hub name or a folder: the shape is then its own, and the keys
-                # of it here are left out. Empty: fresh parameters of the shape said here.
+                # A published checkpoint to start from, a hub name or a folder, or ADAPTER[@BASE], an adapter of PEFT: the
+                # shape is then its own, and its keys must not be here. Empty: fresh parameters of the shape given here.
                 "init_from": "",
                 "frozen_dtype": "float32",  # of the parts that no stage trains, or "bfloat16"
                 "lora": {"rank": 0, "alpha": 64.0, "dropout": 0.0, "targets": TARGETS},  # rank 0: no adapters

@@ -16,10 +16,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m ilvr_jax.convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     into = commands.add_parser("from-hf", help="write a published Qwen2.5-VL as a folder for config.model.init_from")
-    into.add_argument("source", metavar="SRC", help="a folder with config.json and *.safetensors, or a hub name")
+    into.add_argument(
+        "source", metavar="SRC", help="a folder with config.json and *.safetensors, a hub name, or ADAPTER[@BASE]"
+    )
     into.add_argument("destination", metavar="DST", type=Path, help="a new folder")
     out = commands.add_parser("to-hf", help="write a run as a folder that transformers, PEFT and vLLM open")
-    out.add_argument("source", metavar="WORKDIR", type=Path, help="the workdir of a run, or a folder from from-hf")
+    out.add_argument(
+        "source", metavar="WORKDIR", type=Path, help="a run's workdir, a folder from from-hf, or ADAPTER[@BASE]"
+    )
     out.add_argument("destination", metavar="DST", type=Path, help="a new folder")
     out.add_argument("--stage", help="the stage whose checkpoint is used (default: the last that has one)")
     out.add_argument("--dtype", choices=DTYPES, help="of the weights (default: that of the checkpoint begun from)")

@@ -80,7 +80,7 @@ def check_flags(options: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = ArgumentParser(prog="python -m ilvr_jax.evaluate", description=__doc__)
-    parser.add_argument("checkpoint", help="the workdir of a run, a folder of a Qwen2.5-VL, or its name on the hub")
+    parser.add_argument("checkpoint", help="a run's workdir, a Qwen2.5-VL (folder or hub name), or ADAPTER[@BASE]")
     parser.add_argument("--task", choices=TASKS, required=True, help="what is asked and how answers are scored")
     parser.add_argument("--data", type=Path, help="the records, in a format of the task (default: the run's eval.data)")
     parser.add_argument("--root", type=Path, help="where paths of images begin (default: the folder of --data)")

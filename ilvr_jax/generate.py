@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's flags; raises BadConfig for some that cannot be used together."""
     parser = ArgumentParser(prog="python -m ilvr_jax.generate", description=__doc__)
-    parser.add_argument("checkpoint", help="the workdir of a run, a folder of a Qwen2.5-VL, or its name on the hub")
+    parser.add_argument("checkpoint", help="a run's workdir, a Qwen2.5-VL (folder or hub name), or ADAPTER[@BASE]")
     parser.add_argument(
         "question", nargs="?", help="with <image> where an image belongs, or without (default: the run's)"
     )

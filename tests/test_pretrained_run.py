@@ -235,6 +235,7 @@ def test_stage_2_goes_on_in_the_workdir_of_stage_1(small, tmp_path):
     base, settings = config.model.init_from, LoraConfig(config.model.lora.rank, config.model.lora.alpha)
     model = build_model(config, small[0], read_tokenizer(small[0]))
     begun = jax.tree.map(lambda leaf: 0.01 + jnp.abs(leaf), model.init(jax.random.key(5))["adapters"])
+    adapter.mkdir()
     write_adapter(begun, settings, base, adapter)
     config.unlock().model.init_from = str(adapter)
     config.lock()
