@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
                 "remat_policy": "dots_saveable",  # or "none", "full", and others of jax.checkpoint_policies
                 "attention": "auto",  # the platform's kernel; or "xla", "splash" (TPU), "cudnn" (NVIDIA)
                 "dtype": "float32",  # of activations, or "bfloat16"
-                # A published checkpoint to start from, a hub name or a folder, or ADAPTER[@BASE], an adapter of PEFT: the
+                # A published checkpoint to start from, a hub name or a folder, or ADAPTER[@BASE] of PEFT: the
                 # shape is then its own, and its keys must not be here. Empty: fresh parameters of the shape given here.
                 "init_from": "",
                 "frozen_dtype": "float32",  # of the parts that no stage trains, or "bfloat16"
