@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from ilvr_jax.data.examples import ExampleSettings, build_prompt
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import MapDesc, Record
+from ilvr_jax.files import write_json, written
 from ilvr_jax.inference.decode import Decoded, DecodeSettings, generate
 from ilvr_jax.inference.transcript import show_text, split_at_looks
 from ilvr_jax.latents.layout import Batch, Sample, collate, merge_layouts, required_layout
@@ -108,18 +109,15 @@ class Evaluation:
         }
 
     def write(self, path: Path) -> None:
-        """Writes the answers, one a line, to `samples_path(path)`, then the summary to `path`, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with samples_path(path).open("w", encoding="utf-8") as file:
+        """Writes the answers to `samples_path(path)`, then the summary to `path`, each whole or not at all."""
+        with written(samples_path(path)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             for answer in self.answers:
                 blind = hole_blind_success(answer.map_desc)
                 derived = {"level": answer.level, "success": answer.success, "hole_blind_success": blind}
                 groups = {"holes_matter": blind < 1, "detour": blind == 0}
                 fields = dataclasses.asdict(answer) | derived | groups
                 file.write(json.dumps(fields, ensure_ascii=False) + "\n")
-        unfinished = path.with_name(path.name + ".partial")
-        unfinished.write_text(json.dumps(self.summary(), indent=2) + "\n")
-        unfinished.replace(path)
+        write_json(path, self.summary())
 
 
 def samples_path(path: Path) -> Path:
