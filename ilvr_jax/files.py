@@ -263,6 +263,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
     Folders that were made, and in which nothing was written, are removed afterwards.
     """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InputError(f"{folder} must be a folder, but is a file, a device or a broken link")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
 
     def remove_empty() -> None:

@@ -1,5 +1,6 @@
 """Several processes as one run: the losses of one process, and checkpoints that cross over."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from ilvr_jax.files import locked_folder
 from ilvr_jax.train import main
 from ilvr_jax.training.metrics import read_metrics
+from ilvr_jax.training.processes import split_address
 from tests.samples import export_maps
 
 REPOSITORY = Path(__file__).parents[1]
@@ -43,9 +45,9 @@ def config_file(tmp_path_factory):
     return folder / "config.py"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def free_port(family: socket.AddressFamily = socket.AF_INET) -> int:
+    with socket.socket(family) as probe:
+        probe.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
@@ -156,18 +158,90 @@ def test_all_processes_of_a_second_run_are_refused(config_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+PORT, HOST = "its port must be from 1 to 65535", "its host must be a name or an address"
+BAD_ADDRESSES = [
+    ("", PORT),
+    ("here", PORT),
+    ("here:", PORT),
+    ("here:0", PORT),
+    ("here:70000", PORT),
+    ("here:-1", PORT),
+    ("here:1.5", PORT),
+    ("here:٣", PORT),
+    ("[::1]", PORT),
+    (":1234", HOST),
+    ("a b:1234", HOST),
+    ("http://here:1234", "an IPv6 address must be in brackets, as in [::1]:1234"),
+    ("::1:1234", "an IPv6 address must be in brackets, as in [::1]:1234"),
+    ("[here]:1234", "brackets must hold an IPv6 address"),
+    ("[]:1234", "brackets must hold an IPv6 address"),
+]
+
+
+JOIN = """
+import argparse, sys
+import jax
+from ilvr_jax.training.processes import add_flags, join, open_exchange
+parser = argparse.ArgumentParser()
+add_flags(parser)
+join(parser.parse_args(sys.argv[1:]))
+print(open_exchange()(jax.process_index()))
+"""
+
+
+def test_processes_meet_at_an_ipv6_address():
+    address = f"localhost:{free_port()}"
+    with contextlib.suppress(OSError):  # a machine without IPv6
+        address = f"[::1]:{free_port(socket.AF_INET6)}"
+    command = [sys.executable, "-c", JOIN, f"--coordinator={address}", "--processes=2", "--timeout=60"]
+    started = [
+        subprocess.Popen(
+            [*command, f"--process={process}"],
+            cwd=REPOSITORY,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0] for process in started] == ["[0, 1]\n"] * 2
+
+
+def test_addresses_are_split():
+    for address, parts in {
+        "localhost:1234": ("localhost", 1234),
+        "10.0.0.1:1": ("10.0.0.1", 1),
+        "worker-0.job:65535": ("worker-0.job", 65535),
+        "[::1]:1234": ("::1", 1234),
+        "[fe80::1%eth0]:1234": ("fe80::1%eth0", 1234),
+    }.items():
+        assert split_address(address) == parts
+
+
 BASE = f"--config={REPOSITORY / 'configs' / 'base.py'}"
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--processes=2"], "--processes and --process come with --coordinator=host:port"),
-        (["--coordinator=here", "--processes=2", "--process=0"], "host:port, how many and a number below that"),
-        (["--coordinator=localhost:1", "--processes=2", "--process=2"], "host:port, how many and a number below that"),
+        (["--processes=2"], "--processes and --process must come with --coordinator=host:port"),
+        (
+            ["--coordinator=localhost:1", "--processes=2", "--process=2"],
+            "a --process from 0 to below that, got 2 and 2",
+        ),
+        (["--coordinator=localhost:1", "--processes=2"], "a --process from 0 to below that, got 2 and None"),
+        (["--coordinator=localhost:1", "--processes=0", "--process=0"], "must come with --processes, from 1 to 100000"),
+        (["--coordinator=localhost:1", f"--processes={10**12}", "--process=1"], "from 1 to 100000"),
+        (["--timeout=0"], "--timeout must be from 1 to 604800 seconds, got 0"),
+        ([f"--timeout={10**20}"], "--timeout must be from 1 to 604800 seconds"),
+        *(
+            ([f"--coordinator={address}", "--processes=2", "--process=1"], f"host:port, and {problem}, got {address!r}")
+            for address, problem in BAD_ADDRESSES
+        ),
         (
             ["--coordinator=127.0.0.1:1", "--processes=2", "--process=1", "--timeout=1"],
-            "the coordinator 127.0.0.1:1 could not be reached in 1 seconds",
+            "port 1 of '127.0.0.1' could not be reached in 1 seconds",
         ),
     ],
 )

@@ -7,6 +7,8 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +18,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ilvr_jax.data.formats import FORMATS
-from ilvr_jax.errors import InputError
+from ilvr_jax.errors import InputError, listed, quote
+from ilvr_jax.files import read_object, write_text
 from ilvr_jax.latents.layout import Layout
 from ilvr_jax.latents.selection import LatentSettings
 from ilvr_jax.models.config import DTYPES, STORAGE, ModelConfig, VisionConfig
@@ -26,6 +29,8 @@ from ilvr_jax.models.sharding import AXES
 from ilvr_jax.training.step import OBJECTIVES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+LARGEST = 2**31 - 1  # of numbers in a config: sizes, steps and seeds go into 32-bit integers
+ADDED = {"follow_links": True, "accept_change": False}  # keys of `data` that older workdirs lack, as they were run
 
 # What may differ when a run is continued: none of it changes what is learnt.
 NO_EFFECT_ON_TRAINING = (
@@ -58,9 +63,13 @@ def read_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
     Returns the namespace with `config` (a locked ConfigDict) and `workdir` (a Path; by default runs/ and the
     name of the config file). Raises as `read_config_flags` does.
     """
-    parser.add_argument("--workdir", type=Path, help="where everything is written (default: runs/<config name>)")
+    parser.add_argument("--workdir", help="where everything is written (default: runs/<config name>)")
     options = read_config_flags(parser, arguments)
-    options.workdir = options.workdir or Path("runs") / options.config_file.stem
+    if options.workdir is None:
+        options.workdir = Path("runs") / options.config_file.stem
+    elif not options.workdir or "\0" in options.workdir:
+        raise BadConfig(f"--workdir must be a folder, got {quote(options.workdir)}")
+    options.workdir = Path(options.workdir)
     return options
 
 
@@ -87,7 +96,7 @@ def read_config_flags(
     options, others = parser.parse_known_args(arguments)
     overrides, unknown = _split_overrides(others)
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(f"unrecognized arguments: {listed(unknown)}")
     options.config_file = Path(options.config) if options.config else None
     options.config = load_config(options.config_file or default)
     if prepare:
@@ -107,18 +116,18 @@ def load_config(path: Path) -> ConfigDict:
     """Returns the locked ConfigDict that the file's get_config() returns; raises BadConfig if it gives none."""
     resolved = resolve_path(path)
     if not resolved.is_file():
-        raise BadConfig(f"there is no config file {path}; --config takes a Python file such as configs/base.py")
+        raise BadConfig(f"--config must be a Python file such as configs/base.py, but there is no file {path}")
     spec = importlib.util.spec_from_file_location("ilvr_jax_config", resolved)
     if spec is None or spec.loader is None:
-        raise BadConfig(f"{path} is not a Python file (.py); --config takes one such as configs/base.py")
+        raise BadConfig(f"--config must be a Python file (.py) such as configs/base.py, got {path}")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config() if hasattr(module, "get_config") else None
-    except Exception as error:  # the file is the user's code: whatever it raises is what is wrong with it
+    except (Exception, SystemExit) as error:  # the file is the user's code: whatever it raises is what is wrong with it
         raise BadConfig(f"{path}{_error_line(error, resolved)}: {_first_line(error)}") from error
     if not isinstance(config, ConfigDict):
-        raise BadConfig(f"{path} has no function get_config() that returns an ml_collections.ConfigDict")
+        raise BadConfig(f"{path} must have a function get_config() that returns an ml_collections.ConfigDict")
     return config.lock()
 
 
@@ -131,12 +140,12 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     values = dict(_flatten(config))
     if key not in values:
         if any(name.startswith(key + ".") for name in values):
-            inside = ", ".join(sorted({name[len(key) + 1 :].split(".")[0] for name in values if name.startswith(key)}))
-            raise BadConfig(f"--config.{key} is a section, set one of its keys: {inside}")
+            inside = {name[len(key) + 1 :].split(".")[0] for name in values if name.startswith(key)}
+            raise BadConfig(f"--config.{key} must be one of the section's keys, such as {listed(sorted(inside))}")
         last = key.split(".")[-1]
         near = difflib.get_close_matches(key, values, n=1, cutoff=0.0) if values else []
         near = [name for name in values if name.split(".")[-1] == last][:1] or near
-        raise BadConfig(f"--config.{key} is not a key of the config; the nearest is {near[0] if near else 'none'}")
+        raise BadConfig(f"--config.{key} must be a key of the config; the nearest is {near[0] if near else 'none'}")
     section = config
     *parents, name = key.split(".")
     for parent in parents:
@@ -156,41 +165,47 @@ def parse_value(key: str, text: str, current: Any) -> Any:
         value = _literal(text)
     if type(current) is float and type(value) is int:
         value = float(value)
-    if isinstance(current, tuple) and isinstance(value, tuple):
-        accepted = {type(item) for item in current} | ({int} if any(type(item) is float for item in current) else set())
-        wrong = bool(accepted) and any(type(item) not in accepted for item in value)
-        kind = "a tuple of " + " or ".join(sorted(item.__name__ for item in accepted))
-    else:
-        wrong = current is not None and type(value) is not type(current)
-        names = {bool: "true or false", int: "an integer", float: "a number", tuple: "a tuple"}
-        kind = names.get(type(current), f"a value of type {type(current).__name__}")
-    if wrong:
-        raise BadConfig(f"config key {key} was given {text!r}, {kind} is accepted")
+    if kind := _needed_kind(value, current):
+        raise BadConfig(f"`{key}` must be {kind}, got {quote(text)}")
     return value
+
+
+def _needed_kind(value: Any, like: Any) -> str:
+    """Returns what a value must be to have the type of another one, empty if it has."""
+    if isinstance(like, tuple) and isinstance(value, tuple):
+        kinds = {type(item) for item in like} | ({int} if any(type(item) is float for item in like) else set())
+        if not kinds or all(type(item) in kinds for item in value):
+            return ""
+        return "a tuple of " + " or ".join(sorted(kind.__name__ for kind in kinds))
+    if like is None or type(value) is type(like):
+        return ""
+    names = {bool: "true or false", int: "an integer", float: "a number", tuple: "a tuple", str: "text"}
+    return names.get(type(like), f"a value of type {type(like).__name__}")
 
 
 def check_config(config: ConfigDict) -> None:
     """Raises BadConfig for a key that is unknown or missing, stages that do not fit together and numbers too small."""
     check_keys(config)
+    check_numbers(config)
     if not config.stages:
-        raise BadConfig("config key stages is empty; it takes the names of the stages to run")
+        raise BadConfig("`stages` must be the names of the stages to run, got none")
     if len(set(config.stages)) != len(config.stages):
-        raise BadConfig(f"config key stages names a stage twice: {', '.join(config.stages)}")
+        raise BadConfig(f"`stages` must name each stage once, got {listed(config.stages)}")
     for name in config.stages:
         sections = [key for key, value in config.items() if isinstance(value, ConfigDict) and "objective" in value]
         if name not in sections:
-            raise BadConfig(f"config key stages names {name!r}, the config has the stages {', '.join(sections)}")
+            raise BadConfig(f"`stages` must be of the config's stages {listed(sections)}, got {quote(name)}")
         stage = config[name]
         _one_of(f"{name}.objective", stage.objective, OBJECTIVES)
         accepted = HELPER_IMAGES[stage.objective]
-        _one_of(f"{name}.helper_images", stage.helper_images, accepted, f" with objective {stage.objective!r}")
+        _one_of(f"{name}.helper_images", stage.helper_images, accepted, f" with objective {stage.objective}")
         for part in stage.train:
             _one_of(f"{name}.train", part, ("vision", decoder_part(config)))
         if not stage.train:
-            raise BadConfig(f"config key {name}.train is empty, it takes vision, {decoder_part(config)} or both")
+            raise BadConfig(f"`{name}.train` must be vision, {decoder_part(config)} or both, got none")
         if stage.objective == "alignment" and "vision" in stage.train:
             raise BadConfig(
-                f"config key {name}.train holds 'vision', with objective 'alignment' {decoder_part(config)} is accepted"
+                f"`{name}.train` must be {decoder_part(config)} alone with objective alignment, got {stage.train}"
             )
         for key in ("steps", "batch_size", "accumulation"):
             _at_least(1, f"{name}.{key}", stage[key])
@@ -203,7 +218,7 @@ def check_config(config: ConfigDict) -> None:
     _at_least(1, "data.records", config.data.records)
     _at_least(0, "data.workers", config.data.workers)
     if not config.data.buckets:
-        raise BadConfig("config key data.buckets is empty, at least one bucket is accepted")
+        raise BadConfig("`data.buckets` must hold at least one bucket, got none")
     for name, bucket in config.data.buckets.items():
         for key, value in bucket.items():
             _at_least(0, f"data.buckets.{name}.{key}", value)
@@ -212,11 +227,11 @@ def check_config(config: ConfigDict) -> None:
     _one_of("data.source", config.data.source, ("frozen_lake", *FORMATS))
     if config.data.source == "frozen_lake" and config.data.feature_cache:
         raise BadConfig(
-            f"config key data.feature_cache is {config.data.feature_cache!r}, and data.source frozen_lake draws other "
-            "images all the time; an empty one is accepted"
+            "`data.feature_cache` must be empty with data.source frozen_lake, which draws other images all the time, "
+            f"got {quote(config.data.feature_cache)}"
         )
     if config.data.source != "frozen_lake" and not config.data.path:
-        raise BadConfig(f"config key data.path is empty, a file of the format {config.data.source!r} is accepted")
+        raise BadConfig(f"`data.path` must be a file of the format {config.data.source}, got none")
 
 
 def check_keys(config: ConfigDict) -> None:
@@ -226,11 +241,15 @@ def check_keys(config: ConfigDict) -> None:
     sections are read into; data.frozen_lake has its own check.
     """
     base = load_config(REPOSITORY / "configs" / "base.py")
+    if kind := _needed_kind(config.get("stages", ()), base.stages):
+        raise BadConfig(f"`stages` must be {kind}, got {quote(config.stages)}")
     stages = [key for key, value in config.items() if isinstance(value, ConfigDict) and "objective" in value]
     stages += [key for key in config.get("stages", ()) if key in config and key not in stages]
     _check_section(config, "", [key for key in base if key not in base.stages], stages)
     for name in stages:
         _check_section(config[name], f"{name}.", list(base[base.stages[0]]))
+        _check_kinds(config[name], base[base.stages[0]], f"{name}.")
+    _check_kinds(config, base, "")
     _check_section(config.data, "data.", list(base.data))
     _check_section(config.eval, "eval.", list(base.eval))
     _check_section(config.mesh, "mesh.", AXES)
@@ -285,7 +304,7 @@ def has_begun(workdir: Path) -> bool:
 
 def is_checkpoint(path: Path) -> bool:
     """Says whether a folder is a complete checkpoint: one being written has another name."""
-    return path.name.isdigit()
+    return path.name.isascii() and path.name.isdigit() and path.is_dir()
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -299,7 +318,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
             theirs["stages"] = ours["stages"]
         missing = "absent"
         differing = [
-            f"{key} ({theirs.get(key, missing)!r} there, {ours.get(key, missing)!r} here)"
+            f"{key} ({quote(theirs.get(key, missing))} there, {quote(ours.get(key, missing))} here)"
             for key in sorted(theirs.keys() | ours.keys())
             if theirs.get(key, missing) != ours.get(key, missing)
             and not any(key == name or key.startswith(name + ".") for name in NO_EFFECT_ON_TRAINING)
@@ -307,31 +326,34 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         ]
         if differing:
             raise BadConfig(
-                f"{workdir} was made with another config: {', '.join(differing)}; give these values, or another "
-                "--workdir"
+                f"{workdir} was made with another config: {listed(differing)}; give these values, or another --workdir"
             )
 
 
 def write_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes config.json into the workdir; raises BadConfig if it cannot be a folder."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise BadConfig(f"--workdir {workdir} cannot be a folder: {error.strerror}") from error
-    unfinished = workdir / "config.json.partial"
-    unfinished.write_text(to_json(config))
-    unfinished.replace(workdir / "config.json")
+    """Writes config.json into the workdir; raises as `files.write_text` does."""
+    write_text(workdir / "config.json", to_json(config))
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """Returns the config that a workdir was made with; raises BadConfig if it is not the workdir of a run."""
+    """Returns the config that a workdir was made with.
+
+    Raises BadConfig if it is not the workdir of a run, or its config.json is damaged.
+    """
     path = workdir / "config.json"
-    if not path.is_file():
-        raise BadConfig(f"{workdir} holds no run: no {path.name}; --workdir takes the folder of a training run")
+    if not os.path.lexists(path) and not has_begun(workdir):
+        raise BadConfig(f"{workdir} must be the workdir of a training run, but has no config.json")
+    restore = "restore it: the training command and its flags print it with --config.print=true"
     try:
-        return from_json(path.read_text())
-    except ValueError as error:
-        raise BadConfig(f"{path} is not a config: {error}") from error
+        config = _as_config(read_object(path, BadConfig))
+        with config.unlocked():
+            if isinstance(config.get("data"), ConfigDict):
+                config.data = ConfigDict(ADDED | dict(config.data.items()))
+        check_config(config.lock())
+    except BadConfig as error:
+        named = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise BadConfig(f"{named}; {restore}") from error
+    return config
 
 
 def to_json(config: ConfigDict) -> str:
@@ -341,13 +363,16 @@ def to_json(config: ConfigDict) -> str:
 
 def from_json(text: str) -> ConfigDict:
     """Returns the config that `to_json` wrote; lists become tuples again."""
+    return _as_config(json.loads(text))
 
+
+def _as_config(values: dict[str, Any]) -> ConfigDict:
     def restore(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: restore(item) for key, item in value.items()}
         return tuple(restore(item) for item in value) if isinstance(value, list) else value
 
-    return ConfigDict(restore(json.loads(text))).lock()
+    return ConfigDict(restore(values)).lock()
 
 
 def _split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -379,7 +404,7 @@ def _literal(text: str) -> Any:
     """Reads a Python literal; anything else is a string, which the type check then judges."""
     try:
         return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # of brackets within brackets, say
         return text
 
 
@@ -391,37 +416,64 @@ def _parse_tuple(text: str, current: tuple) -> Any:
     return words if current and isinstance(current[0], str) else tuple(_literal(word) for word in words)
 
 
+def check_numbers(config: ConfigDict) -> None:
+    """Raises BadConfig, naming the key, for a number that no 32-bit integer holds and one that is not finite."""
+    for key, value in _flatten(config):
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and abs(number) > LARGEST:
+                raise BadConfig(f"`{key}` must be from {-LARGEST} to {LARGEST}, got {quote(number)}")
+            if isinstance(number, float) and not math.isfinite(number):
+                raise BadConfig(f"`{key}` must be a finite number, got {number}")
+
+
+def _check_kinds(section: ConfigDict, like: ConfigDict, prefix: str) -> None:
+    """Raises BadConfig, naming the key, for a value that is not of the type of the same key in `like`."""
+    for key in section:
+        value, theirs = section[key], like.get(key)
+        if isinstance(theirs, ConfigDict) != isinstance(value, ConfigDict) and theirs is not None:
+            kind = "a section" if isinstance(theirs, ConfigDict) else "a value, no section"
+        elif isinstance(value, ConfigDict):
+            _check_kinds(value, theirs or ConfigDict(), f"{prefix}{key}.")
+            continue
+        else:
+            kind = "" if type(theirs) is float and type(value) is int else _needed_kind(value, theirs)
+        if kind:
+            raise BadConfig(f"`{prefix}{key}` must be {kind}, got {quote(value)}")
+
+
 def _check_section(section: Any, prefix: str, required: Sequence[str], optional: Sequence[str] = ()) -> None:
     if not isinstance(section, ConfigDict):
-        raise BadConfig(f"config key {prefix[:-1]} is {section!r}, a section with {', '.join(required)} is accepted")
+        raise BadConfig(f"`{prefix[:-1]}` must be a section with {listed(required)}, got {quote(section)}")
     names = [*required, *optional]
     for key in section:
         if key not in names:
             nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-            raise BadConfig(f"config key {prefix}{key} is not known; the nearest is {prefix}{nearest}")
+            raise BadConfig(f"`{prefix}{key}` must be a key that is read; the nearest is {prefix}{nearest}")
     for key in required:
         if key not in section:
-            raise BadConfig(f"config key {prefix}{key} is missing; configs/base.py shows what it takes")
+            raise BadConfig(f"`{prefix}{key}` must be given, but is missing; see configs/base.py")
 
 
 def _one_of(key: str, value: str, accepted: Sequence[str], where: str = "") -> None:
     if value not in accepted:
-        raise BadConfig(f"config key {key} is {value!r},{where} one of {', '.join(accepted)} is accepted")
+        raise BadConfig(f"`{key}` must be one of {', '.join(accepted)}{where}, got {quote(value)}")
 
 
 def _at_least(least: int, key: str, value: int) -> None:
     if type(value) is not int or value < least:
-        raise BadConfig(f"config key {key} is {value!r}, at least {least} is accepted")
+        raise BadConfig(f"`{key}` must be at least {least}, got {quote(value)}")
 
 
-def _error_line(error: Exception, path: Path) -> str:
+def _error_line(error: BaseException, path: Path) -> str:
     """Returns " line N" for the last line of the file that the error passed through."""
-    if isinstance(error, SyntaxError):
+    path = path.resolve()
+    if isinstance(error, SyntaxError) and error.filename and error.lineno and Path(error.filename).resolve() == path:
         return f" line {error.lineno}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path]
     return f" line {lines[-1]}" if lines else ""
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     text = str(error.args[0]) if error.args else ""
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

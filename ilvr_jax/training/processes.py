@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ipaddress
 import itertools
 import json
 import os
@@ -14,11 +15,13 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from ilvr_jax.errors import InputError
+from ilvr_jax.errors import InputError, quote
 from ilvr_jax.files import locked_folder
 from ilvr_jax.training.configuration import BadConfig
 
 TIMEOUT = 300  # seconds to wait for the others
+LONGEST_TIMEOUT = 7 * 24 * 3600
+MOST_PROCESSES = 100_000
 _exchanges = itertools.count()  # processes open exchanges in the same order, so numbers are names
 
 
@@ -37,21 +40,47 @@ def join(options: argparse.Namespace) -> None:
     Raises BadConfig if flags are missing, the surroundings tell nothing, or the coordinator is not reached in time.
     """
     numbered = options.processes is not None and options.process is not None
+    if not 1 <= options.timeout <= LONGEST_TIMEOUT:
+        raise BadConfig(f"--timeout must be from 1 to {LONGEST_TIMEOUT} seconds, got {quote(options.timeout)}")
     if options.coordinator is None:
         if options.processes is not None or options.process is not None:
-            raise BadConfig("--processes and --process come with --coordinator=host:port")
+            raise BadConfig("--processes and --process must come with --coordinator=host:port")
         if options.distributed:
             _initialize(options, "as the surroundings say")
         return
-    host, _, port = options.coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not numbered or not 0 <= options.process < options.processes:
+    host, port = split_address(options.coordinator)
+    if not numbered or not 0 <= options.process < options.processes <= MOST_PROCESSES:
         raise BadConfig(
-            f"--coordinator is {options.coordinator!r}, --processes {options.processes}, --process {options.process}; "
-            "host:port, how many and a number below that are accepted"
+            f"--coordinator must come with --processes, from 1 to {MOST_PROCESSES}, and a --process from 0 to below "
+            f"that, got {quote(options.processes)} and {quote(options.process)}"
         )
     if options.process:
-        _reach(host, int(port), options.timeout)
+        _reach(host, port, options.timeout)
     _initialize(options, options.coordinator)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Returns host and port of "host:port"; an IPv6 host is in brackets there, and returned without.
+
+    Raises BadConfig if either is missing, the port is not from 1 to 65535 or brackets hold no IPv6 address.
+    """
+    host, _, port = address.rpartition(":")
+    problem = ""
+    if not (port.isascii() and port.isdecimal() and len(port) < 6 and 1 <= int(port) <= 65535):
+        problem = "its port must be from 1 to 65535"
+    elif host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            problem = "brackets must hold an IPv6 address"
+    elif ":" in host:
+        problem = "an IPv6 address must be in brackets, as in [::1]:1234"
+    elif not host or not all(letter.isalnum() or letter in "-._" for letter in host):
+        problem = "its host must be a name or an address"
+    if problem:
+        raise BadConfig(f"--coordinator must be host:port, and {problem}, got {quote(address)}")
+    return host, int(port)
 
 
 def _reach(host: str, port: int, seconds: int) -> None:
@@ -61,11 +90,11 @@ def _reach(host: str, port: int, seconds: int) -> None:
         try:
             with socket.create_connection((host, port), timeout=max(1.0, end - time.monotonic())):
                 return
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a host of letters that no name has is a UnicodeError
             if time.monotonic() >= end:
                 raise BadConfig(
-                    f"the coordinator {host}:{port} could not be reached in {seconds} seconds ({error}); "
-                    "--coordinator takes the address of process 0, which must be running"
+                    f"--coordinator must be the address of process 0, which must run, but port {port} of {quote(host)} "
+                    f"could not be reached in {seconds} seconds ({error})"
                 ) from error
             time.sleep(0.2)
 
@@ -83,7 +112,7 @@ def _initialize(options: argparse.Namespace, where: str) -> None:
     except (ValueError, RuntimeError) as error:
         raise BadConfig(f"the processes did not find each other ({where}): {str(error).splitlines()[0]}") from error
     if jax.default_backend() == "cpu" and jax.config.jax_platforms != "cpu":
-        raise BadConfig("the only devices are CPUs; several processes on CPUs are accepted with JAX_PLATFORMS=cpu")
+        raise BadConfig("JAX_PLATFORMS must be cpu for several processes on CPUs, the only devices here")
 
 
 def is_main() -> bool:
