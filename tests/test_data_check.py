@@ -406,7 +406,7 @@ def test_formats_are_found(folder, lines, format):
         ),
         (
             [str(MIRAGE), "--config=x.py"],
-            "there is no config file x.py; --config takes a Python file such as configs/base.py",
+            "--config must be a Python file such as configs/base.py, but there is no file x.py",
         ),
         (
             [str(MIRAGE), "--config.latents.latent_size=0"],

@@ -116,7 +116,7 @@ def test_the_command_takes_config_values_and_the_configs_seed(tmp_path, capsys):
         (["--seed=-1"], "--seed must be at least 0, got -1"),
         (
             ["--config.data.frozen_lake.level=3"],
-            "--config.data.frozen_lake.level is not a key of the config; the nearest is data.frozen_lake.levels",
+            "--config.data.frozen_lake.level must be a key of the config; the nearest is data.frozen_lake.levels",
         ),
         (
             ["--config.data.frozen_lake.levels=2"],
@@ -129,7 +129,7 @@ def test_the_command_takes_config_values_and_the_configs_seed(tmp_path, capsys):
         ),
         (
             ["--config=nothing.py"],
-            "there is no config file nothing.py; --config takes a Python file such as configs/base.py",
+            "--config must be a Python file such as configs/base.py, but there is no file nothing.py",
         ),
     ],
 )

@@ -131,5 +131,5 @@ def test_sigterm_saves_within_a_step_and_a_full_disk_leaves_it(trainer, whole):
     process = trainer.start("stopped")
     process.join()
     assert process.exitcode == 0, trainer.errors("stopped")
-    assert (workdir / "train.log").read_text().count(f"stage1: goes on after step {last}") == 2
+    assert (workdir / "train.log").read_text().count(f"stage1: resumes after step {last}") == 2
     assert losses(workdir) == whole

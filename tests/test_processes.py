@@ -124,7 +124,7 @@ def test_a_checkpoint_crosses_over(begun_by, ended_by, one, two, config_file, tm
     shutil.rmtree(workdir / "checkpoints" / "stage2" / "6")
     (workdir / "stages" / "stage2.json").unlink()
     printed = train(config_file, workdir, ended_by)
-    assert "stage2: goes on after step 4" in printed[0]
+    assert "stage2: resumes after step 4" in printed[0]
     np.testing.assert_allclose(curve(workdir), curve(one), atol=1e-4)
 
 

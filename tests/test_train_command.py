@@ -129,7 +129,7 @@ def test_stopped_and_killed_runs_end_as_one_that_was_not(finished, config, tmp_p
     monkeypatch.setattr(Progress, "advance", advance)
     train(config, workdir)
     log = (workdir / "train.log").read_text()
-    assert "stage1: goes on after step 3" in log and "stage2: goes on after step 4" in log
+    assert "stage1: resumes after step 3" in log and "stage2: goes on after step 4" in log
     assert losses(workdir) == losses(finished[0])
     for name in STAGES:
         assert same(restore_for_inference(workdir, stage=name)[1], restore_for_inference(finished[0], stage=name)[1])
@@ -316,7 +316,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, cop
     train(config, copied)
     log = (copied / "train.log").read_text()
     assert f"the checkpoint {folder} is damaged (" in log and "kept as 6.damaged; the one before, of step 4, is" in log
-    assert log.count("stage2: goes on after step 4") == 1
+    assert log.count("stage2: resumes after step 4") == 1
     assert sorted(path.name for path in folder.parent.iterdir()) == ["4", "6", "6.damaged"]
     assert losses(copied) == losses(finished[0])
     assert same(restore_for_inference(copied)[1], restore_for_inference(finished[0])[1])
@@ -328,8 +328,8 @@ def test_damage_to_all_checkpoints_of_a_stage_is_an_error_and_never_a_fresh_star
     folders = [damage(copied, "stage2", step) for step in (6, 4)]
     assert main([f"--config={config_file}", f"--workdir={copied}"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert all(f"the checkpoint {folder} is damaged (" in error for folder in folders)
-    assert f"delete {folders[0].parent} to begin the stage anew" in error
+    assert f"no checkpoint in {folders[0].parent} can be read: restore one of 6, 4 from a copy, or move" in error
+    assert len(error) < 400
     assert sorted(path.name for path in folders[0].parent.iterdir()) == ["4", "6"]
     assert losses(copied) == losses(finished[0])  # still those of the run that was
     shutil.rmtree(folders[0].parent)  # as it says
@@ -346,7 +346,7 @@ def test_a_checkpoint_of_another_model_is_one_sentence(copied, config_file, caps
     assert main([f"--config={config_file}", f"--workdir={copied}", "--config.model.intermediate_size=32"]) == 1
     error = capsys.readouterr().err
     folder = copied / "checkpoints" / "warm_up" / "6"
-    assert f"the checkpoint {folder} is of another model or version: params has decoder.layers." in error
+    assert f"the checkpoint {folder} must be of this config's model, but params has decoder.layers." in error
     assert error.count("\n") == 1
     assert sorted(path.name for path in folder.parent.iterdir()) == ["4", "6"]
 

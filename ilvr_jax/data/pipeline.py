@@ -137,6 +137,14 @@ class EpochOrder:
         return int(order[place])
 
 
+def is_place(state: Any) -> bool:
+    """Returns whether a value has the form of an iterator's state: what is read from a damaged file may not."""
+    if not isinstance(state, dict) or not isinstance(state.get("records", ""), str):
+        return False
+    lists = (state.get("pending"), state.get("skipped"), [state.get("position")])
+    return all(isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers) for numbers in lists)
+
+
 def next_epoch(state: dict[str, Any], records: int) -> dict[str, Any]:
     """Returns the state of an iterator over so many other records, at the first epoch that begins after `state`."""
     return {"position": -(-state["position"] // records) * records, "pending": [], "skipped": []}

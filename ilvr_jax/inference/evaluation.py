@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerFast
 from ilvr_jax.data.examples import ExampleSettings, build_prompt
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import MapDesc, Record
-from ilvr_jax.files import write_json, written
+from ilvr_jax.errors import InputError
+from ilvr_jax.files import read_object, read_text, write_json, written
 from ilvr_jax.inference.decode import Decoded, DecodeSettings, generate
 from ilvr_jax.inference.transcript import show_text, split_at_looks
 from ilvr_jax.latents.layout import Batch, Sample, collate, merge_layouts, required_layout
@@ -126,9 +127,26 @@ def samples_path(path: Path) -> Path:
 
 
 def read_answers(path: Path) -> tuple[Answer, ...]:
-    """Returns the answers of an evaluation that was written to `path`."""
-    lines = samples_path(path).read_text(encoding="utf-8").splitlines()
-    return tuple(_read_answer(json.loads(line)) for line in lines)
+    """Returns the answers of an evaluation that was written to `path`; raises InputError, naming the file's line."""
+    path = samples_path(path)
+    answers = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            answers.append(_read_answer(json.loads(line)))
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise InputError(f"{path} line {number} must be an answer, but cannot be read ({error})") from error
+    return tuple(answers)
+
+
+def read_evaluation(path: Path, source: Source) -> dict[str, Any] | None:
+    """Returns the figures of an evaluation on all records of a source, None if its files are missing or damaged."""
+    try:
+        summary, answers = read_object(path), read_answers(path)
+    except InputError:
+        return None
+    if len(answers) != len(source) or summary != Evaluation(answers, summary.get("seconds", 0)).summary():
+        return None
+    return summary
 
 
 def _read_answer(fields: dict[str, Any]) -> Answer:

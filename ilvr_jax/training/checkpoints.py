@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens
-from ilvr_jax.errors import InputError
+from ilvr_jax.errors import InputError, listed
 from ilvr_jax.files import is_full_disk
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import model_config
@@ -157,8 +158,8 @@ class Checkpoints:
                 say(f"{problem}{kept}; the one before, of step {step}, is used")
             return step, restored
         raise DamagedCheckpoint(
-            "; ".join(problems.values())
-            + f"; there is none before it that can be read: delete {self.folder} to begin the stage anew"
+            f"no checkpoint in {self.folder} can be read: restore one of {listed(map(str, problems))} from a copy, or "
+            f"move the folder away to train the stage anew ({next(iter(problems.values()))})"
         )
 
     def _set_aside(self, step: int) -> Path:
@@ -174,22 +175,29 @@ class Checkpoints:
 
     def _read(self, step: int, items: ocp.args.Composite, **like: Any) -> Any:
         """Returns what orbax restores; `like` names the trees that are to have these paths and shapes."""
+        folder = self.folder / str(step)
+        for path in folder.rglob("*"):  # reading a FIFO would never end
+            if not path.is_file() and not path.is_dir():
+                raise DamagedCheckpoint(f"the checkpoint {folder} is damaged ({path.name} is no regular file)")
         try:
-            return self._reader.restore(step, args=items)
+            with _quiet():
+                return self._reader.restore(step, args=items)
         except Exception as error:
-            # What orbax, tensorstore and grain raise for files that are missing, cut off or changed: arrays' data end
-            # in a plain Exception. Anything else, such as no memory, says nothing of the checkpoint.
-            if type(error) is not Exception and not isinstance(error, (ValueError, KeyError, FileNotFoundError)):
+            # Files that are missing, cut off or changed end in errors of any kind of orbax, tensorstore and Python.
+            # Those of memory and of the file system say nothing of the checkpoint.
+            gone = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+            if isinstance(error, MemoryError) or (isinstance(error, OSError) and not gone):
                 raise
-            folder = self.folder / str(step)
+            if any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Permission denied")):
+                raise
             for item, tree in like.items():
                 if difference := _difference(folder / item, tree):
                     raise OtherCheckpoint(
-                        f"the checkpoint {folder} is of another model or version: {item} has {difference}; a --workdir "
-                        "of this config's own is accepted"
+                        f"the checkpoint {folder} must be of this config's model, but {item} has {difference}; give "
+                        "another --workdir"
                     ) from error
             reason = str(error.args[0] if isinstance(error, KeyError) else error).strip().partition("\n")[0]
-            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged ({reason[:120]})") from error
+            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged ({reason[:80]})") from error
 
     def close(self) -> None:
         """Waits like `wait` and frees the background threads."""
@@ -324,7 +332,7 @@ def _difference(folder: Path, like: Any) -> str:
     try:
         with ocp.StandardCheckpointer() as reader:
             saved = reader.metadata(folder).item_metadata
-    except (ValueError, KeyError, OSError):
+    except Exception:  # of a damaged file, which is an error of any kind: that is what is reported then
         return ""
     if saved is None:
         return ""
@@ -348,6 +356,17 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...] | None]:
 
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {".".join(map(name, path)): shape(path, leaf) for path, leaf in leaves}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps orbax from logging the errors within it, which are raised as well, with their tracebacks."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
 
 
 def _warn(sentence: str) -> None:

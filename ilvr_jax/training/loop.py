@@ -2,10 +2,9 @@
 
 import contextlib
 import json
-import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,17 @@ from rich.console import Console
 
 from ilvr_jax.data.frozen_lake import NoMap
 from ilvr_jax.data.ilvr import IlvrSource
-from ilvr_jax.data.pipeline import Source, skipped_records
+from ilvr_jax.data.pipeline import Source, fingerprint, is_place, skipped_records
 from ilvr_jax.data.tokenizer import load_tokenizer
-from ilvr_jax.inference.evaluation import decode_settings, evaluate, prompt_settings, read_answers
+from ilvr_jax.errors import InputError
+from ilvr_jax.files import read_object, write_json, written
+from ilvr_jax.inference.evaluation import (
+    decode_settings,
+    evaluate,
+    prompt_settings,
+    read_answers,
+    read_evaluation,
+)
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.sharding import check_mesh, divisor, make_mesh, on_mesh, place_rows, places
 from ilvr_jax.models.tensor_files import BadCheckpoint
@@ -30,6 +37,7 @@ from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source
 from ilvr_jax.training.checkpoints import (
     PRETRAINED,
     Checkpoints,
+    DamagedCheckpoint,
     answer_tokens,
     build_model,
     params_like,
@@ -42,6 +50,7 @@ from ilvr_jax.training.configuration import (
     blame,
     check_workdir,
     has_begun,
+    is_checkpoint,
     read_config,
     resolve_path,
     to_json,
@@ -59,6 +68,13 @@ from ilvr_jax.training.state import TrainState, first_state, state_like
 from ilvr_jax.training.step import make_train_step
 from ilvr_jax.training.watchdog import Watchdog
 
+FIGURES = {  # of a finished stage
+    "steps": int,
+    "seconds": int | float,
+    "goodput": int | float,
+    "skipped_updates": int,
+    "skipped_records": list,
+}
 UNLOGGED = ("skipped_in_row", "offending_record")  # metrics that sentences tell
 
 
@@ -83,7 +99,8 @@ def _train(config: ConfigDict, workdir: Path, console: Console | None) -> dict[s
     check_workdir(config, workdir)
     with blame("model", BadCheckpoint):
         pretrained = open_start(config, workdir)
-    if has_begun(workdir):
+    begun = has_begun(workdir)
+    if begun:
         tokenizer = load_tokenizer(workdir / "tokenizer")
     else:
         tokenizer = pretrained.tokenizer if pretrained else make_tokenizer(config, source)
@@ -100,17 +117,21 @@ def _train(config: ConfigDict, workdir: Path, console: Console | None) -> dict[s
         if pretrained:
             base = pretrained.base(model.config, config.model.init_from)
             keep_description(pretrained, workdir / PRETRAINED, base=base)
-        tokenizer.save_pretrained(workdir / "tokenizer")
+        if not begun:
+            tokenizer.save_pretrained(workdir / "tokenizer")
     with blame("model"), on_mesh(mesh):
         params = start_params(config, workdir, model, pretrained, mesh)
     wait_for_all("the workdir is written")
-    log = workdir / "train.log" if is_main() else Path(os.devnull)
+    log = workdir / "train.log" if is_main() else None
     with Progress(log, console or Console(quiet=not is_main())) as progress, on_mesh(mesh):
         for opened in (source, evaluation_source):
             for sentence in getattr(opened, "remarks", ()):
                 progress.say(sentence)
         run = Run(config, workdir, source, evaluation_source, tokenizer, special, model, mesh, steps, progress)
         for name in config.stages:
+            if is_behind(run, name):
+                progress.say(f"{name}: finished earlier, and the stage after it has begun")
+                continue
             params = train_stage(run, name, params)
             evaluate_stage(run, name, params)
         wait_for_all("all stages are done")
@@ -163,32 +184,55 @@ def start_params(
     return jax.jit(init, out_shardings=places(like))(key)
 
 
+def is_behind(run: Run, name: str) -> bool:
+    """Returns whether nothing of a stage is needed any more: it is finished and evaluated, and the next has begun."""
+    place = run.config.stages.index(name)
+    return (
+        bool(stages_with_checkpoints(run.workdir, run.config.stages[place + 1 : place + 2]))
+        and is_checkpoint(stage_folder(run.workdir, name) / str(run.config[name].steps))
+        and read_summary(run.workdir, name) is not None
+        and is_evaluated(run, name)
+    )
+
+
+def read_summary(workdir: Path, name: str) -> dict[str, Any] | None:
+    """Returns the figures of a finished stage, None if their file is missing or damaged."""
+    path = workdir / "stages" / f"{name}.json"
+    try:
+        summary = read_object(path)
+    except InputError:
+        return None
+    return summary if all(isinstance(summary.get(key), kind) for key, kind in FIGURES.items()) else None
+
+
 def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
     """Trains a stage from `params`, or from its newest whole checkpoint, and returns its parameters."""
     began = time.monotonic()
     config, stage, number = run.config, run.config[name], run.config.stages.index(name)
     optimizer, train_step = run.steps[name]
-    summary = run.workdir / "stages" / f"{name}.json"
+    summary, figures = run.workdir / "stages" / f"{name}.json", read_summary(run.workdir, name)
     with Checkpoints(stage_folder(run.workdir, name), config.checkpoint_keep) as checkpoints:
         first, state, place = checkpoints.latest() or 0, None, {}
         like = state_like(params, optimizer, stage, run.mesh)
 
         def restore(step: int) -> tuple[TrainState | PyTree, dict[str, Any]]:
-            if step == stage.steps and summary.exists():
+            if step == stage.steps and figures:
                 return checkpoints.restore_params(step, params), {}
             place = checkpoints.restore_place(step)
+            if not is_place(place):
+                raise DamagedCheckpoint(f"the checkpoint {checkpoints.folder / str(step)} is damaged (data)")
             return checkpoints.restore(step, like), place
 
         if first:
             first, (state, place) = checkpoints.restore_newest(restore, run.progress.say, set_aside=True)
         if first == stage.steps:
             run.progress.say(f"{name}: finished earlier, after {first} steps")
-            if summary.exists():
+            if figures:
                 return state
         else:
             if first:
                 place = place_to_resume(run, name, first, place)
-                run.progress.say(f"{name}: goes on after step {first}")
+                run.progress.say(f"{name}: resumes after step {first}")
             # What is said of the stage in these files was of other parameters.
             for stale in (summary, *(run.workdir / "evaluations").glob(f"{name}.*")):
                 if is_main():
@@ -238,7 +282,7 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
                 if stopping:
                     break
             checkpoints.wait()
-            if step == stage.steps:
+            if step == stage.steps and is_main():
                 write_json(
                     summary,
                     {
@@ -254,7 +298,7 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
         if stopping:
             raise Interrupted(
                 f"stopped in {name} after step {step} of {stage.steps}, saved in {checkpoints.folder}; the same "
-                "command goes on from there",
+                "command resumes from there",
                 stop.signal_number or signal.SIGTERM,
             )
     return state.params
@@ -284,18 +328,16 @@ def open_evaluation_source(config: ConfigDict) -> Source | None:
 
 def evaluate_stage(run: Run, name: str, params: PyTree) -> None:
     """Writes evaluations/<stage>.json and the answers beside it, unless it was done before with the same settings."""
-    path = run.workdir / "evaluations" / f"{name}.json"
-    done = path.with_suffix(".settings.json")
-    settings = json.loads(to_json(run.config.eval))
-    if run.evaluation_source is None or (done.exists() and json.loads(done.read_text()) == settings):
+    if is_evaluated(run, name):
         return
+    path = run.workdir / "evaluations" / f"{name}.json"
     run.progress.say(f"{name}: evaluating on {len(run.evaluation_source)} maps of {run.config.eval.data}")
     evaluation = evaluate(
         run.config, run.evaluation_source, run.model, params, run.tokenizer, run.special, run.progress.console, run.mesh
     )
     if is_main():
         evaluation.write(path)
-    write_json(done, settings)
+        write_json(path.with_suffix(".settings.json"), evaluation_settings(run))
     summary = evaluation.summary()
     run.progress.say(
         f"{name}: success {summary['success_rate']:.3f}, decoded {summary['latent_segments']} latent segments with "
@@ -303,21 +345,38 @@ def evaluate_stage(run: Run, name: str, params: PyTree) -> None:
     )
 
 
+def is_evaluated(run: Run, name: str) -> bool:
+    """Returns whether a stage's evaluation is written, whole, with these settings; True if there is none to be made."""
+    if run.evaluation_source is None:
+        return True
+    path, settings = run.workdir / "evaluations" / f"{name}.json", evaluation_settings(run)
+    try:
+        done = read_object(path.with_suffix(".settings.json"))
+    except InputError:
+        return False
+    # Older ones lack the fingerprint of the records.
+    return {"records": settings["records"]} | done == settings and bool(read_evaluation(path, run.evaluation_source))
+
+
+def evaluation_settings(run: Run) -> dict[str, Any]:
+    """Returns what an evaluation follows from beside the stage's parameters: `eval`, and its records' fingerprint."""
+    return json.loads(to_json(run.config.eval)) | {"records": fingerprint(run.evaluation_source)}
+
+
 def finish(run: Run) -> dict[str, Any]:
     """Prints the table of success by stage, draws the picture, and returns the summary, written to summary.json."""
     stages: dict[str, Any] = {}
     for name in run.config.stages:
-        path = run.workdir / "stages" / f"{name}.json"
-        stages[name] = json.loads(path.read_text()) if path.exists() else {"steps": run.config[name].steps}
-        path = run.workdir / "evaluations" / f"{name}.json"
+        stages[name] = read_summary(run.workdir, name) or {"steps": run.config[name].steps}
         if run.evaluation_source is not None:
-            stages[name]["evaluation"] = json.loads(path.read_text())
+            stages[name]["evaluation"] = read_object(run.workdir / "evaluations" / f"{name}.json")
     evaluations = {name: stage["evaluation"] for name, stage in stages.items() if "evaluation" in stage}
     if evaluations:
         run.progress.console.print(success_table(evaluations))
         last = run.workdir / "evaluations" / f"{list(evaluations)[-1]}.json"
         if is_main():
-            draw_solutions(read_answers(last), run.workdir / "solutions.png")
+            with written(run.workdir / "solutions.png") as unfinished:
+                draw_solutions(read_answers(last), unfinished)
     summary = {
         "workdir": str(run.workdir),
         "device": jax.devices()[0].device_kind,
@@ -325,15 +384,6 @@ def finish(run: Run) -> dict[str, Any]:
         "skipped_lines": list(getattr(run.source, "skipped", ())),
         "stages": stages,
     }
-    write_json(run.workdir / "summary.json", summary)
+    if is_main():
+        write_json(run.workdir / "summary.json", summary)
     return summary
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a file that is complete or not there, in the one process that writes."""
-    if not is_main():
-        return
-    path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n")
-    unfinished.replace(path)

@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
+
+from ilvr_jax.files import open_regular, write_text
 
 
 class Metrics:
@@ -27,9 +30,7 @@ class Metrics:
         self.seconds_in_steps_before = self.seconds_before * goodput
         if not writes:
             return
-        unfinished = self._path.with_suffix(".jsonl.partial")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        unfinished.replace(self._path)
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=after + 1)
 
@@ -56,8 +57,23 @@ class Metrics:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the objects of workdir/metrics.jsonl, a line that was cut off left out."""
+    """Returns the objects of workdir/metrics.jsonl; a line that is cut off or no step's metrics is skipped.
+
+    Raises OSError if the file is there and cannot be read.
+    """
     path = workdir / "metrics.jsonl"
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    with open_regular(path) as file:
+        return [line for line in map(_read_line, file) if line]
+
+
+def _read_line(line: bytes) -> dict[str, Any] | None:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict) or not isinstance(fields.get("stage"), str) or type(fields.get("step")) is not int:
+        return None
+    times = (fields.get("seconds", 0.0), fields.get("goodput", 0.0))
+    return fields if all(isinstance(value, int | float) for value in times) else None

@@ -1,6 +1,7 @@
 """How training goes, for the person who waits: a live bar on a terminal, elsewhere a line now and then."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,12 +16,14 @@ SHOWN = ("loss", "similarity")  # the metrics that fit on a terminal
 
 
 class Progress:
-    """Prints sentences and the progress of stages, and writes both to a log file."""
+    """Prints sentences and the progress of stages, and writes both to a log file, if there is one."""
 
-    def __init__(self, log: Path, console: Console | None = None):
+    def __init__(self, log: Path | None, console: Console | None = None):
         self.console = console or Console()
-        check_output(log)
-        self._path, self._log = log, log.open("a")
+        if log:
+            check_output(log)
+        self._path = log or Path(os.devnull)
+        self._log = self._path.open("a")
         self._bar = Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=30),
