@@ -21,7 +21,7 @@ from ilvr_jax.training.clock import Clock
 from ilvr_jax.training.configuration import BadConfig, check_workdir, write_config
 from ilvr_jax.training.divergence import Diverged
 from ilvr_jax.training.interruption import Interrupted
-from ilvr_jax.training.loop import make_step, train, with_steps
+from ilvr_jax.training.loop import is_evaluated, make_step, open_evaluation_source, train, with_steps
 from ilvr_jax.training.metrics import read_metrics
 from ilvr_jax.training.progress import Progress
 from tests.samples import POISON, export_maps, poisoned_objective, tiny_config
@@ -129,7 +129,7 @@ def test_stopped_and_killed_runs_end_as_one_that_was_not(finished, config, tmp_p
     monkeypatch.setattr(Progress, "advance", advance)
     train(config, workdir)
     log = (workdir / "train.log").read_text()
-    assert "stage1: resumes after step 3" in log and "stage2: goes on after step 4" in log
+    assert "stage1: resumes after step 3" in log and "stage2: resumes after step 4" in log
     assert losses(workdir) == losses(finished[0])
     for name in STAGES:
         assert same(restore_for_inference(workdir, stage=name)[1], restore_for_inference(finished[0], stage=name)[1])
@@ -298,6 +298,35 @@ def copied(finished, tmp_path):
     """A copy of the finished run to damage: its stages have checkpoints of steps 4 and 6."""
     shutil.copytree(finished[0], tmp_path / "copied")
     return tmp_path / "copied"
+
+
+def test_a_stage_is_evaluated_again_on_other_records_or_after_other_steps(copied, config, tmp_path):
+    """The figures of a run are never those of records or parameters that it no longer has."""
+    config = config.copy_and_resolve_references().unlock()
+    lines = Path(config.eval.data).read_text().splitlines(keepends=True)
+    shutil.copytree(Path(config.eval.data).parent / "images", tmp_path / "images")
+    config.eval.data = str(tmp_path / "other.jsonl")
+
+    def current(name):
+        source = open_evaluation_source(config)
+        return is_evaluated(types.SimpleNamespace(config=config, workdir=copied, evaluation_source=source), name)
+
+    Path(config.eval.data).write_text("".join(lines[:3]))
+    assert not current("warm_up")
+    summary = train(config, copied)
+    assert [stage["evaluation"]["samples"] for stage in summary["stages"].values()] == [3, 3, 3]
+    assert all(map(current, STAGES))
+    Path(config.eval.data).write_text("".join(lines[2::-1]))
+    assert not any(map(current, STAGES))
+    Path(config.eval.data).write_text("".join(lines[:3]))
+    config.warm_up.steps += 1
+    assert [current(name) for name in STAGES] == [False, True, True]
+    path = copied / "evaluations" / "stage1.settings.json"
+    for key in ("records", "step"):  # that older runs did not write
+        written = path.read_text()
+        path.write_text(json.dumps({other: value for other, value in json.loads(written).items() if other != key}))
+        assert not current("stage1")
+        path.write_text(written)
 
 
 def damage(workdir, stage, step):

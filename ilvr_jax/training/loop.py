@@ -337,7 +337,7 @@ def evaluate_stage(run: Run, name: str, params: PyTree) -> None:
     )
     if is_main():
         evaluation.write(path)
-        write_json(path.with_suffix(".settings.json"), evaluation_settings(run))
+        write_json(path.with_suffix(".settings.json"), evaluation_settings(run, name))
     summary = evaluation.summary()
     run.progress.say(
         f"{name}: success {summary['success_rate']:.3f}, decoded {summary['latent_segments']} latent segments with "
@@ -349,18 +349,18 @@ def is_evaluated(run: Run, name: str) -> bool:
     """Returns whether a stage's evaluation is written, whole, with these settings; True if there is none to be made."""
     if run.evaluation_source is None:
         return True
-    path, settings = run.workdir / "evaluations" / f"{name}.json", evaluation_settings(run)
+    path = run.workdir / "evaluations" / f"{name}.json"
     try:
         done = read_object(path.with_suffix(".settings.json"))
     except InputError:
         return False
-    # Older ones lack the fingerprint of the records.
-    return {"records": settings["records"]} | done == settings and bool(read_evaluation(path, run.evaluation_source))
+    return done == evaluation_settings(run, name) and read_evaluation(path, run.evaluation_source) is not None
 
 
-def evaluation_settings(run: Run) -> dict[str, Any]:
-    """Returns what an evaluation follows from beside the stage's parameters: `eval`, and its records' fingerprint."""
-    return json.loads(to_json(run.config.eval)) | {"records": fingerprint(run.evaluation_source)}
+def evaluation_settings(run: Run, name: str) -> dict[str, Any]:
+    """Returns what a stage's evaluation follows from: `eval`, the fingerprint of its records and the stage's steps."""
+    follows = {"records": fingerprint(run.evaluation_source), "step": run.config[name].steps}
+    return json.loads(to_json(run.config.eval)) | follows
 
 
 def finish(run: Run) -> dict[str, Any]:
