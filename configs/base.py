@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from ilvr_jax.models.lora import TARGETS
+from ilvr_jax.training.configuration import VSP_MAPS
 
 
 def stage(**changes) -> ConfigDict:
@@ -27,9 +28,6 @@ def stage(**changes) -> ConfigDict:
     ).lock()  # a misspelt key on top of it is an error
     settings.update(changes)
     return settings
-
-
-VSP_MAPS = "tests/data/vsp_planning/test.jsonl"  # 200 real maps, for evaluation alone
 
 
 def bucket(prefix: int, segments: int = 0, tail: int = 0, windows: int = 4) -> ConfigDict:
@@ -148,7 +146,9 @@ def get_config() -> ConfigDict:
             "stage1": stage(objective="alignment", steps=300, learning_rate=7e-4),
             "stage2": stage(objective="autonomy", helper_images="slots", steps=100, learning_rate=3e-4),
             "eval": {
-                "data": VSP_MAPS,
+                # Records with map_desc, played after each stage; "auto": those maps if data.source is frozen_lake, no
+                # evaluation for other data; empty: none.
+                "data": "auto",
                 "question": "Find the shortest safe path.",  # in place of every record's own; empty: its own
                 "max_new_tokens": 128,  # latent slots and markers among them
                 "batch_size": 50,

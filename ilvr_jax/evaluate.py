@@ -29,7 +29,7 @@ from ilvr_jax.inference.transcript import split_at_looks
 from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.tasks import TASKS
 from ilvr_jax.tasks.results import Key, Results, figures, open_results
-from ilvr_jax.training.configuration import BadConfig, resolve_path
+from ilvr_jax.training.configuration import BadConfig, evaluation_file
 from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.trained import TrainedModel, open_trained
 
@@ -123,9 +123,10 @@ class Work:
 
     def _data_of_run(self) -> Path:
         config = self.trained.config
-        if config is None or not config.eval.data:
+        path = evaluation_file(config) if config is not None else None
+        if path is None:
             raise BadConfig(f"--data must be a file of records, since {self.options.checkpoint} names none")
-        return resolve_path(config.eval.data)
+        return path
 
     def _follow_links(self) -> bool:
         config = self.trained.config

@@ -16,7 +16,7 @@ from ilvr_jax.latents.layout import Layout
 from ilvr_jax.models.sharding import one_device
 from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source
 from ilvr_jax.training.checkpoints import build_model
-from ilvr_jax.training.configuration import REPOSITORY, load_config, override
+from ilvr_jax.training.configuration import REPOSITORY, evaluation_file, load_config, override
 from ilvr_jax.training.loop import make_step, open_evaluation_source
 from ilvr_jax.training.run import Run
 from ilvr_jax.training.state import first_state
@@ -98,7 +98,8 @@ def test_evaluation_compiles_decoding_once(run):
 
 def test_the_maps_of_the_evaluation_are_left_out_of_the_training_data(run):
     data = run.config.data
-    assert run.config.eval.data in data.frozen_lake.exclude
-    lines = (REPOSITORY / run.config.eval.data).read_text().splitlines()
+    path = evaluation_file(run.config)
+    assert [REPOSITORY / name for name in data.frozen_lake.exclude] == [path.absolute()]
+    lines = path.read_text().splitlines()
     maps = {tuple(map(tuple, json.loads(line)["map_desc"])) for line in lines}
     assert len(lines) == 200 and maps <= run.source.excluded

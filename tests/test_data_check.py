@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import html
 import json
+import os
 import pickle
 import re
 from collections import Counter
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -29,9 +31,9 @@ from ilvr_jax.data.survey import Survey, View, first_holding, measurements, reas
 from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer
 from ilvr_jax.latents.layout import fits, merge_layouts, padded_tokens, required_layout
 from ilvr_jax.models.images import PatchedImage
-from ilvr_jax.reports.data_check import bucket_table, config_lines, histogram, laid_out, pieces, quantile
-from ilvr_jax.training.batches import config_buckets, example_settings
-from ilvr_jax.training.configuration import REPOSITORY, load_config
+from ilvr_jax.reports.data_check import bucket_table, config_file, histogram, laid_out, pieces, quantile
+from ilvr_jax.training.batches import config_buckets, example_settings, make_tokenizer, open_source
+from ilvr_jax.training.configuration import REPOSITORY, check_config, evaluation_file, load_config
 from tests.samples import WINDOW_UNITS, random_sample
 
 MIRAGE = REPOSITORY / "tests" / "data" / "mirage" / "sample.jsonl"
@@ -59,6 +61,13 @@ def cells(printed: str, title: str) -> dict[str, list[str]]:
     first = next(number for number, line in enumerate(lines) if line.startswith("─")) + 1
     rows = [re.split(r"  +|(?<=\S) (?=[\d–])", line.strip(" ▁▂▃▄▅▆▇█")) for line in lines[first:]]
     return {row[0]: row[1:] for row in rows}
+
+
+def save_config(printed: str, folder: Path) -> Path:
+    """Writes the config that a check printed, as a user does, into a file."""
+    path = folder / "own_data.py"
+    path.write_text(re.search(r"^from ml_collections .*?^    return config\n", printed, re.DOTALL | re.MULTILINE)[0])
+    return path
 
 
 def write_records(folder, *changes):
@@ -152,9 +161,7 @@ def test_buckets_take_what_the_pipeline_puts_in_them(folder, capsys):
     assert f"train.jsonl (ilvr): 12 records, {12 - len(left_out)} usable" in printed
     assert "fits no bucket: it takes … images; the largest bucket holds 0 images" in printed
     # What is suggested holds all, in every stage.
-    namespace = {"ConfigDict": dict, "config": config}
-    config.unlock()
-    exec(re.search(r"config\.data\.buckets = .*?\n\)\n", printed, re.DOTALL)[0], namespace)
+    config = load_config(save_config(printed, folder))
     for stage in config.stages:
         treatment = config[stage].helper_images
         buckets = list(config_buckets(config, treatment, 2).values())
@@ -205,7 +212,7 @@ def test_more_buckets_for_samples_that_differ(monkeypatch):
     needs = Counter(round_up(required_layout(random_sample(rng, texts), WINDOW_UNITS)) for texts in sizes)
     buckets = suggest_buckets(needs, WINDOW_UNITS)
     assert sorted(bucket.segments for bucket in buckets.values()) == [0, 2]
-    assert config_lines(buckets).count("dict(prefix=") == 2
+    assert config_file("configs/base.py", {}, buckets).count("dict(prefix=") == 2
     assert suggest_buckets({}, WINDOW_UNITS) == {} and len(suggest_buckets(needs, WINDOW_UNITS, most=1)) == 1
 
 
@@ -412,12 +419,64 @@ def test_formats_are_found(folder, lines, format):
             [str(MIRAGE), "--config.latents.latent_size=0"],
             "config section data: latent_size is 0 and image_scale 1.0; positive numbers are accepted",
         ),
-        ([str(MIRAGE), "--out=."], ". cannot be read or written: Is a directory"),
+        ([str(MIRAGE), "--out=."], ". must be a regular file or a new one, but it is a folder"),
     ],
 )
 def test_bad_input_ends_the_command_with_one_sentence(capsys, flags, message):
     assert main(["check", *flags]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == message
+
+
+@pytest.mark.parametrize("flags", [[], [f"--config={CONFIG}", "--config.data.image_scale=2", "--config.seed=3"]])
+def test_the_printed_config_trains_on_the_data(folder, capsys, flags):
+    path = write_records(folder, {}, {"image_input": "gone.png"}, {"text_input": "Long. " * 200})
+    assert main(["check", str(path), *flags, "--config.stages=warm_up,stage1,stage2"]) in (1, 2)
+    config = load_config(save_config(capsys.readouterr().out, folder))
+    check_config(config)
+    assert config.stages == ("warm_up", "stage1", "stage2") and evaluation_file(config) is None
+    assert (config.data.source, config.data.path, config.data.on_bad_record) == ("mirage", str(path), "skip")
+    assert (config.data.image_scale, config.seed) == ((2.0, 3) if flags else (1.0, 0))
+    source = open_source(config)
+    tokenizer = make_tokenizer(config, source)
+    for stage in config.stages:
+        settings, build = example_settings(config, config[stage].helper_images), special_tokens(tokenizer)
+        to_sample = functools.partial(build_example, tokenizer=tokenizer, special=build, settings=settings)
+        buckets = list(config_buckets(config, config[stage].helper_images, 2).values())
+        loaded = [load_sample(number, source, to_sample, buckets, 2) for number in range(len(source))]
+        assert len(loaded) == 2 and all(one.sample is not None for one in loaded)
+
+
+def test_a_printed_config_without_bad_records_keeps_errors(folder, capsys):
+    path = write_records(folder, {}, {"text_input": "Long. " * 200})  # no bucket of the config holds it
+    assert main(["check", str(path), f"--config={CONFIG}", "--config.data.image_scale=1"]) == 1
+    assert load_config(save_config(capsys.readouterr().out, folder)).data.on_bad_record == "error"
+
+
+def test_the_page_fits_phones_and_stays_small(folder, capsys):
+    long = "x" * 10**6
+    usable = {}, {"text_input": "<image> " + "word " * 50_000}, {"image_input": "large.png"}
+    bad = {"text_output": long}, {"image_input": long}, {"image_output": {long: 1}}
+    path = write_records(folder, *usable, *bad)
+    noise = np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "large.png")
+    with path.open("a") as file:
+        file.write("{" * 10**6 + "\n" + json.dumps(["z" * 10**6]) + "\n")
+    assert main(["check", str(path), "--samples=3"]) == 1
+    page = (folder / "train_check.html").read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert page.count('<div class="table">\n<table') == page.count("<table") == page.count("</table>\n</div>") == 4
+    assert ".table { overflow-x: auto; }" in page and "overflow-wrap: anywhere" in page
+    assert "more tokens</span>" in page and len(page) < 2_000_000
+    assert max(map(len, re.sub(r"data:image[^\"]*", "", page[: page.index("Samples, column")]).splitlines())) < 1000
+    assert len(capsys.readouterr().out) < 20_000
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo"])
+def test_pages_are_regular_files(folder, capsys, kind):
+    path = write_records(folder, {})
+    (folder / "page").mkdir() if kind == "folder" else os.mkfifo(folder / "page")
+    assert main(["check", str(path), "--out=page"]) == 2
+    assert "page must be a regular file or a new one" in capsys.readouterr().err
 
 
 def test_nothing_usable_after_all(folder, capsys):

@@ -27,12 +27,13 @@ from ilvr_jax.latents.layout import Layout, required_layout
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import model_config
 from ilvr_jax.models.tensor_files import BadCheckpoint
-from ilvr_jax.reports.data_check import config_lines, laid_out, sections, write_page
+from ilvr_jax.reports.data_check import CONFIG_FILE, config_file, laid_out, sections, write_page
 from ilvr_jax.training.batches import config_buckets, example_settings, make_tokenizer, open_source
-from ilvr_jax.training.configuration import REPOSITORY, BadConfig, blame, read_config_flags
+from ilvr_jax.training.configuration import REPOSITORY, BadConfig, blame, flatten, load_config, read_config_flags
 from ilvr_jax.training.loop import open_checkpoint
 
-DEFAULT = REPOSITORY / "configs" / "base.py"
+DEFAULT_NAME = "configs/base.py"
+DEFAULT = REPOSITORY / DEFAULT_NAME
 TREATMENTS = ("latent", "encode", "slots", "omit")  # of helper images, those that show them first
 WITHOUT_CONFIG = (
     "Checked without a config: latent settings of configs/base.py, images in their own size, a tokenizer made from the "
@@ -99,7 +100,10 @@ def check(options: argparse.Namespace) -> Survey:
     remark = f"{config.latents.latent_size} slots a look, attention windows of {vision.window_size} pixels. " + (
         f"Checked with {options.config_file}." if options.config_file else WITHOUT_CONFIG
     )
-    found, buckets = sections(survey, suggested, vision.window_units), config_lines(suggested) if suggested else ""
+    found = sections(survey, suggested, vision.window_units)
+    written = ""
+    if suggested:
+        written = config_file(str(options.config_file or DEFAULT_NAME), changes(options, survey), suggested)
     console = Console()
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     remark = "\n".join([remark, *getattr(source, "remarks", ())])
@@ -108,12 +112,27 @@ def check(options: argparse.Namespace) -> Survey:
         say(section.title)
         console.print(section.table())
         say()
-    if buckets:
-        say(f"{buckets}\n")
+    if written:
+        say(f"{CONFIG_FILE}\n\n{written}\n")
     samples = choose_samples(survey, source, suggested, vision.window_units, options.samples, tokenizer, special)
-    write_page(options.out, title=title, remark=remark, sections=found, config=buckets, samples=samples)
+    write_page(options.out, title=title, remark=remark, sections=found, config=written, samples=samples)
     say(f"Written: {options.out}")
     return survey
+
+
+def changes(options: argparse.Namespace, survey: Survey) -> dict[str, Any]:
+    """Returns what the check used in place of the config file's values, by key, for a config that trains on the same.
+
+    Bad records end a training unless `data.on_bad_record` is "skip", so that is among them if there are any; a record
+    that only lacks a bucket has one in that config.
+    """
+    before, kept = dict(flatten(load_config(options.config_file or DEFAULT))), ("data.on_bad_record", "data.buckets.")
+    changed = {
+        key: value
+        for key, value in flatten(options.config)
+        if not key.startswith(kept) and (key not in before or before[key] != value)
+    }
+    return changed | ({"data.on_bad_record": "skip"} if survey.usable + survey.left_out > len(survey.samples) else {})
 
 
 def make_views(

@@ -19,14 +19,21 @@ from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.images import UNIT, unpatch_image
 from ilvr_jax.data.survey import Survey, Tally, View, first_holding, pair_of_zeros
+from ilvr_jax.files import write_text
 from ilvr_jax.latents.layout import Layout, Sample, padded_tokens, sample_columns
 from ilvr_jax.latents.tokens import Role, SpecialTokens
 from ilvr_jax.models.images import PatchedImage
 
+CONFIG_FILE = (
+    "A config file with the suggested buckets. Save it under a new name, such as own_data.py, and train with: "
+    "python -m ilvr_jax.train --config=own_data.py"
+)
 BARS = " ▁▂▃▄▅▆▇█"
 BINS = 12
 IMAGE_SIZES = 8  # the most frequent ones are shown
 REASONS = 20
+SHOWN_TOKENS = 2000  # of a run of text in a sample
+SHOWN_PIXELS = 560  # a side of a picture in a sample
 QUANTILES = {"least": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "most": 1.0}
 SIDES = ("prefix", "segments", "text", "tail", "images", "image_windows", "helper_windows")
 KINDS = {Role.PADDING: "padding", Role.PROMPT: "prompt", Role.IMAGE: "image", Role.MARKER: "marker"}
@@ -143,21 +150,34 @@ def bucket_table(
     return Section(title, ("", *(side.replace("_", " ") for side in SIDES), "samples", "padding"), rows)
 
 
-def config_lines(suggested: Mapping[str, Layout]) -> str:
-    """Returns buckets as Python for a config."""
-    lines = ["config.data.buckets = ConfigDict(", "    {"]
-    for name, layout in suggested.items():
+def config_file(base: str, changes: Mapping[str, Any], buckets: Mapping[str, Layout]) -> str:
+    """Returns a config file: the one at `base` with changes, by dotted key, and buckets in place of its own."""
+    lines = [
+        "from ml_collections import ConfigDict",
+        "",
+        "from ilvr_jax.training.configuration import load_config",
+        "",
+        "",
+        "def get_config():",
+        f"    config = load_config({base!r})",
+        *(f"    config.{key} = {value!r}" for key, value in changes.items()),
+        "    config.data.buckets = ConfigDict(",
+        "        {",
+    ]
+    for name, layout in buckets.items():
         sides = ", ".join(f"{side}={getattr(layout, side)}" for side in SIDES)
-        lines.append(f'        "{name}": dict({sides}),')
-    return "\n".join([*lines, "    }", ")"])
+        lines.append(f'            "{name}": dict({sides}),')
+    return "\n".join([*lines, "        }", "    )", "    return config"])
 
 
 def write_page(path: Path, **parts: Any) -> None:
-    """Writes one HTML file: `title`, `remark`, `sections`, `config` (buckets as Python), `samples` of `laid_out`."""
+    """Writes one HTML file: `title`, `remark`, `sections`, `config` (a file's text), `samples` of `laid_out`.
+
+    Raises as `write_text` does.
+    """
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(environment.get_template("data_check.html").render(**parts), encoding="utf-8")
+    write_text(path, environment.get_template("data_check.html").render(config_file=CONFIG_FILE, **parts))
 
 
 def laid_out(
@@ -178,7 +198,8 @@ def laid_out(
         picture = next(pictures[kind], None) if kind in pictures else None
         run = {"kind": kind, "loss": carries, "first": first, "count": count, "image": picture and png(picture)}
         if kind in ("prompt", "answer", "marker"):
-            run["pieces"] = list(pieces(tokens[first : first + count], tokenizer))
+            run["pieces"] = list(pieces(tokens[first : first + min(count, SHOWN_TOKENS)], tokenizer))
+            run["hidden"] = max(0, count - SHOWN_TOKENS)
         runs.append(run)
         first += count
     return {"name": name, "bucket": bucket, "layout": layout, "tokens": len(place), "runs": runs}
@@ -198,7 +219,8 @@ def pieces(tokens: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> Iterato
 
 
 def png(image: PatchedImage) -> str:
-    """Returns an image as a data address for HTML."""
-    file = io.BytesIO()
-    Image.fromarray(unpatch_image(image)).save(file, "PNG", optimize=True)
+    """Returns an image as a data address for HTML, no larger than it is shown."""
+    file, picture = io.BytesIO(), Image.fromarray(unpatch_image(image))
+    picture.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+    picture.save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

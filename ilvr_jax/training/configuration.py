@@ -31,6 +31,8 @@ from ilvr_jax.training.step import OBJECTIVES
 REPOSITORY = Path(__file__).resolve().parents[2]
 LARGEST = 2**31 - 1  # of numbers in a config: sizes, steps and seeds go into 32-bit integers
 ADDED = {"follow_links": True, "accept_change": False}  # keys of `data` that older workdirs lack, as they were run
+VSP_MAPS = "tests/data/vsp_planning/test.jsonl"  # 200 real maps, for evaluation alone
+AUTO = "auto"  # for eval.data: the maps above if data.source is frozen_lake, none for data of other kinds
 
 # What may differ when a run is continued: none of it changes what is learnt.
 NO_EFFECT_ON_TRAINING = (
@@ -137,7 +139,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     Tuples are written (1, 2) or 1,2. Raises BadConfig for an unknown key, naming the nearest valid one, and for
     text that is not of the type.
     """
-    values = dict(_flatten(config))
+    values = dict(flatten(config))
     if key not in values:
         if any(name.startswith(key + ".") for name in values):
             inside = {name[len(key) + 1 :].split(".")[0] for name in values if name.startswith(key)}
@@ -289,6 +291,14 @@ def blame(section: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
         raise BadConfig(f"config section {section}: {error}") from error
 
 
+def evaluation_file(config: ConfigDict) -> Path | None:
+    """Returns the file of `eval.data`, None if stages are not evaluated."""
+    path = config.eval.data
+    if path == AUTO:
+        path = VSP_MAPS if config.data.source == "frozen_lake" else ""
+    return resolve_path(path) if path else None
+
+
 def resolve_path(path: str | Path) -> Path:
     """Finds a path of the config: relative to the working directory if it exists there, else to the repository."""
     path = Path(path).expanduser()
@@ -313,7 +323,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     Keys without effect on training may differ, and stages may be added after those that were there.
     """
     if has_begun(workdir):
-        theirs, ours = dict(_flatten(read_config(workdir))), dict(_flatten(from_json(to_json(config))))
+        theirs, ours = dict(flatten(read_config(workdir))), dict(flatten(from_json(to_json(config))))
         if ours["stages"][: len(theirs["stages"])] == theirs["stages"]:
             theirs["stages"] = ours["stages"]
         missing = "absent"
@@ -392,10 +402,11 @@ def _split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], l
     return overrides, unknown
 
 
-def _flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the values of a config with their dotted keys; an empty section is a value."""
     for key, value in config.items():
         if isinstance(value, ConfigDict) and len(value):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

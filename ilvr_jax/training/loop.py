@@ -47,8 +47,10 @@ from ilvr_jax.training.checkpoints import (
 )
 from ilvr_jax.training.clock import Clock
 from ilvr_jax.training.configuration import (
+    AUTO,
     blame,
     check_workdir,
+    evaluation_file,
     has_begun,
     is_checkpoint,
     read_config,
@@ -127,6 +129,11 @@ def _train(config: ConfigDict, workdir: Path, console: Console | None) -> dict[s
         for opened in (source, evaluation_source):
             for sentence in getattr(opened, "remarks", ()):
                 progress.say(sentence)
+        if evaluation_source is None and config.eval.data == AUTO:
+            progress.say(
+                f"stages are not evaluated, since data.source is {config.data.source}: set eval.data to a file of "
+                "maps, or run python -m ilvr_jax.evaluate afterwards"
+            )
         run = Run(config, workdir, source, evaluation_source, tokenizer, special, model, mesh, steps, progress)
         for name in config.stages:
             if is_behind(run, name):
@@ -316,14 +323,25 @@ def make_step(
 
 
 def open_evaluation_source(config: ConfigDict) -> Source | None:
-    """Returns the records that stages are evaluated on, None if `eval.data` is empty."""
+    """Returns the records that stages are evaluated on, None if there are none.
+
+    Raises BadRecord for a record without a map.
+    """
     with blame("data"):
         prompt_settings(config)
     with blame("eval"):
         decode_settings(config)
-    if not config.eval.data:
+    path = evaluation_file(config)
+    if path is None:
         return None
-    return IlvrSource(resolve_path(config.eval.data), for_evaluation=True, follow_links=config.data.follow_links)
+    source = IlvrSource(path, for_evaluation=True, follow_links=config.data.follow_links)
+    for record in map(source.__getitem__, range(len(source))):
+        if record.map_desc is None:
+            raise BadRecord(
+                f"{record.name}: must have a map_desc, since records of `eval.data` are played as maps; set eval.data "
+                "to nothing and evaluate other tasks after training, with python -m ilvr_jax.evaluate"
+            )
+    return source
 
 
 def evaluate_stage(run: Run, name: str, params: PyTree) -> None:
@@ -331,7 +349,7 @@ def evaluate_stage(run: Run, name: str, params: PyTree) -> None:
     if is_evaluated(run, name):
         return
     path = run.workdir / "evaluations" / f"{name}.json"
-    run.progress.say(f"{name}: evaluating on {len(run.evaluation_source)} maps of {run.config.eval.data}")
+    run.progress.say(f"{name}: evaluating on {len(run.evaluation_source)} maps of {evaluation_file(run.config)}")
     evaluation = evaluate(
         run.config, run.evaluation_source, run.model, params, run.tokenizer, run.special, run.progress.console, run.mesh
     )
