@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.data.records import BadRecord
 from ilvr_jax.files import locked_folder
 from ilvr_jax.latents.layout import Layout, padded_tokens
 from ilvr_jax.train import main
 from ilvr_jax.training.batches import place_to_resume
 from ilvr_jax.training.checkpoints import NoCheckpoint, restore_for_inference
 from ilvr_jax.training.clock import Clock
-from ilvr_jax.training.configuration import BadConfig, check_workdir, write_config
+from ilvr_jax.training.configuration import BadConfig, check_workdir, evaluation_file, write_config
 from ilvr_jax.training.divergence import Diverged
 from ilvr_jax.training.interruption import Interrupted
 from ilvr_jax.training.loop import is_evaluated, make_step, open_evaluation_source, train, with_steps
@@ -205,6 +206,26 @@ def warm_up_alone(config, **changes):
     config.eval.data = ""
     config.update(changes)
     return config
+
+
+@pytest.mark.parametrize(
+    "source, data, count",
+    [("frozen_lake", "auto", 200), ("mirage", "auto", None), ("mirage", "", None), ("mirage", "maps", 4)],
+)
+def test_runs_on_files_are_evaluated_on_maps_that_eval_data_names_alone(config, tmp_path, source, data, count):
+    config = config.copy_and_resolve_references().unlock()
+    config.data.update(source=source, path="train.jsonl")
+    config.eval.data = str(export_maps(tmp_path)) if data == "maps" else data
+    evaluated_on = open_evaluation_source(config)
+    assert (evaluated_on and len(evaluated_on)) == count
+    assert (evaluation_file(config) is None) == (count is None)
+
+
+def test_a_record_of_eval_data_without_map_is_named(config):
+    config = config.copy_and_resolve_references().unlock()
+    config.eval.data = "tests/data/mirage/sample.jsonl"
+    with pytest.raises(BadRecord, match="^sample.jsonl line 1: must have a map_desc, since records of `eval.data` are"):
+        open_evaluation_source(config)
 
 
 def test_skipped_updates_are_said_and_counted(config, tmp_path, monkeypatch):

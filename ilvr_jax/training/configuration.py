@@ -429,7 +429,7 @@ def _parse_tuple(text: str, current: tuple) -> Any:
 
 def check_numbers(config: ConfigDict) -> None:
     """Raises BadConfig, naming the key, for a number that no 32-bit integer holds and one that is not finite."""
-    for key, value in _flatten(config):
+    for key, value in flatten(config):
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and abs(number) > LARGEST:
                 raise BadConfig(f"`{key}` must be from {-LARGEST} to {LARGEST}, got {quote(number)}")

@@ -18,6 +18,7 @@ from rich.console import Console
 from ilvr_jax.data.frozen_lake import NoMap
 from ilvr_jax.data.ilvr import IlvrSource
 from ilvr_jax.data.pipeline import Source, fingerprint, is_place, skipped_records
+from ilvr_jax.data.records import BadRecord
 from ilvr_jax.data.tokenizer import load_tokenizer
 from ilvr_jax.errors import InputError
 from ilvr_jax.files import read_object, write_json, written
