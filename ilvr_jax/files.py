@@ -12,7 +12,7 @@ import socket
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,7 +46,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_json(path: str | Path, raises: type[InputError] = InputError) -> Any:
+def read_json(path: str | Path, raises: Callable[[str], InputError] = InputError) -> Any:
     """Returns the content of a JSON file; raises `raises`, naming the file, if it cannot be read."""
     try:
         with open_regular(path) as file:
@@ -62,7 +62,7 @@ def read_json(path: str | Path, raises: type[InputError] = InputError) -> Any:
         raise raises(f"{path} must be JSON in UTF-8, but {problem}") from error
 
 
-def read_object(path: str | Path, raises: type[InputError] = InputError) -> dict[str, Any]:
+def read_object(path: str | Path, raises: Callable[[str], InputError] = InputError) -> dict[str, Any]:
     """Returns the object that a JSON file holds; raises `raises`, naming the file, as `read_json` does."""
     content = read_json(path, raises)
     if not isinstance(content, dict):

@@ -161,6 +161,12 @@ DAMAGES = {
     "list of arrays empty": lambda folder: os.truncate(folder / "training" / "manifest.ocdbt", 0),
     "list of arrays changed": lambda folder: invert(the_only(folder, "training/d/*")),
     "metadata empty": lambda folder: os.truncate(folder / "training" / "_METADATA", 0),
+    "metadata a list": lambda folder: (folder / "params" / "_METADATA").write_text("[1, 2]"),
+    "metadata a folder": lambda folder: [
+        (folder / "params" / "_METADATA").unlink(),
+        (folder / "params" / "_METADATA").mkdir(),
+    ],
+    "a FIFO among the arrays": lambda folder: os.mkfifo(folder / "params" / "fifo"),
     "metadata gone": lambda folder: (folder / "training" / "_METADATA").unlink(),
     "metadata changed": lambda folder: invert(folder / "params" / "_METADATA"),
     "parameters gone": lambda folder: shutil.rmtree(folder / "params"),
@@ -204,6 +210,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two, tmp_path,
     with Checkpoints(folder, keep=1) as checkpoints:  # what was set aside is none of those that are counted
         checkpoints.save(3, state, make_iterator())
     assert sorted(path.name for path in folder.iterdir()) == ["2.damaged", "3"]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"metrics": 3}', '{"init_timestamp_nsecs": "x"}'])
+def test_the_file_that_orbax_reads_first_is_named(two, tmp_path, content):
+    """Without it the checkpoint can be read."""
+    folder, state = tmp_path / "stage", make_state()
+    shutil.copytree(two, folder)
+    path = folder / "2" / "_CHECKPOINT_METADATA"
+    path.write_text(content)
+    with pytest.raises(DamagedCheckpoint, match=f"^{folder}/(2|[*])/{path.name} must .*; delete that file") as error:
+        Checkpoints(folder)
+    assert len(str(error.value)) < 400
+    path.unlink()
+    with Checkpoints(folder) as checkpoints:
+        assert (
+            checkpoints.restore_newest(lambda step: checkpoints.restore_params(step, state.params), pytest.fail)[0] == 2
+        )
 
 
 def test_damage_everywhere_is_an_error_that_leaves_the_folder_as_it_is(two, tmp_path):

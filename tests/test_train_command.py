@@ -25,6 +25,7 @@ from ilvr_jax.training.interruption import Interrupted
 from ilvr_jax.training.loop import is_evaluated, make_step, open_evaluation_source, train, with_steps
 from ilvr_jax.training.metrics import read_metrics
 from ilvr_jax.training.progress import Progress
+from ilvr_jax.training.trained import open_trained
 from tests.samples import POISON, export_maps, poisoned_objective, tiny_config
 
 BASE = Path(__file__).parents[1] / "configs" / "base.py"
@@ -395,10 +396,95 @@ def test_a_checkpoint_of_another_model_is_one_sentence(copied, config_file, caps
     (copied / "config.json").write_text(json.dumps(stored))
     assert main([f"--config={config_file}", f"--workdir={copied}", "--config.model.intermediate_size=32"]) == 1
     error = capsys.readouterr().err
-    folder = copied / "checkpoints" / "warm_up" / "6"
+    folder = copied / "checkpoints" / "stage2" / "6"
     assert f"the checkpoint {folder} must be of this config's model, but params has decoder.layers." in error
     assert error.count("\n") == 1
     assert sorted(path.name for path in folder.parent.iterdir()) == ["4", "6"]
+
+
+DAMAGES = {
+    "deleted": lambda path: path.unlink(),
+    "emptied": lambda path: os.truncate(path, 0),
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "garbage": lambda path: path.write_bytes(bytes(range(256))),
+    "list": lambda path: path.write_text("[1, 2]\n"),
+    "object": lambda path: path.write_text('{"a": 1}\n'),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
+}
+NEWEST = "checkpoints/stage2/6"
+REBUILT = [  # what is written anew, or was of no use any more
+    ("stages/stage2.json", "deleted"),
+    ("stages/warm_up.json", "list"),
+    ("evaluations/stage2.json", "deleted"),
+    ("evaluations/stage2.samples.jsonl", "cut"),
+    ("evaluations/stage2.settings.json", "garbage"),
+    ("evaluations/warm_up.json", "object"),
+    ("metrics.jsonl", "list"),
+    ("summary.json", "garbage"),
+    ("tokenizer/tokenizer_config.json", "deleted"),
+    ("checkpoints/warm_up/6/params/manifest.ocdbt", "deleted"),
+    (f"{NEWEST}/params/manifest.ocdbt", "cut"),
+]
+REFUSED = [
+    ("config.json", "deleted"),
+    ("config.json", "cut"),
+    ("config.json", "list"),
+    ("config.json", "object"),
+    ("tokenizer/tokenizer.json", "deleted"),
+    ("tokenizer/tokenizer.json", "cut"),
+    ("stages/stage2.json", "folder"),
+    ("evaluations/stage2.json", "FIFO"),
+    ("train.log", "FIFO"),
+    ("solutions.png", "folder"),
+    (f"{NEWEST}/_CHECKPOINT_METADATA", "emptied"),
+    (f"{NEWEST}/_CHECKPOINT_METADATA", "FIFO"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage"), REBUILT)
+def test_what_is_damaged_in_a_workdir_is_rebuilt(finished, copied, config_file, name, damage, capfd):
+    """The same command ends with the results of the run that was: of what is damaged nothing else depends."""
+    DAMAGES[damage](copied / name)
+    if name == "metrics.jsonl":  # of a stage that is not trained any more
+        shutil.copy(finished[0] / name, copied / name)
+        with (copied / name).open("a") as file:
+            file.write('[1, 2]\n{"stage": 3, "step": 4}\n\xff\n{"stage": "stage2", "st')
+        shutil.rmtree(copied / NEWEST)
+        (copied / "stages" / "stage2.json").unlink()
+    assert main([f"--config={config_file}", f"--workdir={copied}"]) == 0
+    assert "Traceback" not in capfd.readouterr().err
+    assert losses(copied) == losses(finished[0])
+    stages, before = (json.loads((folder / "summary.json").read_text())["stages"] for folder in (copied, finished[0]))
+    for stage in STAGES:
+        figures = [{**one[stage]["evaluation"], "seconds": 0} for one in (stages, before)]
+        assert figures[0] == figures[1] and stages[stage]["steps"] == STEPS
+    assert same(restore_for_inference(copied)[1], restore_for_inference(finished[0])[1])
+
+
+@pytest.mark.parametrize(("name", "damage"), REFUSED)
+def test_what_cannot_be_rebuilt_gets_a_sentence(copied, config_file, name, damage, capfd):
+    DAMAGES[damage](copied / name)
+    assert main([f"--config={config_file}", f"--workdir={copied}"]) in (1, 2)
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and len(said) <= 400
+    assert str(copied / name) in said or (damage == "deleted" and str((copied / name).parent) in said)
+
+
+@pytest.mark.parametrize("change", [lambda fields: fields.pop("latents"), lambda fields: fields.update(eval=None)])
+def test_a_config_that_lacks_a_section_is_named(copied, change, capsys):
+    fields = json.loads((copied / "config.json").read_text())
+    change(fields)
+    (copied / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(BadConfig, match=rf"^{copied / 'config.json'}: `(latents|eval)` must be .*--config.print=true$"):
+        open_trained(str(copied))
+
+
+def test_the_config_of_an_older_run_is_read(copied):
+    fields = json.loads((copied / "config.json").read_text())
+    del fields["data"]["accept_change"], fields["data"]["follow_links"]
+    (copied / "config.json").write_text(json.dumps(fields))
+    assert open_trained(str(copied)).step == STEPS
 
 
 def test_a_stage_without_checkpoint_is_named(finished, tmp_path):

@@ -18,6 +18,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Bool, Float, Int
 
+from ilvr_jax.errors import InputError
+
 KERNELS = ("auto", "xla", "splash", "cudnn")
 CACHE_BLOCK = 256  # columns of a cache that are read at a time
 BLOCKS = (512, 384, 256)  # columns that a kernel takes at a time, multiples of a TPU's 128 lanes
@@ -128,12 +130,19 @@ def causal_attention(
     """Returns grouped-query attention of columns in order, as `causal_mask` says; padding gets meaningless numbers.
 
     `kernel` is one of KERNELS: "splash" is JAX's for TPU (interpreted elsewhere, slowly), "cudnn" NVIDIA's for half
-    precision, "xla" is `attention`, and "auto" is the one of the platform that this is compiled for.
+    precision, "xla" is `attention`, and "auto" is the one of the platform that this is compiled for. Raises InputError
+    for "cudnn" where cuDNN does not compute it.
     """
     platform = _platform()
+    half = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0
+    taken = half and platform in ("cuda", "gpu")  # by cuDNN
     if kernel == "auto":
-        taken = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0  # by cuDNN
-        kernel = "splash" if platform == "tpu" else "cudnn" if platform in ("cuda", "gpu") and taken else "xla"
+        kernel = "splash" if platform == "tpu" else "cudnn" if taken else "xla"
+    if kernel == "cudnn" and not taken:
+        raise InputError(
+            "`model.attention` must be auto or xla here: cudnn takes NVIDIA GPUs, half precision and heads of a "
+            f"multiple of 8 channels, got {platform}, {query.dtype} and {query.shape[-1]}"
+        )
     if kernel == "xla":
         return attention(query, [key], [value], causal_mask(valid))
     columns = query.shape[1]

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens
 from ilvr_jax.errors import InputError, listed
-from ilvr_jax.files import is_full_disk
+from ilvr_jax.files import is_full_disk, read_object
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import model_config
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
@@ -29,6 +30,7 @@ from ilvr_jax.training.pretrained import read_published
 from ilvr_jax.training.processes import open_exchange, wait_for_all
 from ilvr_jax.training.stop_tokens import read_stop_tokens
 
+METADATA = "_CHECKPOINT_METADATA"  # in a checkpoint: times of its writing
 PRETRAINED = "pretrained"  # in a workdir: what describes the checkpoint that the run began from
 
 
@@ -58,6 +60,21 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int | None = None):
         """Opens the folder, to write into it and keep the newest `keep`, or without `keep` to read alone."""
         self.folder = folder.absolute()
+        _drop_late_reads()
+        for path in self._metadata():
+            read_object(path, _damaged_metadata)
+        try:
+            self._open(keep)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise _damaged_metadata(f"{self.folder}/*/{METADATA} must be as orbax wrote them ({error})") from error
+        self._tell_all = open_exchange()
+
+    def _metadata(self) -> list[Path]:
+        """Returns the files that orbax reads of every checkpoint when it opens their folder."""
+        paths = (path / METADATA for path in self.folder.glob("*") if is_checkpoint(path))
+        return [path for path in paths if os.path.lexists(path)]
+
+    def _open(self, keep: int | None) -> None:
         if keep is not None:  # what a process that died left half written is removed: it could fill the disk
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
             with _say_disk_full(self.folder):
@@ -67,7 +84,6 @@ class Checkpoints:
         alone = ocp.options.MultiprocessingOptions(process, {process}, f"reader_{process}")
         options = ocp.CheckpointManagerOptions(read_only=keep is None, create=False, multiprocessing_options=alone)
         self._reader = ocp.CheckpointManager(self.folder, options=options)
-        self._tell_all = open_exchange()
         if keep is None:
             self._manager = self._reader
 
@@ -356,6 +372,28 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...] | None]:
 
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {".".join(map(name, path)): shape(path, leaf) for path, leaf in leaves}
+
+
+def _damaged_metadata(sentence: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{sentence}; delete that file: the checkpoint can be read without")
+
+
+def _drop_late_reads() -> None:
+    """Keeps reads that end after another one of a checkpoint has failed from printing tracebacks of their own.
+
+    Those end in threads of tensorstore, where orbax's event loop, closed by then, is to be told of it.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "drops_late_reads", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, RuntimeError) or str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    hook.drops_late_reads = True
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it logs results that nobody asked for
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from ilvr_jax.training.step import OBJECTIVES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LARGEST = 2**31 - 1  # of numbers in a config: sizes, steps and seeds go into 32-bit integers
+LONGEST = 2**20  # tokens, or parts of one batch's layout
 ADDED = {"follow_links": True, "accept_change": False}  # keys of `data` that older workdirs lack, as they were run
 VSP_MAPS = "tests/data/vsp_planning/test.jsonl"  # 200 real maps, for evaluation alone
 AUTO = "auto"  # for eval.data: the maps above if data.source is frozen_lake, none for data of other kinds
@@ -99,6 +100,8 @@ def read_config_flags(
     overrides, unknown = _split_overrides(others)
     if unknown:
         parser.error(f"unrecognized arguments: {listed(unknown)}")
+    if options.config == "":
+        raise BadConfig("--config must be a Python file such as configs/base.py, got ''")
     options.config_file = Path(options.config) if options.config else None
     options.config = load_config(options.config_file or default)
     if prepare:
@@ -224,6 +227,8 @@ def check_config(config: ConfigDict) -> None:
     for name, bucket in config.data.buckets.items():
         for key, value in bucket.items():
             _at_least(0, f"data.buckets.{name}.{key}", value)
+            _at_most(LONGEST, f"data.buckets.{name}.{key}", value)
+    _at_most(LONGEST, "latents.latent_size", config.latents.latent_size)
     _one_of("data.on_bad_record", config.data.on_bad_record, ("error", "skip"))
     _one_of("model.frozen_dtype", config.model.frozen_dtype, DTYPES)
     _one_of("data.source", config.data.source, ("frozen_lake", *FORMATS))
@@ -473,6 +478,11 @@ def _one_of(key: str, value: str, accepted: Sequence[str], where: str = "") -> N
 def _at_least(least: int, key: str, value: int) -> None:
     if type(value) is not int or value < least:
         raise BadConfig(f"`{key}` must be at least {least}, got {quote(value)}")
+
+
+def _at_most(most: int, key: str, value: int) -> None:
+    if value > most:
+        raise BadConfig(f"`{key}` must be at most {most}, got {quote(value)}")
 
 
 def _error_line(error: BaseException, path: Path) -> str:
