@@ -164,6 +164,7 @@ class ZebraCotSource:
             try:
                 with reading("the file"):
                     table = opened.read_row_group(group, columns=[*texts, *images.values()], use_threads=False)
+                    table.validate()
                     there = {image: table[image].is_valid().to_pylist() for image in images}
             except BadRecord as error:
                 skip(f"{self._names[file]} rows {row_of_file} to {row_of_file + sizes.num_rows - 1}", error)
@@ -207,7 +208,10 @@ class RowGroup:
             # Arrow's threads would not outlive a fork.
             table = self._file.read_row_group(self._number, columns=[column], use_threads=False)
             self._columns[column] = table[column]
-        return self._columns[column][row]
+        values = self._columns[column]
+        if row >= len(values):  # a damaged column may be shorter than its row group
+            raise BadRecord(f"{quote(column)} must have a value for each row, got {len(values)}")
+        return values[row]
 
 
 def parse_row(
