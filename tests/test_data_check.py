@@ -552,3 +552,33 @@ def test_what_goes_to_a_process_and_back_counts_the_same(folder):
         and sum(survey.needs().values())[0] == 3
     )
     assert bucket_table("", {}, [], 2).rows == []
+
+
+def test_markers_that_stay_as_text_are_remarked(folder, capsys):
+    path = write_records(folder, {}, {"text_output": "<latent>See<output_image> <img>"}, {"text_input": "<latent>?"})
+    assert main(["check", str(path)]) == 0
+    printed, _ = capsys.readouterr()
+    remarks = [
+        "train.jsonl line 2 has <latent>, which stays as text, since no image belongs there (records with it: 2)",
+        "train.jsonl line 2 has <img>, which stays as text, since no image belongs there (records with it: 1)",
+    ]
+    assert all(f"\n{remark}\n" in printed for remark in remarks)
+    assert all(html.escape(remark, quote=False) in (folder / "train_check.html").read_text() for remark in remarks)
+
+
+def test_links_out_of_the_folder_are_followed_unless_the_config_refuses_them(folder, capsys):
+    path = write_records(folder, {})
+    (folder / "data").mkdir()
+    for name in ("a.png", "b.png", "train.jsonl"):
+        (folder / "data" / name).symlink_to(folder / name)
+    assert main(["check", "data/train.jsonl"]) == 0 and (folder / "train_check.html").exists()
+    assert main(["check", "data/train.jsonl", "--config.data.follow_links=false"]) == 2
+    assert "must stay inside the data folder" in capsys.readouterr().err and path.exists()
+
+
+def test_long_values_are_cut_on_the_page_and_in_sentences(folder, capsys):
+    path = write_records(folder, {"text_input": "<image>" + "word, " * 20_000}, {"image_input": "x" * 10**6})
+    assert main(["check", str(path)]) == 1
+    printed, _ = capsys.readouterr()
+    assert len(printed) < 5000 and len((folder / "train_check.html").read_text()) < 100_000
+    assert " more tokens</span>" in (folder / "train_check.html").read_text()

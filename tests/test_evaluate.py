@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -329,3 +331,34 @@ def test_a_file_without_answers_is_used_by_any_evaluation(tmp_path):
     for task in ("t", "u", "u"):
         Results(path, {"task": task}).close()
         assert path.read_text() == f'{{"settings": {{"task": "{task}"}}}}\n'
+
+
+def test_a_row_that_cannot_be_read_is_named_and_the_rest_is_answered(run, tmp_path, capsys):
+    mark = "<image_start>[problem_image_1]<image_end>"
+    Image.fromarray(draw_map(MAPS[0])).save(tmp_path / "0.png")
+    rows = [
+        {
+            "Question": f"What is {mark}?",
+            "Text Reasoning Trace": "<image_start>[reasoning_image_1]<image_end>",  # no such image: it is not needed
+            "Final Answer": number,
+            "problem_image_1": {"bytes": None, "path": f"{number}.png"},
+        }
+        for number in (0, 1, 0)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    out = tmp_path / "out.jsonl"
+    assert evaluate(run, tmp_path / "data.parquet", out, "--question=", task="zebra_cot") == 1
+    err = capsys.readouterr().err
+    assert err.count("data.parquet row 1: the path of problem_image_1 must be an image file in") == 1
+    assert {line["record"] for line in answers(out).values()} == {"data.parquet row 0", "data.parquet row 2"}
+    (tmp_path / "0.png").rename(tmp_path.parent / "moved.png")
+    (tmp_path / "0.png").symlink_to(tmp_path.parent / "moved.png")
+    flags = ("--question=", "--no-follow-links")
+    assert evaluate(run, tmp_path / "data.parquet", tmp_path / "no.jsonl", *flags, task="zebra_cot") == 2
+    assert "since data.follow_links is false, but '0.png' is a link out of it" in capsys.readouterr().err
+
+
+def test_data_that_is_a_fifo_is_refused(run, tmp_path, capsys):
+    os.mkfifo(tmp_path / "maps.jsonl")
+    assert evaluate(run, tmp_path / "maps.jsonl", tmp_path / "out.jsonl") == 2
+    assert "maps.jsonl must be a file of records, but cannot be read: is not a regular file" in capsys.readouterr().err

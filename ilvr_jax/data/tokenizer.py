@@ -28,8 +28,9 @@ SPECIAL_TOKENS = (
     *LATENT_TOKENS,
 )
 
-# Words with the space before them, but digits and capitals one by one: the moves in \boxed{RRD} stay single tokens.
-PIECES = r" ?\p{Lu}?[\p{Ll}\p{Lm}\p{Lo}\p{M}]+| ?\p{L}| ?\p{N}| ?[^\s\p{L}\p{N}]|\s"
+# Words with the space before them, but digits and capitals one by one: the moves in \boxed{RRD} stay single tokens. A
+# longer run of letters is cut into words of 64, since the time that a word takes grows with its square.
+PIECES = r" ?\p{Lu}?[\p{Ll}\p{Lm}\p{Lo}\p{M}]{1,64}| ?\p{L}| ?\p{N}| ?[^\s\p{L}\p{N}]|\s"
 
 
 class BadTokenizer(InputError):
