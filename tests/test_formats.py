@@ -105,5 +105,5 @@ def test_a_root_for_images(folder, sections, name):
 def test_unknown_names():
     config = load_config(REPOSITORY / "configs" / "base.py")
     config.data.source = "parquet"
-    with pytest.raises(BadConfig, match="`data.source` must be one of frozen_lake, ilvr, mirage, vsp, zebra_cot, got 'parquet'"):
+    with pytest.raises(BadConfig, match="`data.source` must be one of frozen_lake, ilvr, .*, got 'parquet'"):
         check_config(config)
