@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from ilvr_jax.command import ArgumentParser, command
+from ilvr_jax.command import ArgumentParser, command, path_flag
 from ilvr_jax.latents.layout import padded_tokens
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.training.ahead_of_time import (
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, not to run
     parser = ArgumentParser(prog="python -m ilvr_jax.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--topology", help="such as v5e:4x4, v5p:2x2x2 or v6e:4x4")
-    parser.add_argument("--sweep", type=Path, help="compiles the cases of docs/scale.md, each kept in this file")
+    parser.add_argument("--sweep", type=path_flag, help="compiles the cases of docs/scale.md, each kept in this file")
     parser.add_argument(
         "--stage", help="the stage to compile, or decoding (default: the config's stages, then decoding)"
     )

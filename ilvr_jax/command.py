@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import logging
 
@@ -16,13 +17,20 @@ DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser without abbreviations, whose errors are one line of bounded length."""
+    """argparse's parser without abbreviations, whose errors are one line of bounded length, without the usage."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str):
-        super().error(one_line(message))
+        self.exit(BAD_INPUT, one_line(f"{self.prog}: error: {message}") + "\n")
+
+
+def path_flag(text: str) -> Path:
+    """Returns the path that a flag holds; for an empty one, which would be the current folder, argparse names it."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"must be a path, got {quote(text)}")
+    return Path(text)
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:

@@ -2,9 +2,8 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from ilvr_jax.command import DONE, ArgumentParser, command
+from ilvr_jax.command import DONE, ArgumentParser, command, path_flag
 from ilvr_jax.models.config import DTYPES
 from ilvr_jax.training.export import export
 from ilvr_jax.training.pretrained import open_pretrained, save_converted
@@ -19,12 +18,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     into.add_argument(
         "source", metavar="SRC", help="a folder with config.json and *.safetensors, a hub name, or ADAPTER[@BASE]"
     )
-    into.add_argument("destination", metavar="DST", type=Path, help="a new folder")
+    into.add_argument("destination", metavar="DST", type=path_flag, help="a new folder")
     out = commands.add_parser("to-hf", help="write a run as a folder that transformers, PEFT and vLLM open")
     out.add_argument(
-        "source", metavar="WORKDIR", type=Path, help="a run's workdir, a folder from from-hf, or ADAPTER[@BASE]"
+        "source", metavar="WORKDIR", type=path_flag, help="a run's workdir, a folder from from-hf, or ADAPTER[@BASE]"
     )
-    out.add_argument("destination", metavar="DST", type=Path, help="a new folder")
+    out.add_argument("destination", metavar="DST", type=path_flag, help="a new folder")
     out.add_argument("--stage", help="the stage whose checkpoint is used (default: the last that has one)")
     out.add_argument("--dtype", choices=DTYPES, help="of the weights (default: that of the checkpoint begun from)")
     out.add_argument("--teacher", action="store_true", help="the teacher's weights in place of the student's")

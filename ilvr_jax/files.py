@@ -103,7 +103,11 @@ def written(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))  # a link keeps pointing to the file
     path.parent.mkdir(parents=True, exist_ok=True)
     with named_errors(path):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.parent)
+        try:
+            descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.parent)
+        except OSError as error:
+            error.filename = str(path)  # the one that its writer named
+            raise
         os.close(descriptor)
         unfinished = Path(name)
         remove = functools.partial(unfinished.unlink, missing_ok=True)

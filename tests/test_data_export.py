@@ -145,8 +145,7 @@ def test_an_unknown_argument_is_named(tmp_path, capsys, flag):
     with pytest.raises(SystemExit) as ended:
         main(["export", f"--config={CONFIG}", "--count=2", f"--out={tmp_path / 'out'}", flag])
     assert ended.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.endswith(f"error: unrecognized arguments: {flag}")
+    assert capsys.readouterr().err == f"python -m ilvr_jax.data export: error: unrecognized arguments: {flag}\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -73,19 +73,24 @@ def test_every_record_is_asked_once_with_and_without_holes(run, data, tmp_path, 
     assert out.with_suffix(".log").read_text().count("0 of 6 answers are there")
 
 
+FOREIGN = ({"number": 3}, {"number": 10**30}, {"number": -1}, {"number": True}, {"sample": -1}, {"tokens": -4})
+
+
 def test_a_stopped_evaluation_goes_on_with_the_same_answers(run, data, tmp_path, capsys):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     sampling = ("--samples-per-question=3", "--temperature=1.0")
     assert evaluate(run, data, whole, *sampling, "--batch-size=2") == 0
     lines = whole.read_text().splitlines(keepends=True)
     assert len(lines) == 1 + 3 * 4
+    foreign = [json.dumps(json.loads(lines[1]) | change) + "\n" for change in FOREIGN]
     damaged = lines[3][: len(lines[3]) // 2]  # as kill -9 leaves the last line
-    text = "".join([*lines[:3], "garbage\n", json.dumps({"number": 1}) + "\n", *lines[5:9], damaged])
+    text = "".join([*lines[:3], "garbage\n", json.dumps({"number": 1}) + "\n", *lines[5:9], *foreign, damaged])
     out.write_bytes(text.encode() + b"\xff\xfe")
     capsys.readouterr()
     assert evaluate(run, data, out, *sampling, "--batch-size=16") == 0
     err = capsys.readouterr().err
-    assert [f"line {number}: cannot be read" in err for number in (4, 5, 10)] == [True] * 3 and err.count("\n") == 3
+    numbers = (4, 5, *range(10, 11 + len(FOREIGN)))
+    assert all(f"line {number}: cannot be read" in err for number in numbers) and err.count("\n") == len(numbers)
     assert answers(out) == answers(whole)
     assert "6 of 12 answers are there" in out.with_suffix(".log").read_text()
     summary = json.loads((tmp_path / "out.summary.json").read_text())
@@ -189,7 +194,6 @@ def test_a_published_checkpoint_is_evaluated_in_plain_text(data, tmp_path, capsy
         (["--out=/proc/none.jsonl"], "/proc/.none.jsonl.lock cannot be read or written"),
         (["--out=/dev/null"], "--out must be a file whose name ends with .jsonl, got '/dev/null'"),
         (["--out=out.log"], "--out must be a file whose name ends with .jsonl, got 'out.log'"),
-        (["--out="], "--out must be a file whose name ends with .jsonl"),
         (["--data=absent.jsonl"], "absent.jsonl must be a file of records, but cannot be read: No such file"),
         (["--task=comt", "--method=pixels"], "for comt, which has no pictures as vsp_planning has"),
         (["--stage=stage2"], "no checkpoint of stage 'stage2'"),
@@ -200,6 +204,24 @@ def test_what_is_wrong_is_said_in_one_sentence(run, data, tmp_path, capsys, flag
     assert evaluate(run, data, tmp_path / "out.jsonl", *flags) == 2
     err = capsys.readouterr().err
     assert sentence in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "problem"),
+    [
+        ("--root=", "argument --root: must be a path, got ''"),
+        ("--data=", "argument --data: must be a path, got ''"),
+        ("--out=", "argument --out: must be a path, got ''"),
+        ("--out=a\0.jsonl", "argument --out: must be a path, got 'a\\x00.jsonl'"),
+        ("--limit=ten", "argument --limit: invalid int value: 'ten'"),
+        ("--task=none", "argument --task: invalid choice: 'none'"),
+    ],
+)
+def test_flags_that_cannot_be_read_are_named_in_one_line(run, data, tmp_path, capsys, flag, problem):
+    with pytest.raises(SystemExit) as ended:
+        evaluate(run, data, tmp_path / "out.jsonl", flag)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and f"python -m ilvr_jax.evaluate: error: {problem}" in err and err.count("\n") == 1
 
 
 def test_outputs_are_regular_files_and_their_folder_is_made(run, data, tmp_path, capsys):
@@ -322,14 +344,14 @@ def test_a_file_without_its_first_line_is_refused(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text("garbage\n")
     with pytest.raises(BadResults, match="results.jsonl line 1: must hold the settings of an evaluation"):
-        Results(path, {"task": "t"})
+        Results(path, {"task": "t"}, 3)
     assert path.read_text() == "garbage\n"
 
 
 def test_a_file_without_answers_is_used_by_any_evaluation(tmp_path):
     path = tmp_path / "results.jsonl"
     for task in ("t", "u", "u"):
-        Results(path, {"task": task}).close()
+        Results(path, {"task": task}, 3).close()
         assert path.read_text() == f'{{"settings": {{"task": "{task}"}}}}\n'
 
 

@@ -166,7 +166,8 @@ def test_ctrl_c_while_an_answer_is_decoded(run, picture):
 
 def test_a_checkpoint_that_is_none_is_named(tmp_path, published, capsys):
     for name, sentence in (
-        (tmp_path, "has no config.json; the workdir of a run, or a folder of a published checkpoint, is accepted"),
+        ("", "the checkpoint must be a folder or a name on the hub, got ''"),
+        (tmp_path, "must be the workdir of a run or a published checkpoint, but has no config.json"),
         (tmp_path / "absent", "absent must be the folder of a checkpoint, or a name on the hub, and is neither"),
     ):
         assert main([str(name), "What?"]) == 2

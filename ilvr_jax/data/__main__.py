@@ -11,7 +11,7 @@ import rich.console
 import rich.progress
 from PIL import Image
 
-from ilvr_jax.command import ArgumentParser, command
+from ilvr_jax.command import ArgumentParser, command, path_flag
 from ilvr_jax.data.drawing import CELL_PIXELS
 from ilvr_jax.data.frozen_lake import FrozenLakeSource, frozen_lake_settings
 from ilvr_jax.data.records import Record, Text
@@ -79,7 +79,7 @@ def export_command(arguments: Sequence[str]) -> int:
     """Writes generated FrozenLake records and their images; returns 0 done, 1 not written, 2 bad input, 130 stopped."""
     parser = ArgumentParser(prog="python -m ilvr_jax.data export", description=export_command.__doc__)
     parser.add_argument("--count", required=True, type=int, help="how many records")
-    parser.add_argument("--out", required=True, type=Path, help="the folder to write to")
+    parser.add_argument("--out", required=True, type=path_flag, help="the folder to write to")
     parser.add_argument("--seed", type=int, help="of the generator (default: the config's seed)")
     options = read_config_flags(parser, arguments)
     if options.count < 1:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
-from ilvr_jax.command import ArgumentParser
+from ilvr_jax.command import ArgumentParser, path_flag
 from ilvr_jax.data.examples import build_example, build_prompt
 from ilvr_jax.data.formats import FORMATS, find_format
 from ilvr_jax.data.pipeline import Source, find_bucket
@@ -45,12 +45,12 @@ ENOUGH_FOR_WORKERS = 2000  # records; processes take seconds to start
 def main(arguments: Sequence[str]) -> int:
     """Runs the command: 0 all records are usable, 1 some would be left out, 2 bad input or nothing usable."""
     parser = ArgumentParser(prog="python -m ilvr_jax.data check", description=__doc__)
-    parser.add_argument("file", type=Path, help="JSON lines, a parquet file or a folder of them")
+    parser.add_argument("file", type=path_flag, help="JSON lines, a parquet file or a folder of them")
     parser.add_argument("--format", help=f"{', '.join(FORMATS)} (default: found from the file)")
     parser.add_argument("--root", default="", help="the folder that images are in (default: the file's)")
     parser.add_argument("--limit", type=int, help="look at the first N records (default: all)")
     parser.add_argument("--samples", type=int, default=4, help="samples on the page (default: 4)")
-    parser.add_argument("--out", type=Path, help="where the page is written (default: <file>_check.html, here)")
+    parser.add_argument("--out", type=path_flag, help="where the page is written (default: <file>_check.html, here)")
     options = read_config_flags(parser, arguments, DEFAULT, prepare)
     survey = check(options)
     if not survey.usable:

@@ -31,6 +31,7 @@ FIELDS = {
     "stop_reason": str,
     "seconds": (int, float),
 }
+LARGEST = 2**31  # counts are below
 
 
 class BadResults(InputError):
@@ -48,12 +49,12 @@ class Key(NamedTuple):
 class Results:
     """A results file: the answers that it holds, by key, and a place for those to come.
 
-    `damaged` names lines that could not be read; they are removed, and what they held is asked again. Raises
-    BadResults if the first line cannot be read, or is of another evaluation; OSError if it cannot be written.
+    `damaged` names lines that could not be read, or are of none of so many `records`; they are removed, and what they
+    held is asked again. Raises BadResults if the first line cannot be read, or is of another evaluation; OSError if it cannot be written.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]):
-        self.path, self.damaged = path, []
+    def __init__(self, path: Path, settings: Mapping[str, Any], records: int):
+        self.path, self._records, self.damaged = path, records, []
         self.lines: dict[Key, dict[str, Any]] = {}
         header = json.dumps({"settings": settings}, ensure_ascii=False)
         check_output(path)
@@ -86,13 +87,18 @@ class Results:
         for number, line in enumerate(others, start=2):
             try:
                 fields = json.loads(line)
-                wrong = [name for name, kind in FIELDS.items() if not isinstance(fields[name], kind)]
+                wrong = [name for name, kind in FIELDS.items() if not self._fits(name, fields[name], kind)]
                 if wrong:
                     raise ValueError(f"{wrong[0]} is {quote(fields[wrong[0]])}")
                 self.lines.setdefault(Key(fields["number"], fields["form"], fields["sample"]), fields)
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 problem = one_line(f"{self.path} line {number}: cannot be read ({type(error).__name__}: {error})")
                 self.damaged.append(f"{problem}; it is asked again")
+
+    def _fits(self, name: str, value: Any, kind: type | tuple[type, ...]) -> bool:
+        if kind is int:
+            return type(value) is int and 0 <= value < (self._records if name == "number" else LARGEST)
+        return isinstance(value, kind)
 
     def add(self, line: dict[str, Any]) -> None:
         """Writes an answer down, for good; a line that does not fit on the disk leaves the file as it was."""
@@ -112,7 +118,7 @@ class Results:
 
 
 @contextlib.contextmanager
-def open_results(path: Path, settings: Mapping[str, Any]) -> Iterator[Results]:
+def open_results(path: Path, settings: Mapping[str, Any], records: int) -> Iterator[Results]:
     """Opens a results file for one writer.
 
     Raises InUse, naming the process that writes it, BadResults and OSError as `Results` does.
@@ -120,7 +126,7 @@ def open_results(path: Path, settings: Mapping[str, Any]) -> Iterator[Results]:
     path.parent.mkdir(parents=True, exist_ok=True)
     check_output(path)
     beside = path.with_name(f".{path.name[:200]}.lock")
-    with lock(beside, str(path)), contextlib.closing(Results(path, settings)) as results:
+    with lock(beside, str(path)), contextlib.closing(Results(path, settings, records)) as results:
         yield results
 
 

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens
-from ilvr_jax.errors import InputError, listed
+from ilvr_jax.errors import InputError, listed, quote
 from ilvr_jax.files import is_full_disk, read_object
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import model_config
@@ -279,7 +279,7 @@ def choose_stage(workdir: Path, config: ConfigDict, stage: str | None) -> str:
         raise NoCheckpoint(f"{workdir} has no complete checkpoint yet; train until the first is saved")
     stage = found[-1] if stage is None else stage
     if stage not in found:
-        raise NoCheckpoint(f"{workdir} has no checkpoint of stage {stage!r}, it has {', '.join(found)}")
+        raise NoCheckpoint(f"{workdir} has no checkpoint of stage {quote(stage)}, it has {', '.join(found)}")
     return stage
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 
 import jax
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from ilvr_jax.data.examples import ExampleSettings
 from ilvr_jax.data.images import image_processor_settings
 from ilvr_jax.data.tokenizer import special_tokens
+from ilvr_jax.files import read_json
 from ilvr_jax.inference.evaluation import prompt_settings
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.adapters import is_adapter
@@ -59,6 +59,8 @@ def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = 
     `dtype` is that of parameters and activations, by default the run's or the checkpoint's own. Raises BadConfig,
     NoCheckpoint or BadCheckpoint, one sentence, if it cannot be opened.
     """
+    if not checkpoint:  # as a path it would be the current folder
+        raise BadConfig("the checkpoint must be a folder or a name on the hub, got ''")
     folder = Path(checkpoint)
     if folder.is_dir() and not is_adapter(folder) and not is_published(folder):
         config = read_config(folder)
@@ -95,14 +97,9 @@ def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = 
 
 
 def is_published(folder: Path) -> bool:
-    """Says whether a folder is one of a published checkpoint; raises BadCheckpoint if it is nothing that we know."""
+    """Returns whether a folder is a published checkpoint; raises BadCheckpoint if its config.json cannot be read."""
     path = folder / "config.json"
     if not path.is_file():
-        raise BadCheckpoint(
-            f"{folder} has no config.json; the workdir of a run, or a folder of a published checkpoint, is accepted"
-        )
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise BadCheckpoint(f"{path} is not JSON ({error}); that of a run or a checkpoint is accepted") from error
+        raise BadCheckpoint(f"{folder} must be the workdir of a run or a published checkpoint, but has no config.json")
+    fields = read_json(path, BadCheckpoint)
     return isinstance(fields, dict) and "model_type" in fields
