@@ -49,9 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = Work(options, trained, TASKS[options.task])
     summary_path = work.out.with_suffix(".summary.json")
     check_output(summary_path)
-    with open_results(work.out, work.settings(), len(work.source)) as results, stop_sentence(
-        lambda: stopped(results)
-    ):
+    with open_results(work.out, work.settings(), len(work.source)) as results, stop_sentence(lambda: stopped(results)):
         for sentence in results.damaged:
             print(sentence, file=sys.stderr)
         seconds = work.answer_all(results)
@@ -84,7 +82,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="python -m ilvr_jax.evaluate", description=__doc__)
     parser.add_argument("checkpoint", help="a run's workdir, a Qwen2.5-VL (folder or hub name), or ADAPTER[@BASE]")
     parser.add_argument("--task", choices=TASKS, required=True, help="what is asked and how answers are scored")
-    parser.add_argument("--data", type=path_flag, help="the records, in a format of the task (default: the run's eval.data)")
+    parser.add_argument(
+        "--data", type=path_flag, help="the records, in a format of the task (default: the run's eval.data)"
+    )
     parser.add_argument("--root", type=path_flag, help="where paths of images begin (default: the folder of --data)")
     parser.add_argument(
         "--follow-links",
@@ -98,7 +98,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples-per-question", type=int, default=1, help="with a temperature above 0")
     parser.add_argument("--batch-size", type=int, default=16, help="answers decoded at once (default: 16)")
     parser.add_argument("--limit", type=int, help="ask the first records alone")
-    parser.add_argument("--out", type=path_flag, help="a .jsonl file for the answers; if it holds some, the rest is asked")
+    parser.add_argument(
+        "--out", type=path_flag, help="a .jsonl file for the answers; if it holds some, the rest is asked"
+    )
     add_decoding_flags(parser)
     return parser
 

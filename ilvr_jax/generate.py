@@ -54,10 +54,14 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "question", nargs="?", help="with <image> where an image belongs, or without (default: the run's)"
     )
-    parser.add_argument("--image", type=path_flag, action="append", default=[], help="an image file; may be given again")
+    parser.add_argument(
+        "--image", type=path_flag, action="append", default=[], help="an image file; may be given again"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing before")
     parser.add_argument("--log-probabilities", action="store_true", help="of the tokens, in the JSON object")
-    parser.add_argument("--latents", type=path_flag, help="a .npy file for what the slots held: float32 [slots, channels]")
+    parser.add_argument(
+        "--latents", type=path_flag, help="a .npy file for what the slots held: float32 [slots, channels]"
+    )
     add_decoding_flags(parser)
     options = parser.parse_intermixed_args(arguments)  # so that the question may come last
     if options.method == "pixels":

@@ -50,7 +50,8 @@ class Results:
     """A results file: the answers that it holds, by key, and a place for those to come.
 
     `damaged` names lines that could not be read, or are of none of so many `records`; they are removed, and what they
-    held is asked again. Raises BadResults if the first line cannot be read, or is of another evaluation; OSError if it cannot be written.
+    held is asked again. Raises BadResults if the first line cannot be read, or is of another evaluation; OSError if it
+    cannot be written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], records: int):
