@@ -121,8 +121,6 @@ class ModelConfig:
             value = getattr(self, name)
             if type(value) not in (int, float) or not least < value < math.inf:
                 raise _bad(f"model.{name}", value, f"a number above {least}")
-        if self.vision.out_hidden_size != self.hidden_size:
-            raise _bad("model.vision.out_hidden_size", self.vision.out_hidden_size, f"hidden_size ({self.hidden_size})")
         if self.dtype not in DTYPES:
             raise _bad("model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         if self.remat_policy not in REMAT_POLICIES:
@@ -179,6 +177,8 @@ def model_config_from_hf(published: Mapping[str, Any], **overrides) -> ModelConf
     """
     full = read_fields(published)
     text, vision = full.text_config, full.vision_config
+    if vision.out_hidden_size != text.hidden_size:
+        raise _bad("vision_config.out_hidden_size", vision.out_hidden_size, f"hidden_size ({text.hidden_size})")
     return ModelConfig(
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
