@@ -21,6 +21,7 @@ from ilvr_jax.training.checkpoints import (
     stage_folder,
     stages_with_checkpoints,
 )
+from ilvr_jax.training.configuration import is_checkpoint
 
 
 @flax.struct.dataclass
@@ -92,6 +93,14 @@ def test_the_newest_are_kept(tmp_path):
         for step in (1, 2, 3, 3):
             checkpoints.save(step, state, iterator)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["2", "3"]
+
+
+def test_a_folder_is_a_checkpoint_by_its_name(tmp_path):
+    for name, told in (("4", True), ("04", False), ("²", False), ("4.damaged", False), ("0", True), ("-4", False)):
+        (tmp_path / name).mkdir()
+        assert is_checkpoint(tmp_path / name) == told
+    (tmp_path / "7").write_text("")
+    assert not is_checkpoint(tmp_path / "7")
 
 
 def test_an_unfinished_checkpoint_is_not_one(tmp_path):

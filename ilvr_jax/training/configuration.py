@@ -319,7 +319,7 @@ def has_begun(workdir: Path) -> bool:
 
 def is_checkpoint(path: Path) -> bool:
     """Says whether a folder is a complete checkpoint: one being written has another name."""
-    return path.name.isascii() and path.name.isdigit() and path.is_dir()
+    return path.name.isascii() and path.name.isdigit() and str(int(path.name)) == path.name and path.is_dir()
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
