@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -381,19 +383,21 @@ def _damaged_metadata(sentence: str) -> DamagedCheckpoint:
 def _drop_late_reads() -> None:
     """Keeps reads that end after another one of a checkpoint has failed from printing tracebacks of their own.
 
-    Those end in threads of tensorstore, where orbax's event loop, closed by then, is to be told of it.
+    Those end in threads of tensorstore, where orbax's event loop, closed by then, is to be told of it, or never.
+    Nothing else here has coroutines.
     """
     before = sys.unraisablehook
     if getattr(before, "drops_late_reads", False):
         return
 
     def hook(unraisable: Any) -> None:
-        if not isinstance(unraisable.exc_value, RuntimeError) or str(unraisable.exc_value) != "Event loop is closed":
+        if not inspect.iscoroutine(unraisable.object) and str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 
     hook.drops_late_reads = True
     sys.unraisablehook = hook
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it logs results that nobody asked for
+    warnings.filterwarnings("ignore", r"coroutine .* was never awaited")
 
 
 @contextlib.contextmanager
