@@ -18,13 +18,13 @@ STATEMENT = re.compile(
     (?:
         (?<![\w-])(?P<line>
             (?:final\s+answer|^[ \t#>*_]*(?:(?:final|correct)\s+)?answer(?=[ \t*_]*$))[*_]*(?:\s*[:：]|[ \t*_]*$))
-      | (?<![\w-])(?:answer|ans|(?:correct|right|best)\s+(?:choice|option|answer))\b["'*_]*
-        (?:\s(?:to|for|of)\s[^.:：\n]{1,80}?)?
+      | (?<![\w-])(?:answer|ans|my\s+(?:best\s+)?guess|(?:correct|right|best)\s+(?:choice|option|answer))\b["'*_]*
+        (?:\s(?:to|for|of|in)\s[^.:：\n]{1,80}?|\shere)?
         (?:\s*[:：]|\s*(?:->|=>?|[→⇒])|\s+[-–—](?=\s)
           |\s+(?P<verb>is|was|(?:will|would|must|should)\s+be|(?:seems|appears)\s+to\s+be)(?P<negated>n['’]t)?\b\s*[:：]?)
       | (?<![\w-])ans\.\s*[:：]?
       | (?<!\w)(?:antwort|lösung|réponse|respuesta|risposta|resposta|ответ|답|정답|答え|正解)[*_]*\s?[:：]
-      | 答案[\s*】\]]*(?:[:：]|(?:应该是|应为|是|为|选)\s*[:：]?|(?<=[】\]]))
+      | (?:答案|正确选项)[\s*】\]]*(?:[:：]|(?:应该是|应为|是|为|选|(?P<denied>(?:应该)?不是))\s*[:：]?|(?<=[】\]]))
     )
     [*_\s]*
     """,
@@ -38,7 +38,8 @@ NEGATION = re.compile(
 # What follows a denied answer in its place: "The answer is not A. It is B."
 INSTEAD = re.compile(
     r"(?:,?\s+but(?:\s+rather|\s+instead)?|[.;,–—-]\s+(?:rather,?|instead,?|(?:it|that|this)(?:['’]s|\s+is|\s+must\s+be)))"
-    r"\s+(?:rather\s+|actually\s+|instead\s+)?",
+    r"\s+(?:rather\s+|actually\s+|instead\s+)?"
+    r"|[，,；;。]?\s*(?:而是|应该是)\s*",
     re.IGNORECASE,
 )
 
@@ -87,7 +88,7 @@ def find_statements(text: str) -> list[tuple[str, bool]]:
     statements = []
     for statement in deque(STATEMENT.finditer(text, max(0, len(text) - TAIL)), maxlen=LAST):
         line = text[statement.end() : statement.end() + LONGEST_LINE].partition("\n")[0]
-        if statement["negated"] or (statement["verb"] and NEGATION.match(line)):
+        if statement["negated"] or statement["denied"] or (statement["verb"] and NEGATION.match(line)):
             instead = INSTEAD.search(line)
             if not instead:
                 continue

@@ -39,7 +39,7 @@ EXPONENT = re.compile(r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,4})(?!\
 NAMED = re.compile(r"\\?[A-Za-z][A-Za-z ]{0,30}(?:_\{?\w{1,5}\}?)?\s*=\s*(?!=)")
 PERCENT = re.compile(r"(?<![\w.])([0-9]+(?:\.[0-9]+)?) ?\\?%")
 SIGNS = {"×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge "}
-SIGNS |= {"±": r"\pm ", "θ": r"\theta ", "≠": r"\ne "}
+SIGNS |= {"±": r"\pm ", "θ": r"\theta ", "≠": r"\ne ", "∅": r"\emptyset "}
 ROOT = re.compile(r"(?:\\sqrt|√|(?<![A-Za-z\\])sqrt)\s*(?:\(([^()]*)\)|([0-9]+|[a-z](?![a-z])))")
 SHORT_FRACTION = re.compile(r"\\frac\s*([0-9])\s*([0-9])(?![0-9])")
 OVER = re.compile(r"\{\s*([^{}\\]+)\\over(?![A-Za-z])\s*([^{}\\]+)\}")
@@ -158,12 +158,16 @@ def serve() -> None:
 
     import sympy
     from math_verify import parse, verify
-    from math_verify.parser import LatexExtractionConfig
+    from math_verify.parser import LatexExtractionConfig, NormalizationConfig
 
     logging.disable(logging.CRITICAL)  # it logs that its own time limits are off
 
+    # Its default drops units, and so the letters m, g, s and h: 7m would be 7.
+    normalization = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True)
+    reading = [LatexExtractionConfig(normalization_config=normalization)]
+
     def read(text: str) -> list:
-        return parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+        return parse(f"${text}$", reading, fallback_mode="no_fallback", parsing_timeout=None)
 
     def answer(first: str, second: str | None = None) -> bool | str | None:
         if second is not None:

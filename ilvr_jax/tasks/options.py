@@ -45,6 +45,7 @@ LEAD = re.compile(
     re.IGNORECASE,
 )
 LETTER = re.compile(r"(?P<open>[(\[{<]\s*)?(?P<letter>[A-Ja-j])(?P<close>\s*[)\]}>])?(?![A-Za-z0-9_'^])", re.DOTALL)
+LIST_MARK = re.compile(r"^[->•]\s+")  # of Markdown
 ALONE = re.compile(r"[\s.!?。,;:)\]}-]*$")
 POINTED = re.compile(r"\s*[.:。、](?=\s|[A-Z][a-z]|[^\x00-\x7f])\s*")  # "B. the second", "B: the second"
 LISTED = re.compile(r"\s*(?:[,;。]|-(?=\s)|\s[-—]|—)\s*")  # "B, the second", "B - the second"
@@ -55,10 +56,12 @@ ASSERTED = re.compile(
 DENIED = re.compile(
     r"\W*(?:(?:is|was|would be|seems|must be)\s+(?:not|wrong|incorrect|false|impossible|out)|isn't|cannot|can't"
     r"|could be|may be|might be)\b"
+    r"|\W*(?:选项)?\s*(?:是)?(?:错|不)"
 )
 # Another letter behind a first one: "(a) and (b)" or "A, B" names no single option.
 ANOTHER = re.compile(
-    r"\s*(?:(?:and|or|nor|vs|versus|plus|minus|times|to|through)\b|[&/+=|]"
+    r"\s*(?:(?:and(?! not\b)|or|nor|vs|versus|plus|minus|times|to|through)\b|[&/+=|∪∩]"
+    r"|\\(?:cup|cap|land|lor|vee|wedge|neq?)\b"
     r"|[(\[]?[A-Ja-j][)\]]?\s*(?:$|[.,;:/&+=|]|and\b|or\b))"
 )
 BEHIND = re.compile(r"[^()]*\((?:option\s+|choice\s+)?([A-J])\)[\s.!]*", re.IGNORECASE)  # "the red ball (B)"
@@ -74,15 +77,14 @@ MENTION = re.compile(
         (?i:\b(?:answer|option|outcome|choice|choose|select|pick|go\s+with|it\s+is|it['’]s|must\s+be|should\s+be)\b
             (?:[\s*]*is\b)?)
         [\s:("'*$]{0,20}(?P<named>[A-J])\b(?![-'’]\w)
-      | (?<![\w.])[(*]{0,3}(?P<judged>[A-J])[)*]{0,3}\s+(?:is|must\s+be)\s+(?:the\s+)?
-            (?:correct|right|best|true|(?:final\s+)?answer)\b
+      | (?<![\w.])[(*]{0,3}(?P<judged>[A-J])[)*]{0,3}\s+(?:(?:is|must\s+be)\s+(?:the\s+)?
+            (?:correct|right|best|true|(?:final\s+)?answer)|the\s+(?:correct|right|best)\s+(?:answer|option|choice))\b
       | (?:^|[.,;!]\s+)(?i:so|thus|hence|therefore)[,:]?\s+[(*]{0,3}(?P<concluded>[A-J])[)*]{0,3}(?=[.!]?\s*$)
       | 选(?:择|项)?\s*[:：]?\s*(?P<chosen>[A-J])(?![A-Za-z])
     )
     """,
     re.VERBOSE | re.MULTILINE,
 )
-REJECTED = re.compile(r",?\s+(?:not|rather than|instead of)\b.*", re.DOTALL)  # "cat, not dog"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -123,7 +125,7 @@ def read_letter(answer: str, spaced: bool = True) -> str | None:
     It stands first, alone or with text behind it: "B", "(b)", "option B", "B. the second", "B, because ...". Where
     not `spaced`, text without punctuation in between is none: "B the second".
     """
-    text = re.sub('[*`$"_]', "", tidy(answer[:LONGEST])).strip()
+    text = re.sub('[*`$"_]', "", LIST_MARK.sub("", tidy(answer[:LONGEST]))).strip()
     lead = LEAD.match(text)
     match, named = LETTER.match(text, lead.end()), bool(lead["named"])
     if not match or (match["close"] and "{<".find(match["close"].strip()) >= 0):
@@ -158,11 +160,16 @@ def read_option(answer: str, options: Mapping[str, str], spaced: bool = True) ->
 
 
 def _named_by_text(answer: str, options: Mapping[str, str]) -> str | None:
-    answer = REJECTED.sub("", answer, count=1)
     if not any(options.values()) or len(answer) > LONGEST or SINGLE.fullmatch(tidy(answer)):
         return None
-    exact = [letter for letter, text in options.items() if text and normalise(text) == normalise(answer)]
-    found = exact or [letter for letter, text in options.items() if normalise(text) and same(text, answer)]
+    texts = {letter: text for letter, text in options.items() if normalise(text)}
+    found = (
+        [letter for letter, text in texts.items() if normalise(text) == normalise(answer)]
+        or [letter for letter, text in texts.items() if same(text, answer)]
+        or [
+            letter for letter, text in texts.items() if same(answer, text)
+        ]  # a unit that the answer leaves to the options
+    )
     return found[0] if len(found) == 1 else None
 
 
@@ -214,7 +221,7 @@ def _affirmed(mention: re.Match) -> bool:
     return not (
         mention["before"]
         or DENIED.match(rest)
-        or re.match(r"[)*]*\s*(?:,|/|or\b|and\b)\s*(?:option\s+)?[(*]*[A-J]\b", rest)
+        or re.match(r"[)*]*\s*(?:\?|(?:[,/&+]|or\b|and\b)\s*(?:option\s+)?[(*]*[A-J]\b)", rest)
     )
 
 

@@ -17,7 +17,11 @@ LATEX_TEXT = re.compile(
 LATEX_GROUP = re.compile(r"(?<=[0-9])\\[,;: ](?=[0-9]{3}(?![0-9]))|(?<=[0-9])[\u2009\u202f](?=[0-9]{3}(?![0-9]))")
 LATEX_FONT = re.compile(r"\{\s*\\(?:rm|bf|it|tt|sf)\s+([^{}]*)\}")
 LATEX_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|(?<!\\)~|\\q?quad(?![A-Za-z])|\\(?:thin|med|thick)space(?![A-Za-z])")
-LATEX_SIZE = re.compile(r"\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])")
+LATEX_SIZE = re.compile(
+    r"\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|rm|bf|it|tt|sf|bfseries|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])"
+)
+BOLD = re.compile(r"(?<!\w)\*\*|\*\*(?![\w(-])")  # of Markdown: 2**3 is a power
+NEGATIVE = re.compile(r"(?:minus|negative) (?=[0-9])", re.IGNORECASE)
 LATEX_FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?|\\degree(?:s|Celsius)?(?![A-Za-z])|[º˚])")
 
@@ -27,9 +31,10 @@ THOUSANDS = re.compile(r"(?<![\w.,(\[])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!\w|,[0-9]
 DECIMAL = re.compile(r"(?<![\w.])(0|[1-9][0-9]*)?\.([0-9]+)(?!\w|\.[0-9])")
 POSITIVE = re.compile(r"\+([0-9]+(?:\.[0-9]+)?)")
 # Without a backslash they read the same: "n \log n".
-FUNCTION = re.compile(r"\\(?=(?:sin|cos|tan|log|ln|exp|min|max)(?![a-z]))")
+FUNCTION = re.compile(r"\\(?=(?:sin|cos|tan|log|ln|exp|min|max|angle|triangle)(?![a-z]))")
+WORDS = str.maketrans({"∠": "angle ", "△": "triangle "})
 SIGNS = {command.strip(): sign for sign, command in mathematics.SIGNS.items()}
-SIGN = re.compile(r"\\(?:times|cdot|div|pi|infty|leq?|geq?|pm|theta|neq?)(?![a-z]) ?")
+SIGN = re.compile(r"\\(?:times|cdot|div|pi|infty|leq?|geq?|pm|theta|neq?|emptyset|varnothing)(?![a-z]) ?")
 AROUND_OPERATOR = re.compile(r"(?<=[0-9])\s*([-:])\s*(?=[0-9])|\s*([×·÷=<>≤≥±+])\s*")
 SUBSCRIPT = re.compile(r"(?<=[a-z])_(?:\{([0-9]{1,3})\}|([0-9]))")  # H_2O is H₂O, which is H2O
 SUPERSCRIPT = re.compile(r"\^\{([^{}]|st|nd|rd|th)\}")
@@ -41,12 +46,16 @@ NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".
 COMMA = re.compile(r"\s*,\s*")
 INSIDE_BRACKETS = re.compile(r"(?<=[(\[{])\s+|\s+(?=[)\]}])")
 ARTICLE = re.compile(r"(?:the|an?) (?!and\b|or\b)(?=[^\W\d_]{2})")
+INITIALS = re.compile(r"(?<=\b[a-z]\.) (?=[a-z]\.)")
+CLOCK_ZERO = re.compile(r"(?<![\w:.])0(?=[0-9]:[0-5][0-9](?![0-9]))")
 CLOCK = re.compile(r"(?<=[0-9])(?::00)?\s?([ap])\.?\s?m\b\.?")
 UNIT_OF_NUMBER = re.compile(r"(?<=[0-9])(?=[^\W\d_])(?!e[+-]?[0-9]|st\b|nd\b|rd\b|th\b)")
 UNITS = {
-    "°": r"\s*(?:°|deg(?:ree)?s?\b\.?)",
+    "°": r"\s*(?:°|度|deg(?:ree)?s?\b\.?)",
     "%": r"\s*(?:%|per ?cent\b)",
-    "": r"\s*(?:dollars?\b|\$)",
+    "": r"\s*(?:dollars?\b|usd\b|\$)",
+    " €": r"\s*(?:€|euros?\b|eur\b)",
+    " ¥": r"\s*(?:¥|yuan\b|yen\b|元|円)",
     **{
         f" {unit}": rf"\s*(?:{words})\b"
         for unit, words in {
@@ -63,6 +72,16 @@ UNITS = {
             "ml": "millilit(?:er|re)s?",
             "in": "inch(?:es)?",
             "ft": "feet|foot",
+            "mi": "miles?",
+            "yd": "yards?|yds",
+            "lb": "pounds?|lbs",
+            "oz": "ounces?",
+            "n": "newtons?",
+            "j": "joules?",
+            "w": "watts?",
+            "v": "volts?",
+            "a": "amps?|amperes?",
+            "ω": r"ohms?|\\omega",
         }.items()
     },
 }
@@ -70,11 +89,39 @@ UNITS = {unit: re.compile(rf"(?<=[0-9}})]){pattern}") for unit, pattern in UNITS
 POWERS = {"2": re.compile(r"(?<=[0-9}]) ?sq(?:uare|\.)? ([a-z]+)|(?<=[0-9}]) ?([a-z]+) squared\b")}
 POWERS["3"] = re.compile(r"(?<=[0-9}]) ?cu(?:bic|\.)? ([a-z]+)|(?<=[0-9}]) ?([a-z]+) cubed\b")
 POWER = re.compile(r"(?<=[0-9}) ])([kcdm]?m|ft|in)\^?\{?([23])\}?(?![\w^])")
+PER = {"s": "second|sec|s", "h": "hour|hr|h", "min": "minute|min"}
+PER = {unit: re.compile(rf" per (?:{words})\b") for unit, words in PER.items()}
+CURRENCY = re.compile(r"(usd|[€£¥]) ?([0-9]+(?:\.[0-9]+)?)(?![\w.,])")
 SCALE = re.compile(r"° ?(?:(c)(?:elsius)?|(f)(?:ahrenheit)?)\b")
 # A number with a unit: what is before is compared as mathematics, the unit by its name.
-MEASURE = re.compile(r"(.*[0-9})])\s*(°[cf]?|[kcmd]?m(?:\^[23])?|[km]?g|h|min|m?s|m?l|in|ft|m?[wvaj]|[kmg]?hz|[nk]?pa)")
+MEASURE = re.compile(
+    r"(.*[0-9})π])\s*(°[cf]?|[kcmd]?m(?:\^[23])?|[km]?g|h|min|m?s|m?l|in|ft|mi|yd|lb|oz|k?n|m?[wvaj]|ω|[kmg]?hz|[nk]?pa"
+    r"|[kcm]?m/(?:s(?:\^2)?|h|min)|mi/h)"
+)
+# What is counted, which a right answer may leave to the question: "12 apples"
+COUNTED = re.compile(
+    r"([0-9]+) (?:square |cubic )?(?!(?:times|minus|plus|less|halves|thirds|quarters|tens|dozens|hundreds|thousands)\b"
+    r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths\b|\w+llions\b)"
+    r"(?:[a-z]{3,}s|people|children|[个只条块张本支人次])"
+)
 
-REASON = re.compile(r"\s*[,;]?\s+(?:because|since|as (?:it|they|the|there|this|that|we|he|she|you))\b.*", re.DOTALL)
+REASON = re.compile(
+    r"(?:\s*[,;]?\s+(?:because|since|rather than|instead of|as (?:it|they|the|there|this|that|we|he|she|you))"
+    r"|,\s+(?:not|which))\b.*",
+    re.DOTALL,
+)
+# "So the length of AB is", in front of an answer.
+SENTENCE = re.compile(
+    r"(?:(?:so|thus|hence|therefore)\b,?\s+)?"
+    r"(?:(?:the|its?|this|that|there|they|he|she)\b(?:\s+(?!not\b|if\b|whether\b|that\b|other\b)[^\s,.;:!?=]+){0,8}?"
+    r"(?:['’]s|\s+(?:is|are|was|were|shows?|equals?))\s+)?",
+    re.IGNORECASE,
+)
+# "AB =" or "6 + 6 =", in front of the last value of an equation.
+EQUATED = re.compile(
+    r"(?:m?(?:∠|\\angle)?\s*[A-Za-z]{1,3}|[\d\s.(){}^]*(?:(?:[-+*/×÷·]|\\(?:times|cdot|div|frac|sqrt)(?![A-Za-z]))[\d\s.(){}^]*)+)"
+    r"\s*=\s*(?=[^=]*$)"
+)
 VERDICT = re.compile(
     r"(yes|no|true|false)\s*(?:[,.;:!–—-]+\s*|(?=because\b|since\b)|(?=(?:it|they|he|she|there|this|that|the|we|you|i)\b)|$)(.*)",
     re.DOTALL,
@@ -82,7 +129,7 @@ VERDICT = re.compile(
 UNDECIDED = re.compile(
     r"(?:or|and|but|maybe|perhaps|except|unless|if|only)\b|(?:yes|no|true|false)\b\W*(?:$|or\b|and\b)|[0-9]"
 )
-CONNECTIVE = re.compile(r",?\s+and\s+")
+CONNECTIVE = re.compile(r",?\s+and\s+|\s*[;、]\s*")
 # Words before whose full stop no sentence ends.
 ABBREVIATION = re.compile(
     r"(?:^|[\s(])(?:[A-Za-z]|St|Dr|Mrs?|Ms|Mt|Ft|Prof|Sr|Jr|No|vs|Fig|Eq|ca|cf|approx|Gen|Col|Capt|Lt|Rev|Hon|Sen|Rep|Gov"
@@ -113,17 +160,17 @@ def first_sentence(line: str) -> str:
 def tidy(answer: str) -> str:
     r"""Returns an answer without what only typesets it: LaTeX's spaces, sizes and text, Markdown, quotes around it."""
     text = SUPERSCRIPTS.sub(lambda digits: f"^{{{unicodedata.normalize('NFKC', digits[0])}}}", answer)
-    text = LATEX_GROUP.sub("", AFTER_DIGIT.sub(" ", text))
+    text = LATEX_GROUP.sub("", AFTER_DIGIT.sub(" ", BOLD.sub("", text)))
     text = DEGREES.sub("°", text)
     text = unicodedata.normalize("NFKC", text).replace("⁄", "/").replace("’", "'").replace("‘", "'")
-    text = re.sub("[−‐‑]", "-", text).replace("–", "-").replace("{,}", ",")
-    text = LATEX_SIZE.sub("", LATEX_SPACE.sub(" ", text))
-    text = LATEX_FRACTION.sub(r"\\frac", LATEX_TEXT.sub(r"\1", LATEX_FONT.sub(r"\1", text)))
+    text = re.sub("[−‐‑]", "-", text).replace("–", "-").replace("{,}", ",").replace("<=", "≤").replace(">=", "≥")
+    text = LATEX_TEXT.sub(r"\1", LATEX_FONT.sub(r"\1", LATEX_SPACE.sub(" ", text)))
+    text = LATEX_FRACTION.sub(r"\\frac", LATEX_SIZE.sub("", text))
     text = re.sub(r"\\([$%#&])", r"\1", text)
     text = " ".join(text.split()).lstrip(f"{QUOTES}$* ").rstrip(f"{QUOTES}$* .。,;")
     if wrapped := WRAPPED.fullmatch(text):
         text = wrapped[1] or wrapped[2] or ""
-    return text
+    return NEGATIVE.sub("-", text, count=1) if NEGATIVE.match(text) else text
 
 
 def normalise(answer: str) -> str:
@@ -145,20 +192,22 @@ def normalise(answer: str) -> str:
 
 
 def _normalise_once(text: str) -> str:
-    text = _fold(MILLI.sub(" milli", tidy(text)))
+    text = INITIALS.sub("", _fold(MILLI.sub(" milli", tidy(text))).translate(WORDS))
     text = THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
     text = DECIMAL.sub(lambda number: f"{number[1] or 0}.{number[2].rstrip('0')}".rstrip("."), text)
     text = COMMA.sub(_comma, INSIDE_BRACKETS.sub("", text))
     text = SIGN.sub(_sign, FUNCTION.sub(" ", text))
     text = AROUND_OPERATOR.sub(lambda sign: sign[1] or sign[2], " ".join(text.split()))
     text = ORDINAL.sub("", SUPERSCRIPT.sub(r"^\1", SUBSCRIPT.sub(lambda digits: digits[1] or digits[2], text)))
-    text = CLOCK.sub(r" \1m", text)
+    text = CURRENCY.sub(r"\2 \1", CLOCK.sub(r" \1m", CLOCK_ZERO.sub("", text)))
     text = TITLE.sub(r"\1 ", ACRONYM.sub(lambda letters: letters[0].replace(".", ""), text))
     text = " ".join(POINT.sub(r"\1 ", text).split())
     for power, pattern in POWERS.items():
         text = pattern.sub(lambda unit, power=power: f" {unit[1] or unit[2]}^{power}", text)
     for unit, pattern in UNITS.items():
         text = pattern.sub(unit, text)
+    for unit, pattern in PER.items():
+        text = pattern.sub(f"/{unit}", text)
     text = SCALE.sub(lambda scale: f"°{scale[1] or scale[2]}", UNIT_OF_NUMBER.sub(" ", POWER.sub(r"\1^\2", text)))
     text = ARTICLE.sub("", re.sub(r"(?<=[^\W\d_]{2})!+$", "", text), count=1) if ARTICLE.match(text) else text
     if positive := POSITIVE.fullmatch(text):
@@ -170,7 +219,7 @@ def _normalise_once(text: str) -> str:
 
 def _sign(command: re.Match) -> str:
     name = command[0].strip()
-    return SIGNS[{r"\leq": r"\le", r"\geq": r"\ge", r"\neq": r"\ne"}.get(name, name)]
+    return SIGNS[{r"\leq": r"\le", r"\geq": r"\ge", r"\neq": r"\ne", r"\varnothing": r"\emptyset"}.get(name, name)]
 
 
 def _comma(comma: re.Match) -> str:
@@ -195,7 +244,16 @@ def canonical(answer: str) -> str:
 def same(right: str, answer: str) -> bool:
     """Returns whether an answer is the right one, in another spelling or with a reason behind it."""
     readings = dict.fromkeys([answer, REASON.sub("", answer, count=1), first_sentence(answer)])
+    readings |= {reading[SENTENCE.match(reading).end() :]: None for reading in readings}
+    if "=" not in right:
+        readings |= {_value(tidy(reading)): None for reading in readings if len(reading) < LONGEST}
     return any(_same(right, reading) for reading in readings) or _same_verdict(right, answer)
+
+
+def _value(text: str) -> str:
+    """Returns the last value of an equation; the text itself if it is none."""
+    equated = EQUATED.match(text)
+    return text[equated.end() :] if equated else text
 
 
 def _same(right: str, answer: str) -> bool:
@@ -218,6 +276,7 @@ def _same_value(right: str, answer: str) -> bool:
     measured, other = MEASURE.fullmatch(first), MEASURE.fullmatch(second)
     if measured and other:
         return measured[2] == other[2] and mathematics.equal(measured[1], other[1])
+    other = other or COUNTED.fullmatch(second)
     if other:  # a unit that the right answer leaves to the question
         return first == other[1] or mathematics.equal(first, other[1])
     return bool(measured) and measured[2] == "°" and (second == measured[1] or mathematics.equal(measured[1], second))

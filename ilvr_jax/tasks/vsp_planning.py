@@ -35,20 +35,27 @@ OTHER_ARROWS = str.maketrans("⇒⟶⟹➔➜➝➞➡⇨►▶⇐⟵⬅⇦⇑�
 LATEX_ARROW = re.compile(r"\\(?:(?:long|x)?(?:(right|left|up|down)arrow)|to|implies)(?![A-Za-z])", re.IGNORECASE)
 TYPESETTING = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|sf|it|tt)|mbox|q?quad|newline|left|right|[lr]angle|displaystyle"
-    r"|[cl]?dots?|[bB]igg?[lr]?|rm|bf|tt|verb|item)(?![A-Za-z])"
+    r"|cdot|[bB]igg?[lr]?|rm|bf|tt|verb|item)(?![A-Za-z])"
     r"|\\(?:begin|end)\s*\{(?:array|[pbv]?matrix|aligned|gathered|enumerate|itemize)\}(?:\{[clr|]*\})?"
     r"|\\[\\,;:!> {}]|\ufe0f"
 )
 HEADING = re.compile(
-    r"^[\s{*]*(?:the )?(?:final |action |full |correct )?(?:moves?|path|plan|actions?|answer|sequence|solution)\s*[:=]",
+    r"^[\s{*]*(?:the )?(?:(?:final|action|full|correct|move|safe|shortest|optimal) ){0,3}"
+    r"(?:moves?|path|plan|actions?|answer|sequence|solution)\s*[:=]",
     re.I,
+)
+CHINESE = str.maketrans({"右": " R ", "左": " L ", "上": " U ", "下": " D ", "向": " ", "往": " "})
+# "R x2", "R^2" and "right twice", and "2R" where no number is the first of a list.
+REPEATED = re.compile(
+    r"(?<![A-Za-z\\])([A-Za-z]+)(?:\s*(?:[x×*]|\^|\\times(?![A-Za-z]))\s*\{?([2-9])\}?(?!\w)|\s+twice\b)"
+    r"|(?<!\w)([2-9])\s?(?:[x×]\s?)?([A-Za-z]+)"
 )
 GLOSS = re.compile(r"([A-Za-z]+)\s*\(\s*([A-Za-z]+)\s*\)")
 NUMBERED = re.compile(
     r"(?:(?<=^)|(?<=[\s{(\[,;]))(?:[Ss]tep\s*)?\(?([1-9][0-9]?)(?:[.:]|\s?\))(?=\s*[*\"'{(\[]*[A-Za-z])"
 )
 BETWEEN = re.compile(r"(?:[-=]+>|>|[\s,;:.。、|{}()\[\]<⟨⟩\"'`“”‘’*_$~&•·+–—→←↑↓-])+")
-FILLERS = ("and", "then", "move", "go")
+FILLERS = ("and", "then", "move", "go", "first", "next", "finally")
 JOINED_WORD = re.compile("|".join(form for word in LETTERS for form in (word.title(), word.upper())))
 STATED_MOVE = re.compile(rf"\b({'|'.join(LETTERS)})\b", re.IGNORECASE)
 
@@ -94,17 +101,19 @@ def parse_moves(text: str) -> str | None:
     r"""Returns the moves in the last `\boxed{...}` as letters of UDLR, None if that is not a list of moves and no more.
 
     Moves are the letters, together or apart, the words up, down, left and right, in any case, or arrows. Between them
-    may stand whitespace, punctuation, brackets, quotes, arrows to the right, LaTeX that typesets them, "and", "then",
-    "move" and "go", and the numbers of a numbered list; before them a heading such as "Moves:". An empty box, or one
-    that is not closed, is None.
+    may stand whitespace, punctuation, brackets, quotes, arrows to the right, LaTeX that typesets them, words such as
+    "and" and "then", and the numbers of a numbered list; before them a heading such as "Moves:", beside each a count,
+    "R x2". An empty box, or one that is not closed, is None.
     """
     inside = find_boxed(text)
     if not inside or len(inside) > LONGEST:
         return None
-    inside = unicodedata.normalize("NFKC", inside).translate(OTHER_ARROWS)
+    inside = unicodedata.normalize("NFKC", inside).translate(OTHER_ARROWS).translate(CHINESE)
+    if "..." in inside:  # moves that are not written
+        return None
     inside = LATEX_ARROW.sub(lambda arrow: f" {ARROWS[(arrow[1] or 'right').lower()]} ", inside)
     inside = HEADING.sub("", TYPESETTING.sub(" ", inside), count=1)
-    inside = GLOSS.sub(_one_of_two, inside)
+    inside = REPEATED.sub(_repeated, GLOSS.sub(_one_of_two, inside))
     inside = _without_numbers(inside)
     pieces = [piece for piece in BETWEEN.split(inside) if piece and piece.lower() not in FILLERS]
     moves = "".join(map(_moves_of, pieces)) if all(map(_moves_of, pieces)) else ""
@@ -129,6 +138,12 @@ def _one_of_two(gloss: re.Match) -> str:
     """Returns a move that is given twice, "Right (R)", once; what it was, unreadable, where they are two moves."""
     first, second = _moves_of(gloss[1]), _moves_of(gloss[2])
     return gloss[1] if first == second else "?"
+
+
+def _repeated(repeated: re.Match) -> str:
+    """Returns a move that stands once, with its count beside it, as often as that."""
+    after, number, before = repeated[2], repeated[3], repeated[4]
+    return f" {repeated[1] or before} " * int(after or number or 2)
 
 
 def _without_numbers(text: str) -> str:
