@@ -79,6 +79,7 @@ def get_config() -> ConfigDict:
                 # A published checkpoint to start from, a hub name or a folder, or ADAPTER[@BASE] of PEFT: the
                 # shape is then its own, and its keys must not be here. Empty: fresh parameters of the shape given here.
                 "init_from": "",
+                "slot_input": "hidden",  # what fills slots: "hidden" (the paper's), "projected" or "pause"
                 "frozen_dtype": "float32",  # of the parts that no stage trains, or "bfloat16"
                 "lora": {"rank": 0, "alpha": 64.0, "dropout": 0.0, "targets": TARGETS},  # rank 0: no adapters
                 "vision": {
@@ -140,6 +141,7 @@ def get_config() -> ConfigDict:
                 "ce_weight": 1.0,
                 "sim_weight": 1.0,
                 "target_noise": 0.01,
+                "selection": "coverage",  # of targets: "coverage" (the paper's), "dense", "top_k" or "random"
             },
             # Helper images left out: the sequences are shorter, and the slots are quickly learnt afterwards.
             "warm_up": stage(objective="text", helper_images="omit", train=("vision", "decoder"), steps=950),

@@ -40,6 +40,7 @@ def get_config(
                 "dtype": "bfloat16",
                 "remat_policy": "full",
                 "attention": "auto",
+                "slot_input": "hidden",
                 "frozen_dtype": "bfloat16",
                 "lora": {"rank": 32 if lora else 0, "alpha": 64.0, "dropout": 0.05, "targets": base.TARGETS},
             }

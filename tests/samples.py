@@ -12,6 +12,7 @@ from ilvr_jax.data.__main__ import export
 from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
 from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer
 from ilvr_jax.latents.layout import Sample, build_sample
+from ilvr_jax.latents.objectives import OBJECTIVES
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import ModelConfig, VisionConfig, model_config
 from ilvr_jax.models.images import PatchedImage
@@ -19,7 +20,6 @@ from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.training.checkpoints import Checkpoints, stage_folder
 from ilvr_jax.training.configuration import REPOSITORY, load_config, to_json
 from ilvr_jax.training.state import TrainState
-from ilvr_jax.training.step import objective
 
 SPECIAL = SpecialTokens(
     pad=0,
@@ -104,10 +104,15 @@ def prompt_of(sample: Sample) -> Sample:
 POISON = 1_000_000  # the loss of records from this number on is no number
 
 
-def poisoned_objective(name, model, params, teacher, batch, *others):
-    """Stands in for the train step's objective: the loss of poisoned records and its gradient are no numbers."""
-    result = objective(name, model, params, teacher, batch, *others)
-    return dataclasses.replace(result, loss=result.loss * jnp.where(batch.record >= POISON, jnp.nan, 1.0))
+def poison_objective(monkeypatch, name: str) -> None:
+    """Makes the loss of poisoned records, and its gradient, no number in the objective of that name."""
+    plain = OBJECTIVES[name]
+
+    def loss(model, params, teacher, batch, *others):
+        result = plain.loss(model, params, teacher, batch, *others)
+        return result.replace(loss=result.loss * jnp.where(batch.record >= POISON, jnp.nan, 1.0))
+
+    monkeypatch.setitem(OBJECTIVES, name, dataclasses.replace(plain, loss=loss))
 
 
 def tiny_config(eval_data: Path | None = None) -> ConfigDict:

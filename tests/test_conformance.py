@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from ilvr_jax.inference.decode import DecodeSettings, generate
 from ilvr_jax.latents.layout import collate, merge_layouts, required_layout, sample_columns
-from ilvr_jax.latents.objectives import alignment_objective, autonomy_objective
+from ilvr_jax.latents.objectives import alignment_loss, autonomy_loss
 from ilvr_jax.latents.selection import LatentSettings
 from ilvr_jax.models.checkpoint import tensor_name
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
@@ -103,16 +103,10 @@ def stage1(vector: Vector, batch, row: int = 0):
     model, params, teacher = Qwen2_5VL(vector.config), vector.params(), vector.params("teacher_weight_seed")
 
     def loss(decoder):
-        result, selection = alignment_objective(
-            model,
-            {**params, "decoder": decoder},
-            teacher["decoder"],
-            batch,
-            settings(vector),
-            jax.random.key(0),
-            teacher["vision"],
+        result = alignment_loss(
+            model, {**params, "decoder": decoder}, teacher, batch, settings(vector), jax.random.key(0)
         )
-        return result.loss[row], (result, selection)
+        return result.loss[row], (result, result.selection)
 
     gradients, (result, selection) = jax.jit(jax.grad(loss, has_aux=True))(params["decoder"])
     return model.encode_images(params["vision"], batch.images), result, selection, gradients
@@ -123,7 +117,7 @@ def stage2(vector: Vector, batch, row: int = 0):
     model, params = Qwen2_5VL(vector.config), vector.params()
 
     def loss(decoder):
-        result = autonomy_objective(model, {**params, "decoder": decoder}, batch, jax.random.key(0))
+        result = autonomy_loss(model, {**params, "decoder": decoder}, None, batch, None, jax.random.key(0))
         return result.loss[row], result
 
     gradients, result = jax.jit(jax.grad(loss, has_aux=True))(params["decoder"])
@@ -184,13 +178,13 @@ def check_train(vector: Vector, batch, row: int) -> None:
     latents = ConfigDict({**dataclasses.asdict(settings(vector)), "tau": meta["ema_decay"]})
     step = make_train_step(model, stage, latents, optimizer)
     select_jitted = jax.jit(
-        lambda params, teacher, batch: alignment_objective(
-            model, params, teacher, batch, settings(vector), jax.random.key(0)
-        )[1]
+        lambda params, teacher, batch: (
+            alignment_loss(model, params, teacher, batch, settings(vector), jax.random.key(0)).selection
+        )
     )
     own_row = jax.tree.map(lambda array: array[row : row + 1], batch)
     for number, tops in enumerate(json.loads(str(vector["expect_tops"]))):
-        selection = select_jitted(state.params, state.teacher["decoder"], batch)
+        selection = select_jitted(state.params, state.teacher, batch)
         for segment, top in enumerate(tops):
             picked = np.asarray(selection.candidates[row, segment])[np.asarray(selection.valid[row, segment])]
             np.testing.assert_array_equal(picked, top)

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from ilvr_jax.latents.layout import collate, merge_layouts, required_layout
-from ilvr_jax.latents.objectives import autonomy_objective, text_objective
+from ilvr_jax.latents.objectives import autonomy_loss, text_loss
 from ilvr_jax.latents.selection import LatentSettings
 from ilvr_jax.models.lora import LoraConfig, decoder_params, merge_adapters, random_bits, split_adapters
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
@@ -40,23 +40,23 @@ def moved(params):
 def test_fresh_adapters_add_nothing_and_leave_the_decoder_as_it_is():
     params, plain = MODEL.init(KEY), PLAIN.init(KEY)
     assert jax.tree.structure(params["decoder"]) == jax.tree.structure(plain["decoder"])
-    with_adapters = text_objective(MODEL, params, batch(), KEY)
-    without = text_objective(PLAIN, {part: params[part] for part in ("vision", "decoder")}, batch(), KEY)
+    with_adapters = text_loss(MODEL, params, None, batch(), None, KEY)
+    without = text_loss(PLAIN, {part: params[part] for part in ("vision", "decoder")}, None, batch(), None, KEY)
     np.testing.assert_array_equal(with_adapters.loss, without.loss)
     joined = decoder_params(params)
     assert jax.tree.structure(split_adapters(joined)) == jax.tree.structure((params["decoder"], params["adapters"]))
 
 
-@pytest.mark.parametrize("objective", [text_objective, autonomy_objective])
+@pytest.mark.parametrize("objective", [text_loss, autonomy_loss])
 def test_merged_adapters_give_the_same_losses(objective):
     params = moved(MODEL.init(KEY))
     merged = merge_adapters(params, LORA)
     assert "adapters" not in merged
-    ours = jax.jit(lambda params: objective(MODEL, params, batch(), KEY).loss)(params)
-    theirs = jax.jit(lambda params: objective(PLAIN, params, batch(), KEY).loss)(merged)
+    ours = jax.jit(lambda params: objective(MODEL, params, None, batch(), None, KEY).loss)(params)
+    theirs = jax.jit(lambda params: objective(PLAIN, params, None, batch(), None, KEY).loss)(merged)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     fresh = PLAIN.init(KEY)
-    assert np.abs(theirs - objective(PLAIN, fresh, batch(), KEY).loss).max() > 1e-3
+    assert np.abs(theirs - objective(PLAIN, fresh, None, batch(), None, KEY).loss).max() > 1e-3
 
 
 def test_the_projections_of_the_selection_hold_the_adapters():
@@ -113,7 +113,7 @@ def test_dropout_is_drawn_anew_with_each_key_and_off_in_decoding():
     params = moved(model.init(KEY))
 
     def losses(seed):
-        return np.asarray(autonomy_objective(model, params, batch(), jax.random.key(seed)).loss)
+        return np.asarray(autonomy_loss(model, params, None, batch(), None, jax.random.key(seed)).loss)
 
     np.testing.assert_array_equal(losses(1), losses(1))
     assert np.abs(losses(1) - losses(2)).max() > 1e-4

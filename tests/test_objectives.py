@@ -12,20 +12,21 @@ from hypothesis import strategies as st
 
 from ilvr_jax.latents.layout import collate, merge_layouts, required_layout, sample_columns
 from ilvr_jax.latents.objectives import (
-    alignment_objective,
-    autonomy_objective,
+    OBJECTIVES,
+    alignment_loss,
+    autonomy_loss,
     cross_entropy,
     slot_noise,
-    text_objective,
 )
-from ilvr_jax.latents.selection import LatentSettings, group_neighbours, pick
+from ilvr_jax.latents.selection import SELECTORS, LatentSettings, group_neighbours, pick_coverage
+from ilvr_jax.latents.slots import SLOT_INPUTS, SlotInput, fill_slots, init_params, with_slot_parameters
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, random_sample
 
 MODEL = Qwen2_5VL(CONFIG)
 PARAMS = MODEL.init(jax.random.key(0))
-TEACHER = MODEL.init(jax.random.key(1))["decoder"]
+TEACHER = {"decoder": MODEL.init(jax.random.key(1))["decoder"]}
 SETTINGS = LatentSettings(latent_size=3, candidates=5, target_noise=0.01)
 KEY = jax.random.key(2)
 
@@ -41,20 +42,19 @@ def unequal_samples():
     ]
 
 
-def losses(name, params, batch):
-    if name == "text":
-        return text_objective(MODEL, params, batch, KEY)
-    if name == "autonomy":
-        return autonomy_objective(MODEL, params, batch, KEY)
-    return alignment_objective(MODEL, params, TEACHER, batch, SETTINGS, KEY)[0]
-
-
-def loss_and_gradient(name, batch):
+def loss_and_gradient(name, batch, settings=SETTINGS, model=MODEL, params=PARAMS):
     def loss(params):
-        result = losses(name, params, batch)
+        result = OBJECTIVES[name].loss(model, params, TEACHER, batch, settings, KEY)
         return result.loss.sum(), result
 
-    return jax.jit(jax.grad(loss, has_aux=True))(PARAMS)
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+
+def figures(result, row):
+    """Losses and metrics of a row."""
+    return {"loss": result.loss[row], "cross_entropy": result.cross_entropy[row]} | {
+        name: metric.values[row] for name, metric in result.metrics.items()
+    }
 
 
 @pytest.mark.parametrize("name", ["text", "alignment", "autonomy"])
@@ -71,8 +71,9 @@ def test_a_ragged_batch_equals_its_samples_alone(name):
         alone_gradients, alone = loss_and_gradient(name, collate([sample], alone_layout, SPECIAL, WINDOW_UNITS))
         summed = jax.tree.map(jnp.add, summed, alone_gradients)
         columns, alone_columns = sample_columns(sample, roomy), sample_columns(sample, alone_layout)
-        for field in ("loss", "cross_entropy", "similarity", "filled_slots"):
-            np.testing.assert_allclose(getattr(together, field)[row], getattr(alone, field)[0], atol=1e-5)
+        expected = figures(alone, 0)
+        for field, value in figures(together, row).items():
+            np.testing.assert_allclose(value, expected[field], atol=1e-5)
         np.testing.assert_allclose(together.hidden[row][columns], alone.hidden[0][alone_columns], atol=1e-4)
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]:
         expected = np.asarray(_at(summed, path))
@@ -85,31 +86,117 @@ def _at(tree, path):
     return tree
 
 
-def test_the_roll_out_equals_recomputing_every_prefix():
+def model_with(slot_input):
+    """A model whose slots are filled by a rule, and its parameters; those of the rule are all far from zero."""
+    model = Qwen2_5VL(dataclasses.replace(CONFIG, slot_input=slot_input))
+    params = with_slot_parameters(model, PARAMS, jax.random.key(7))
+    own = params["decoder"].get("slot_input", {})
+    leaves, tree = jax.tree.flatten(own)
+    moved = [leaf + 0.3 * jax.random.normal(jax.random.key(n), leaf.shape) for n, leaf in enumerate(leaves)]
+    return model, {**params, "decoder": {**params["decoder"], "slot_input": jax.tree.unflatten(tree, moved)}}
+
+
+def add_embedding(hidden_states, embeddings, parameters):
+    """A rule that uses the embedding too, as a fork might."""
+    return 0.5 * hidden_states + embeddings
+
+
+@pytest.mark.parametrize("slot_input", ["hidden", "projected", "add_embedding"])
+def test_the_roll_out_equals_recomputing_every_prefix(slot_input, monkeypatch):
     """The published way: the whole sequence again for every slot."""
+    monkeypatch.setitem(SLOT_INPUTS, "add_embedding", SlotInput(add_embedding))
+    model, params = model_with(slot_input)
     samples = unequal_samples()[:2]
     layout = merge_layouts([required_layout(sample, WINDOW_UNITS) for sample in samples])
     batch = collate(samples, layout, SPECIAL, WINDOW_UNITS)
-    features = MODEL.encode_images(PARAMS["vision"], batch.images)
+    features = model.encode_images(params["vision"], batch.images)
+    fill = SLOT_INPUTS[slot_input].fill
 
     def recomputed(decoder):
-        inputs = MODEL.embed(decoder, batch.tokens, batch.image_index, features)
+        embedded = inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
         for column in layout.slot_columns.reshape(-1):
-            hidden, _ = MODEL.decode(decoder, inputs, batch.positions, causal_mask(batch.valid))
-            inputs = inputs.at[:, column].set(hidden[:, column - 1])
-        hidden, _ = MODEL.decode(decoder, inputs, batch.positions, causal_mask(batch.valid))
+            hidden, _ = model.decode(decoder, inputs, batch.positions, causal_mask(batch.valid))
+            filled = fill(hidden[:, column - 1], embedded[:, column], decoder["slot_input"])
+            inputs = inputs.at[:, column].set(filled)
+        hidden, _ = model.decode(decoder, inputs, batch.positions, causal_mask(batch.valid))
         return jnp.where(batch.valid[..., None], hidden, 0.0)
 
     def rolled_out(decoder):
-        hidden = autonomy_objective(MODEL, {**PARAMS, "decoder": decoder}, batch, KEY).hidden
+        hidden = autonomy_loss(model, {**params, "decoder": decoder}, None, batch, SETTINGS, KEY).hidden
         return jnp.where(batch.valid[..., None], hidden, 0.0)
 
     weights = jax.random.normal(KEY, (*batch.tokens.shape, CONFIG.hidden_size))
-    np.testing.assert_allclose(rolled_out(PARAMS["decoder"]), recomputed(PARAMS["decoder"]), atol=2e-5)
-    ours = jax.jit(jax.grad(lambda decoder: (rolled_out(decoder) * weights).sum()))(PARAMS["decoder"])
-    theirs = jax.jit(jax.grad(lambda decoder: (recomputed(decoder) * weights).sum()))(PARAMS["decoder"])
-    for leaf, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(leaf, expected, atol=1e-4 * max(1.0, float(jnp.abs(expected).max())))
+    np.testing.assert_allclose(rolled_out(params["decoder"]), recomputed(params["decoder"]), atol=2e-5)
+    ours = jax.jit(jax.grad(lambda decoder: (rolled_out(decoder) * weights).sum()))(params["decoder"])
+    theirs = jax.jit(jax.grad(lambda decoder: (recomputed(decoder) * weights).sum()))(params["decoder"])
+    for (path, leaf), expected in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        scale = max(1.0, float(jnp.abs(expected).max()))
+        np.testing.assert_allclose(leaf, expected, atol=1e-4 * scale, err_msg=str(path))
+    for leaf in jax.tree.leaves(ours["slot_input"]):
+        assert jnp.abs(leaf).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("selection", "slot_input"),
+    [*((selection, "hidden") for selection in SELECTORS), ("coverage", "projected"), ("coverage", "pause")],
+)
+def test_every_rule_treats_a_ragged_batch_as_its_samples_alone(selection, slot_input):
+    model, params = model_with(slot_input)
+    settings = dataclasses.replace(SETTINGS, selection=selection)
+    samples = unequal_samples()
+    layout = merge_layouts([required_layout(sample, WINDOW_UNITS) for sample in samples])
+    loss = jax.jit(lambda batch: alignment_loss(model, params, TEACHER, batch, settings, KEY).loss)
+    together = loss(collate(samples, layout, SPECIAL, WINDOW_UNITS))
+    for row, sample in enumerate(samples):
+        alone = loss(collate([sample], required_layout(sample, WINDOW_UNITS), SPECIAL, WINDOW_UNITS))
+        np.testing.assert_allclose(together[row], alone[0], atol=2e-5)
+
+
+def test_a_pause_carries_nothing_from_one_column_to_the_next():
+    """Whatever the hidden states are, slots that hold a constant are filled alike."""
+    model, params = model_with("pause")
+    hidden, embedding = jax.random.normal(KEY, (2, 3, 4, CONFIG.hidden_size)), jnp.zeros((3, 4, CONFIG.hidden_size))
+    one, other = (fill_slots(model, params["decoder"], states, embedding) for states in hidden)
+    np.testing.assert_array_equal(one, other)
+    assert len(np.unique(np.asarray(one).reshape(-1, CONFIG.hidden_size), axis=0)) == 1
+
+
+def test_a_projection_starts_as_the_hidden_state_itself():
+    model = Qwen2_5VL(dataclasses.replace(CONFIG, slot_input="projected"))
+    decoder = init_params(model, KEY)["decoder"]
+    hidden = jax.random.normal(KEY, (3, CONFIG.hidden_size))
+    np.testing.assert_array_equal(fill_slots(model, decoder, hidden, jnp.zeros_like(hidden)), hidden)
+
+
+@pytest.mark.parametrize("selection", ["dense", "top_k", "random"])
+def test_rules_for_targets(selection):
+    rng = np.random.default_rng(1)
+    cosines = jnp.asarray(rng.uniform(-1, 1, (400, 9)), jnp.float32)
+    valid = jnp.arange(9)[None] < jnp.asarray(rng.integers(0, 10, 400))[:, None]
+    slots, keys = jnp.arange(4)[None] < jnp.full((400, 1), 4), jax.random.split(KEY, 400)
+    chosen, keep = SELECTORS[selection].pick(cosines, valid, slots, SETTINGS, keys)
+    first = np.zeros(9)
+    for row in range(400):
+        count = int(valid[row].sum())
+        picks = np.asarray(chosen[row])[np.asarray(keep[row])]
+        assert len(picks) == len(set(picks)) == min(4, count) and (picks < count).all()
+        if selection == "dense":
+            np.testing.assert_array_equal(picks, np.arange(min(4, count)))
+        elif selection == "top_k":
+            np.testing.assert_array_equal(picks, np.argsort(-np.asarray(cosines[row, :count]), kind="stable")[:4])
+        elif count == 9:
+            first[picks[0]] += 1
+    if selection == "random":  # each candidate is as likely: 40 rows have all nine, on average
+        assert first.max() < first.sum() / 2 and (first > 0).sum() >= 6
+
+
+def test_dense_targets_are_the_whole_image_pooled_in_raster_order():
+    sample = unequal_samples()[0]
+    batch = collate([sample], required_layout(sample, WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
+    settings = dataclasses.replace(SETTINGS, selection="dense")
+    selection = alignment_loss(MODEL, PARAMS, TEACHER, batch, settings, KEY).selection
+    features = np.asarray(MODEL.encode_images(PARAMS["vision"], batch.helper_images)[0, 1])[:12]  # of 4 x 3 units
+    np.testing.assert_allclose(selection.targets[0, 1], features.reshape(3, 4, -1).mean(1), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["alignment", "autonomy"])
@@ -119,7 +206,8 @@ def test_without_segments_every_stage_is_plain_cross_entropy(name):
     gradients, result = loss_and_gradient(name, batch)
     expected_gradients, expected = loss_and_gradient("text", batch)
     np.testing.assert_allclose(result.loss, expected.loss, rtol=1e-6)
-    assert float(result.filled_slots[0]) == 0
+    if name == "alignment":
+        assert float(result.metrics["filled_slots"].values[0]) == 0
     for leaf, value in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
         np.testing.assert_allclose(leaf, value, atol=1e-5)
 
@@ -127,9 +215,9 @@ def test_without_segments_every_stage_is_plain_cross_entropy(name):
 def test_without_images_the_query_is_the_mean_embedding_of_the_prompt():
     sample = unequal_samples()[3]
     batch = collate([sample], required_layout(sample, WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
-    selection = alignment_objective(MODEL, PARAMS, TEACHER, batch, SETTINGS, KEY)[1]
+    selection = alignment_loss(MODEL, PARAMS, TEACHER, batch, SETTINGS, KEY).selection
     prompt = sample.tokens[: int(np.flatnonzero(sample.tokens == SPECIAL.assistant)[0]) - 1]
-    expected = np.asarray(TEACHER["embed_tokens"])[prompt].mean(0)
+    expected = np.asarray(TEACHER["decoder"]["embed_tokens"])[prompt].mean(0)
     np.testing.assert_allclose(selection.user_query[0], expected, atol=1e-6)
 
 
@@ -145,9 +233,9 @@ def test_noise_does_not_depend_on_the_layout():
 def test_no_gradient_reaches_the_teacher():
     samples = unequal_samples()[:1]
     batch = collate(samples, required_layout(samples[0], WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
-    gradient = jax.grad(
-        lambda teacher: alignment_objective(MODEL, PARAMS, teacher, batch, SETTINGS, KEY)[0].loss.sum()
-    )(TEACHER)
+    gradient = jax.grad(lambda teacher: alignment_loss(MODEL, PARAMS, teacher, batch, SETTINGS, KEY).loss.sum())(
+        TEACHER
+    )
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -157,12 +245,13 @@ def test_weights_of_the_two_losses_and_the_noise_of_the_targets():
 
     def result(**changes):
         changed = dataclasses.replace(SETTINGS, **changes)
-        return alignment_objective(MODEL, PARAMS, TEACHER, batch, changed, KEY)[0]
+        return alignment_loss(MODEL, PARAMS, TEACHER, batch, changed, KEY)
 
     quiet, noisy = result(target_noise=0.0), result(target_noise=0.5)
-    assert abs(float(quiet.similarity[0]) - float(noisy.similarity[0])) > 1e-3
+    similarity = quiet.metrics["similarity"].values
+    assert abs(float(similarity[0]) - float(noisy.metrics["similarity"].values[0])) > 1e-3
     weighted = result(target_noise=0.0, ce_weight=2.0, sim_weight=3.0)
-    expected = 2 * quiet.cross_entropy + 3 * (1 - quiet.similarity)
+    expected = 2 * quiet.cross_entropy + 3 * (1 - similarity)
     np.testing.assert_allclose(weighted.loss, expected, rtol=1e-5)
 
 
@@ -201,7 +290,7 @@ def test_picks_cover_the_mass_with_as_few_as_possible(cosines, coverage, tempera
     how = LatentSettings(coverage=coverage, temperature=temperature)
     padded = jnp.array([[*cosines, *[2.0] * padding]], jnp.float32)
     valid = jnp.arange(padded.shape[1])[None] < len(cosines)
-    chosen, keep = pick(padded, valid, jnp.ones((1, slots), bool), how)
+    chosen, keep = pick_coverage(padded, valid, jnp.ones((1, slots), bool), how, None)
     chosen = np.asarray(chosen[0])[np.asarray(keep[0])]
     mass = np.exp(np.array(cosines, np.float64) / temperature)
     mass /= mass.sum()

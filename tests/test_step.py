@@ -10,12 +10,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from ilvr_jax.latents.layout import collate, merge_layouts, required_layout
+from ilvr_jax.latents.objectives import OBJECTIVES
 from ilvr_jax.latents.selection import LatentSettings
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from ilvr_jax.training.state import create_state
-from ilvr_jax.training.step import OBJECTIVES, loss_and_gradients, make_train_step
-from tests.samples import CONFIG, POISON, SPECIAL, WINDOW_UNITS, poisoned_objective, random_sample
+from ilvr_jax.training.step import loss_and_gradients, make_train_step
+from tests.samples import CONFIG, POISON, SPECIAL, WINDOW_UNITS, poison_objective, random_sample
 
 LATENTS = LatentSettings(latent_size=3, candidates=5, tau=0.9)
 KEY = jax.random.key(5)
@@ -39,8 +40,11 @@ def gradients(name, batch, accumulation=1, **changes):
     train = ("vision", "decoder")
 
     def compute(params, teacher, batch):
-        rows, gradients = loss_and_gradients(name, train, accumulation, model, params, teacher, batch, LATENTS, KEY)
-        return rows["loss"].mean(), gradients
+        objective = OBJECTIVES[name].loss
+        rows, gradients = loss_and_gradients(
+            objective, train, accumulation, model, params, teacher, batch, LATENTS, KEY
+        )
+        return rows.loss.mean(), gradients
 
     return jax.jit(compute)(params, teacher, batch)
 
@@ -137,14 +141,14 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(at_fault, monk
     """A poisoned batch leaves the state to the bit, names its record, and the next good one is a step again."""
     good, model = lay_out(samples()), Qwen2_5VL(CONFIG)
     poisoned = good.replace(record=np.array([0, 1, POISON + 2, POISON + 3], np.int32))
-    monkeypatch.setattr("ilvr_jax.training.step.objective", poisoned_objective)
+    poison_objective(monkeypatch, "alignment")
     if at_fault == "gradient":
         compute = loss_and_gradients
 
         def overflowing(*arguments):
             rows, gradients = compute(*arguments)
-            wrong = ~jnp.isfinite(rows["loss"]).all()
-            rows = {**rows, "loss": jnp.nan_to_num(rows["loss"])}
+            wrong = ~jnp.isfinite(rows.loss).all()
+            rows = rows.replace(loss=jnp.nan_to_num(rows.loss))
             return rows, jax.tree.map(lambda leaf: jnp.where(wrong, jnp.inf, leaf), gradients)
 
         monkeypatch.setattr("ilvr_jax.training.step.loss_and_gradients", overflowing)
@@ -199,7 +203,7 @@ def test_weight_decay_spares_biases_and_norms():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "alignement"}, "objective is 'alignement'; accepted are text, alignment, autonomy"),
+        ({"objective": "alignement"}, "objective must be one of text, alignment, autonomy, got 'alignement'"),
         ({"accumulation": 3}, r"accumulation \(3\) does not divide batch_size \(4\)"),
         ({"schedule": "cos"}, "schedule is 'cos'; accepted are constant, linear, cosine"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; accepted are adamw"),

@@ -26,7 +26,7 @@ from ilvr_jax.training.loop import is_evaluated, make_step, open_evaluation_sour
 from ilvr_jax.training.metrics import read_metrics
 from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.trained import open_trained
-from tests.samples import POISON, export_maps, poisoned_objective, tiny_config
+from tests.samples import POISON, export_maps, poison_objective, tiny_config
 
 BASE = Path(__file__).parents[1] / "configs" / "base.py"
 STAGES = ("warm_up", "stage1", "stage2")
@@ -196,7 +196,7 @@ def poison(monkeypatch, calls):
         steps.append(Poisoned(step, calls))
         return optimizer, steps[-1]
 
-    monkeypatch.setattr("ilvr_jax.training.step.objective", poisoned_objective)
+    poison_objective(monkeypatch, "text")
     monkeypatch.setattr("ilvr_jax.training.loop.make_step", poisoned_step)
     return steps
 

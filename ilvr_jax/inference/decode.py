@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from ilvr_jax.inference.sampling import Sampling, check_sampling, check_whole, sample_tokens
 from ilvr_jax.latents.layout import Batch
+from ilvr_jax.latents.slots import fill_slots
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
@@ -99,9 +100,10 @@ def next_inputs(
     hidden: Float[Array, "rows channels"],
     special: SpecialTokens,
 ) -> Float[Array, "rows 1 channels"]:
-    """Returns each row's next input: its own last hidden state in a slot, else the embedding of its last token."""
+    """Returns each row's next input: in a slot made from its last hidden state, else its last token's embedding."""
     embedded = model.embed(decoder, token[:, None])
-    return jnp.where((token == special.latent_pad)[:, None, None], hidden[:, None].astype(embedded.dtype), embedded)
+    filled = fill_slots(model, decoder, hidden[:, None], embedded)
+    return jnp.where((token == special.latent_pad)[:, None, None], filled, embedded)
 
 
 class _Loop(NamedTuple):

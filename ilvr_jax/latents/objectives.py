@@ -1,4 +1,11 @@
-"""What each stage minimises. Losses are per row, so a batch is the mean of its rows however it is cut."""
+"""What each stage minimises. Losses are per row, so a batch is the mean of its rows however it is cut.
+
+To add an objective, write a function as `text_loss` and name it in OBJECTIVES.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -9,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 from ilvr_jax.latents.layout import Batch
 from ilvr_jax.latents.rollout import roll_out
 from ilvr_jax.latents.selection import LatentSettings, Selection, cosine, select
+from ilvr_jax.latents.slots import fill_slots
 from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.sharding import divisor
@@ -16,15 +24,23 @@ from ilvr_jax.models.sharding import divisor
 CHUNK_LOGITS = 2**26  # logits that exist at a time on a device: 256 MB in float32
 
 
+class Metric(NamedTuple):
+    """A figure of each row, and its weight in the mean over rows."""
+
+    values: Float[Array, " rows"]
+    weights: Float[Array, " rows"]
+
+
 @flax.struct.dataclass
-class Objective:
-    """Losses of each row and how they came about."""
+class Losses:
+    """The losses of each row, and further figures by name."""
 
     loss: Float[Array, " rows"]
     cross_entropy: Float[Array, " rows"]
-    similarity: Float[Array, " rows"]  # mean cosine of hidden states and targets, 0 where there are no targets
-    filled_slots: Float[Array, " rows"]  # slots that had a target
+    metrics: dict[str, Metric]
+    # How they came about, for tests and studies; unused arrays cost a compiled step nothing.
     hidden: Float[Array, "rows columns channels"]
+    selection: Selection | None = None
 
 
 def cross_entropy(
@@ -74,48 +90,52 @@ def cross_entropy(
     return total / jnp.maximum(counts, 1)
 
 
-def text_objective(model: Qwen2_5VL, params: PyTree, batch: Batch, key: PRNGKeyArray) -> Objective:
+def text_loss(
+    model: Qwen2_5VL, params: PyTree, teacher: None, batch: Batch, settings: LatentSettings, key: PRNGKeyArray
+) -> Losses:
     """Supervised learning of the answer's tokens alone: the warm-up."""
+    del teacher, settings
     decoder = decoder_params(params)
     features = model.encode_images(params["vision"], batch.images)
     inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
     keys = dropout_keys(model, key, batch)
     hidden, _ = model.decode(decoder, inputs, batch.positions, batch.valid, dropout_keys=keys)
-    return _objective(model, decoder, batch, hidden)
+    return _losses(model, decoder, batch, hidden)
 
 
-def alignment_objective(
-    model: Qwen2_5VL,
-    params: PyTree,
-    teacher: PyTree,
-    batch: Batch,
-    settings: LatentSettings,
-    key: PRNGKeyArray,
-    teacher_vision: PyTree | None = None,
-) -> tuple[Objective, Selection]:
-    """Stage 1: the teacher's targets stand in the slots, and hidden states learn to predict them.
+def alignment_loss(
+    model: Qwen2_5VL, params: PyTree, teacher: PyTree, batch: Batch, settings: LatentSettings, key: PRNGKeyArray
+) -> Losses:
+    """Stage 1: slots hold the teacher's targets, and hidden states learn to predict them.
 
-    `teacher` is its decoder, adapters and all; it shares the student's vision tower unless given its own.
+    `teacher` holds the parts of the parameters that differ from the student's; a vision tower of its own is for tests.
     """
     features = model.encode_images(params["vision"], batch.images)
-    shared = teacher_vision is None
-    teacher_features = features if shared else model.encode_images(teacher_vision, batch.images)
-    helper_features = model.encode_images(params["vision"] if shared else teacher_vision, batch.helper_images)
-    selection = jax.lax.stop_gradient(select(model, teacher, batch, teacher_features, helper_features, settings))
+    own_vision = "vision" in teacher
+    teacher_features = model.encode_images(teacher["vision"], batch.images) if own_vision else features
+    teacher = {**params, **teacher}
+    helper_features = model.encode_images(teacher["vision"], batch.helper_images)
+    selection = jax.lax.stop_gradient(
+        select(model, decoder_params(teacher), batch, teacher_features, helper_features, settings, key)
+    )
     slots, decoder = batch.layout.slot_columns, decoder_params(params)
     inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
-    filled = jnp.where(selection.valid[..., None], selection.targets.astype(inputs.dtype), inputs[:, slots])
-    inputs = inputs.at[:, slots].set(filled)
+    targets = fill_slots(model, decoder, selection.targets, inputs[:, slots])
+    inputs = inputs.at[:, slots].set(jnp.where(selection.valid[..., None], targets, inputs[:, slots]))
     keys = dropout_keys(model, key, batch)
     hidden, _ = model.decode(decoder, inputs, batch.positions, batch.valid, dropout_keys=keys)
     targets = selection.targets + settings.target_noise * slot_noise(key, batch.record, selection.targets.shape)
     cosines = cosine(hidden[:, slots - 1], targets) * selection.valid
     count = selection.valid.sum((1, 2))
     similarity = cosines.sum((1, 2)) / jnp.maximum(count, 1)
-    plain = _objective(model, decoder, batch, hidden)
+    plain = _losses(model, decoder, batch, hidden)
     alignment = jnp.where(count > 0, 1.0 - similarity, 0.0)
     loss = settings.ce_weight * plain.cross_entropy + settings.sim_weight * alignment
-    return plain.replace(loss=loss, similarity=similarity, filled_slots=count.astype(jnp.float32)), selection
+    metrics = {
+        "similarity": Metric(similarity, (count > 0).astype(jnp.float32)),  # mean cosine of hidden states and targets
+        "filled_slots": Metric(count.astype(jnp.float32), jnp.ones_like(loss)),  # slots that had a target
+    }
+    return plain.replace(loss=loss, metrics=metrics, selection=selection)
 
 
 def slot_noise(
@@ -133,13 +153,16 @@ def slot_noise(
     return jax.vmap(over_segments, (0, None, None))(record, jnp.arange(segments), jnp.arange(slots))
 
 
-def autonomy_objective(model: Qwen2_5VL, params: PyTree, batch: Batch, key: PRNGKeyArray) -> Objective:
+def autonomy_loss(
+    model: Qwen2_5VL, params: PyTree, teacher: None, batch: Batch, settings: LatentSettings, key: PRNGKeyArray
+) -> Losses:
     """Stage 2: slots are filled by the student itself, cross-entropy alone, gradient through every slot."""
+    del teacher, settings
     decoder = decoder_params(params)
     features = model.encode_images(params["vision"], batch.images)
     inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
     hidden = roll_out(model, decoder, inputs, batch, dropout_keys(model, key, batch))
-    return _objective(model, decoder, batch, hidden)
+    return _losses(model, decoder, batch, hidden)
 
 
 def dropout_keys(model: Qwen2_5VL, key: PRNGKeyArray, batch: Batch) -> Key[Array, "rows columns"] | None:
@@ -151,7 +174,27 @@ def dropout_keys(model: Qwen2_5VL, key: PRNGKeyArray, batch: Batch) -> Key[Array
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_record, place)
 
 
-def _objective(model: Qwen2_5VL, decoder: PyTree, batch: Batch, hidden: Array) -> Objective:
+def _losses(model: Qwen2_5VL, decoder: PyTree, batch: Batch, hidden: Array) -> Losses:
     loss = cross_entropy(model, decoder, hidden, batch.targets)
-    zero = jnp.zeros_like(loss)
-    return Objective(loss, loss, zero, zero, hidden)
+    return Losses(loss, loss, {}, hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a stage minimises.
+
+    `loss(model, params, teacher, batch, settings, key)` returns the losses of a batch's rows. `helper_images` are the
+    values that the stage's `helper_images` may have. With `teacher`, the stage keeps a moving average of what it
+    trains, which `loss` gets (None without); the vision tower is shared with it, and stays as it is.
+    """
+
+    loss: Callable[[Qwen2_5VL, PyTree, PyTree | None, Batch, LatentSettings, PRNGKeyArray], Losses]
+    helper_images: tuple[str, ...]
+    teacher: bool = False
+
+
+OBJECTIVES = {
+    "text": Objective(text_loss, helper_images=("omit", "encode")),
+    "alignment": Objective(alignment_loss, helper_images=("latent",), teacher=True),
+    "autonomy": Objective(autonomy_loss, helper_images=("latent", "slots")),
+}

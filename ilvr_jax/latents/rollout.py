@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from ilvr_jax.latents.layout import Batch
+from ilvr_jax.latents.slots import PARAMETERS, fill_slots
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.decoder import KeyValues
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
@@ -27,9 +28,9 @@ Keys = Key[Array, "rows columns"] | None
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def roll_out(model: Qwen2_5VL, decoder: PyTree, inputs: Hidden, batch: Batch, dropout_keys: Keys) -> Hidden:
-    """Returns the final hidden states when each slot's input is the hidden state of the column before it.
+    """Returns the final hidden states when each slot's input is made from the hidden state of the column before it.
 
-    The gradient flows through every slot. What `inputs` hold in the slots is not used. `dropout_keys` is for adapters.
+    `fill_slots` makes it, and the gradient flows through every slot. `dropout_keys` is for adapters.
     """
     return _forward(model, decoder, inputs, batch, dropout_keys)[0]
 
@@ -58,15 +59,21 @@ def _backward(model: Qwen2_5VL, kept: tuple, gradient: Hidden):
 
     if slots.size:
         _, by_change = jax.vjp(after_prefix, jnp.zeros((*inputs[:, slots].shape,), hidden.dtype))
-        gradient = gradient.at[:, slots - 1].add(by_change(gradient[:, end:])[0])
-        inputs = inputs.at[:, slots].set(hidden[:, slots - 1].astype(inputs.dtype))
+        own = {name: decoder[name] for name in (PARAMETERS,) if name in decoder}
+        filled, by_fill = jax.vjp(functools.partial(fill_slots, model), own, hidden[:, slots - 1], inputs[:, slots])
+        of_fill, of_hidden, of_embedding = by_fill(by_change(gradient[:, end:])[0].astype(filled.dtype))
+        gradient = gradient.at[:, slots - 1].add(of_hidden)
+        inputs = inputs.at[:, slots].set(filled)
+    else:
+        of_fill, of_embedding = {}, 0.0
 
     def in_parallel(decoder: PyTree, inputs: Array) -> Array:
         return model.decode(decoder, inputs, batch.positions, batch.valid, dropout_keys=dropout_keys)[0]
 
     _, by_parameters = jax.vjp(in_parallel, decoder, inputs)
     of_decoder, of_inputs = by_parameters(gradient)
-    return of_decoder, of_inputs.at[:, slots].set(0.0), None, None
+    of_decoder = {**of_decoder, **of_fill}  # `decode` does not use what fills slots
+    return of_decoder, of_inputs.at[:, slots].set(of_embedding), None, None
 
 
 roll_out.defvjp(_forward, _backward)
@@ -112,7 +119,9 @@ def _after_prefix(
             (slot_cache, before), (index, change) = carry, indexed_change
             # A slot sees the finished columns, the slots before it, and itself.
             mask = jnp.concatenate([done, slots_valid & (jnp.arange(size) < index), jnp.ones((rows, 1), bool)], axis=1)
-            hidden, new = decode(before + change[:, None], mask[:, None], [cache, slot_cache], start + index)
+            embedding = columns_from(inputs, start + index, 1, 1)
+            filled = fill_slots(model, decoder, before, embedding) + change[:, None]
+            hidden, new = decode(filled, mask[:, None], [cache, slot_cache], start + index)
             slot_cache = jax.tree.map(lambda slots, one: write_columns(slots, one, index, 2), slot_cache, new)
             return (slot_cache, hidden), hidden[:, 0]
 

@@ -1,12 +1,17 @@
-"""The momentum teacher's selection: which helper-image features are worth predicting (ILVR, section 3)."""
+"""The momentum teacher's selection: which helper-image features are worth predicting (ILVR, section 3).
+
+To add a rule, write a function as `pick_coverage` and name it in SELECTORS.
+"""
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from ilvr_jax.latents.layout import Batch
 from ilvr_jax.latents.tokens import Role
@@ -28,8 +33,11 @@ class LatentSettings:
     ce_weight: float = 1.0
     sim_weight: float = 1.0
     target_noise: float = 0.01  # deviation of the noise added to targets
+    selection: str = "coverage"  # the rule that picks targets, one of SELECTORS
 
     def __post_init__(self):
+        if self.selection not in SELECTORS:
+            raise ValueError(f"latents.selection must be one of {', '.join(SELECTORS)}, got {self.selection!r}")
         if self.grouping not in ("published", "complete"):
             raise ValueError(f"latents.grouping is {self.grouping!r}; accepted are 'published' and 'complete'")
         for name, accepted, good in (
@@ -124,28 +132,67 @@ def group_neighbours(
     return means / jnp.maximum(sizes, 1)[..., None], sizes > 0
 
 
-def pick(
-    cosines: Float[Array, "rows candidates"],
-    valid: Bool[Array, "rows candidates"],
-    slots: Bool[Array, "rows slots"],
-    settings: LatentSettings,
-) -> tuple[Int[Array, "rows slots"], Bool[Array, "rows slots"]]:
-    """Returns the candidates of highest score that together cover the mass p, in descending order.
+Scores = Float[Array, "rows candidates"]
+Valid = Bool[Array, "rows candidates"]
+Slots = Bool[Array, "rows slots"]
+Keys = Key[Array, " rows"]
+Picks = tuple[Int[Array, "rows slots"], Bool[Array, "rows slots"]]
 
-    No more than there are `slots`.
-    """
+
+def pick_coverage(cosines: Scores, valid: Valid, slots: Slots, settings: LatentSettings, keys: Keys) -> Picks:
+    """Picks the candidates of highest score that together cover the mass p, in descending order: the paper's rule."""
+    chosen, keep = pick_top_k(cosines, valid, slots, settings, keys)
     scores = jnp.where(valid, cosines / settings.temperature, -jnp.inf)
     mass = jnp.where(valid, jax.nn.softmax(jnp.where(valid.any(-1, keepdims=True), scores, 0.0), axis=-1), 0.0)
-    missing = max(0, slots.shape[-1] - mass.shape[-1])
-    mass, scores = (
-        jnp.pad(array, ((0, 0), (0, missing)), constant_values=fill)
-        for array, fill in ((mass, 0.0), (scores, -jnp.inf))
-    )
-    best, order = jax.lax.top_k(scores, slots.shape[-1])
-    picked_mass = jnp.take_along_axis(mass, order, axis=-1)
+    picked_mass = jnp.where(keep, jnp.take_along_axis(mass, chosen, axis=-1), 0.0)
     covered_before = jnp.cumsum(picked_mass, axis=-1) - picked_mass
-    keep = slots & (covered_before < settings.coverage) & jnp.isfinite(best)
+    keep &= covered_before < settings.coverage
+    return jnp.where(keep, chosen, 0), keep
+
+
+def pick_top_k(cosines: Scores, valid: Valid, slots: Slots, settings: LatentSettings, keys: Keys) -> Picks:
+    """Picks as many candidates as there are slots, those of highest score, in descending order."""
+    del settings, keys
+    missing = max(0, slots.shape[-1] - cosines.shape[-1])
+    scores = jnp.pad(jnp.where(valid, cosines, -jnp.inf), ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    best, order = jax.lax.top_k(scores, slots.shape[-1])
+    keep = slots & jnp.isfinite(best)
     return jnp.where(keep, order, 0), keep
+
+
+def pick_random(cosines: Scores, valid: Valid, slots: Slots, settings: LatentSettings, keys: Keys) -> Picks:
+    """Picks any candidates, each as likely, whatever their scores: a control."""
+
+    def draw(key: PRNGKeyArray) -> Array:  # by candidate, so that padding changes no draw
+        each = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(cosines.shape[-1]))
+        return jax.vmap(jax.random.uniform)(each)
+
+    return pick_top_k(jax.vmap(draw)(keys), valid, slots, settings, keys)
+
+
+def pick_dense(cosines: Scores, valid: Valid, slots: Slots, settings: LatentSettings, keys: Keys) -> Picks:
+    """Picks all candidates in raster order; they are the whole image pooled to one for each slot."""
+    in_order = -jnp.arange(cosines.shape[-1], dtype=jnp.float32)
+    return pick_top_k(jnp.broadcast_to(in_order, cosines.shape), valid, slots, settings, keys)
+
+
+class Selector(NamedTuple):
+    """A rule for targets.
+
+    `pick(cosines, valid, slots, settings, keys)` returns which candidate goes into each slot and which slots get one;
+    `keys` are by record and segment. `pooled`: the candidates are the image pooled to as many as there are slots.
+    """
+
+    pick: Callable[[Scores, Valid, Slots, LatentSettings, Keys], Picks]
+    pooled: bool = False
+
+
+SELECTORS = {
+    "coverage": Selector(pick_coverage),
+    "dense": Selector(pick_dense, pooled=True),
+    "top_k": Selector(pick_top_k),
+    "random": Selector(pick_random),
+}
 
 
 def select(
@@ -155,19 +202,23 @@ def select(
     features: Float[Array, "rows images units channels"],
     helper_features: Float[Array, "rows segments units channels"],
     settings: LatentSettings,
+    key: PRNGKeyArray,
 ) -> Selection:
     """Returns the teacher's targets for every segment of a batch.
 
     One pass of the teacher's decoder over whole samples whose slots hold the embedding of `latent_pad`; then
     segment by segment, since each query holds the mean of what the segment before selected. `decoder` is the
-    teacher's; the features come from its vision tower.
+    teacher's; the features come from its vision tower. `key` is for rules that draw.
     """
     inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
     hidden, _ = model.decode(decoder, inputs, batch.positions, batch.valid)
     user = user_query(model, decoder, batch, hidden)
-    candidates, candidate_valid = group_neighbours(
-        helper_features, batch.helper_images.unit_valid, settings.candidates, settings.grouping
-    )
+    selector = SELECTORS[settings.selection]
+    count, grouping = settings.candidates, settings.grouping
+    if selector.pooled:
+        count, grouping = settings.latent_size, "complete"
+    candidates, candidate_valid = group_neighbours(helper_features, batch.helper_images.unit_valid, count, grouping)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.record)
     segment_of_column = batch.layout.column_segment
 
     def next_segment(previous, segment):
@@ -177,7 +228,8 @@ def select(
         present = jnp.stack([jnp.ones_like(has_previous), text.any(1), has_previous], axis=1)
         query = masked_mean(parts, present)
         cosines = cosine(query[:, None], segment["candidates"])
-        chosen, keep = pick(cosines, segment["candidate_valid"], segment["slots"], settings)
+        of_segment = jax.vmap(jax.random.fold_in, (0, None))(keys, segment["number"])
+        chosen, keep = selector.pick(cosines, segment["candidate_valid"], segment["slots"], settings, of_segment)
         targets = jnp.take_along_axis(segment["candidates"], chosen[..., None], axis=1).astype(jnp.float32)
         following = masked_mean(targets, keep), keep.any(1)
         return following, (jnp.where(keep[..., None], targets, 0.0), keep, chosen, cosines)

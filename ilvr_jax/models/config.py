@@ -104,6 +104,7 @@ class ModelConfig:
     attention: str = "auto"  # over whole sequences, one of attention.KERNELS
     lora: LoraConfig = LoraConfig()
     rope_scaling: RopeScaling = RopeScaling()
+    slot_input: str = "hidden"  # the rule that fills slots, one of latents.slots.SLOT_INPUTS
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")

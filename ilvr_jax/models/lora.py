@@ -136,7 +136,7 @@ def merge_adapters(params: PyTree, lora: LoraConfig) -> PyTree:
 def _joined(base: PyTree, adapters: PyTree) -> PyTree:
     joined = dict(base)
     for name, value in adapters.items():
-        joined[name] = value if name.endswith(SUFFIX) else _joined(base[name], value)
+        joined[name] = value if name.endswith(SUFFIX) or name not in base else _joined(base[name], value)
     return joined
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens
 from ilvr_jax.errors import InputError, listed, quote
 from ilvr_jax.files import is_full_disk, read_object
+from ilvr_jax.latents.slots import init_params
 from ilvr_jax.latents.tokens import SpecialTokens
 from ilvr_jax.models.config import model_config
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
@@ -326,7 +327,7 @@ def params_like(model: Qwen2_5VL, config: ConfigDict, mesh: Mesh) -> PyTree:
     def like(part: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, dtypes[part])
 
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
     return placed_like({part: jax.tree.map(functools.partial(like, part), tree) for part, tree in shapes.items()}, mesh)
 
 

@@ -21,19 +21,25 @@ from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.errors import InputError, listed, quote
 from ilvr_jax.files import read_object, write_text
 from ilvr_jax.latents.layout import Layout
+from ilvr_jax.latents.objectives import OBJECTIVES
 from ilvr_jax.latents.selection import LatentSettings
+from ilvr_jax.latents.slots import SLOT_INPUTS
 from ilvr_jax.models.config import DTYPES, STORAGE, ModelConfig, VisionConfig
 from ilvr_jax.models.lora import LoraConfig
 from ilvr_jax.models.rotary import RopeScaling
 from ilvr_jax.models.sharding import AXES
-from ilvr_jax.training.step import OBJECTIVES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LARGEST = 2**31 - 1  # of numbers in a config: sizes, steps and seeds go into 32-bit integers
 LONGEST = 2**20  # tokens, or parts of one batch's layout
-ADDED = {"follow_links": True, "accept_change": False}  # keys of `data` that older workdirs lack, as they were run
 VSP_MAPS = "tests/data/vsp_planning/test.jsonl"  # 200 real maps, for evaluation alone
 AUTO = "auto"  # for eval.data: the maps above if data.source is frozen_lake, none for data of other kinds
+# Keys that older workdirs lack, as they were run.
+ADDED = {
+    "data": {"follow_links": True, "accept_change": False},
+    "latents": {"selection": "coverage"},
+    "model": {"slot_input": "hidden"},
+}
 
 # What may differ when a run is continued: none of it changes what is learnt.
 NO_EFFECT_ON_TRAINING = (
@@ -51,9 +57,6 @@ NO_EFFECT_ON_TRAINING = (
     "data.path",
     "data.root",
 )
-
-# By objective, what may become of helper images: latent losses need slots, and the teacher's targets images too.
-HELPER_IMAGES = {"text": ("omit", "encode"), "alignment": ("latent",), "autonomy": ("latent", "slots")}
 
 
 class BadConfig(InputError):
@@ -202,15 +205,17 @@ def check_config(config: ConfigDict) -> None:
             raise BadConfig(f"`stages` must be of the config's stages {listed(sections)}, got {quote(name)}")
         stage = config[name]
         _one_of(f"{name}.objective", stage.objective, OBJECTIVES)
-        accepted = HELPER_IMAGES[stage.objective]
-        _one_of(f"{name}.helper_images", stage.helper_images, accepted, f" with objective {stage.objective}")
+        objective = OBJECTIVES[stage.objective]
+        accepted = f" with objective {stage.objective}"
+        _one_of(f"{name}.helper_images", stage.helper_images, objective.helper_images, accepted)
         for part in stage.train:
             _one_of(f"{name}.train", part, ("vision", decoder_part(config)))
         if not stage.train:
             raise BadConfig(f"`{name}.train` must be vision, {decoder_part(config)} or both, got none")
-        if stage.objective == "alignment" and "vision" in stage.train:
+        if objective.teacher and "vision" in stage.train:  # which the teacher shares
             raise BadConfig(
-                f"`{name}.train` must be {decoder_part(config)} alone with objective alignment, got {stage.train}"
+                f"`{name}.train` must be {decoder_part(config)} alone with objective {stage.objective}, "
+                f"got {stage.train}"
             )
         for key in ("steps", "batch_size", "accumulation"):
             _at_least(1, f"{name}.{key}", stage[key])
@@ -231,6 +236,7 @@ def check_config(config: ConfigDict) -> None:
     _at_most(LONGEST, "latents.latent_size", config.latents.latent_size)
     _one_of("data.on_bad_record", config.data.on_bad_record, ("error", "skip"))
     _one_of("model.frozen_dtype", config.model.frozen_dtype, DTYPES)
+    _one_of("model.slot_input", config.model.get("slot_input", "hidden"), SLOT_INPUTS)
     _one_of("data.source", config.data.source, ("frozen_lake", *FORMATS))
     if config.data.source == "frozen_lake" and config.data.feature_cache:
         raise BadConfig(
@@ -267,7 +273,7 @@ def check_keys(config: ConfigDict) -> None:
     fields = [field for field in dataclasses.fields(ModelConfig) if field.name != "vocab_size"]
     _check_section(config.model, "model.", STORAGE, [field.name for field in fields])
     if config.model.init_from:  # the rest of the shape is the checkpoint's own
-        _check_section(config.model, "model.", STORAGE, ("dtype", "remat_policy", "attention", "lora"))
+        _check_section(config.model, "model.", STORAGE, ("dtype", "remat_policy", "attention", "lora", "slot_input"))
     else:
         required = [field.name for field in fields if field.default is dataclasses.MISSING]
         _check_section(config.model, "model.", required, [*STORAGE, *(field.name for field in fields)])
@@ -362,8 +368,9 @@ def read_config(workdir: Path) -> ConfigDict:
     try:
         config = _as_config(read_object(path, BadConfig))
         with config.unlocked():
-            if isinstance(config.get("data"), ConfigDict):
-                config.data = ConfigDict(ADDED | dict(config.data.items()))
+            for name, added in ADDED.items():
+                if isinstance(config.get(name), ConfigDict):
+                    config[name] = ConfigDict(added | dict(config[name].items()))
         check_config(config.lock())
     except BadConfig as error:
         named = str(error) if str(path) in str(error) else f"{path}: {error}"

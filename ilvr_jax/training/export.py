@@ -64,6 +64,11 @@ def export(
         ends = pretrained.stop or special.ends
     else:
         run = read_config(source)
+        if (slot_input := run.model.get("slot_input", "hidden")) != "hidden":
+            raise BadConfig(
+                f"`model.slot_input` of {source} must be hidden for an export, since the published layout has no other "
+                f"rule, got {slot_input}"
+            )
         model, params, tokenizer, special = restore_for_inference(source, run, stage)
         if teacher:
             params = {**params, **restore_teacher(source, run, stage)}

@@ -29,6 +29,7 @@ from ilvr_jax.inference.evaluation import (
     read_answers,
     read_evaluation,
 )
+from ilvr_jax.latents.slots import init_params
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.sharding import check_mesh, divisor, make_mesh, on_mesh, place_rows, places
 from ilvr_jax.models.tensor_files import BadCheckpoint
@@ -187,7 +188,7 @@ def start_params(
         return load_params(pretrained, model.config, part_dtypes(config), key, mesh)
 
     def init(key: PRNGKeyArray) -> PyTree:
-        return jax.tree.map(lambda leaf, kind: leaf.astype(kind.dtype), model.init(key), like)
+        return jax.tree.map(lambda leaf, kind: leaf.astype(kind.dtype), init_params(model, key), like)
 
     return jax.jit(init, out_shardings=places(like))(key)
 

@@ -35,6 +35,7 @@ from ilvr_jax.files import (
     read_object,
     write_json,
 )
+from ilvr_jax.latents.slots import with_slot_parameters
 from ilvr_jax.models.adapters import CONFIG as ADAPTER_CONFIG
 from ilvr_jax.models.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from ilvr_jax.models.adapters import (
@@ -379,6 +380,7 @@ def load_params(
         params["adapters"] = jax.jit(lambda key: Qwen2_5VL(config).init(key)["adapters"])(key)
         if trained_on:
             params["adapters"] = trained_matrices(params["adapters"], adapter, config.lora)
+    params = with_slot_parameters(Qwen2_5VL(config), params, key)
     return jax.device_put(params, shardings(params, mesh))  # where they are not there already
 
 

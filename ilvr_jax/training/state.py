@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 
+from ilvr_jax.latents.objectives import OBJECTIVES
 from ilvr_jax.models.sharding import placed_like, places
 
 
@@ -58,7 +59,7 @@ def state_like(params: PyTree, optimizer: optax.GradientTransformation, stage: C
 def _creator(
     optimizer: optax.GradientTransformation, stage: ConfigDict, key: PRNGKeyArray
 ) -> Callable[[PyTree], TrainState]:
-    with_teacher = stage.objective == "alignment"
+    with_teacher = OBJECTIVES[stage.objective].teacher
     return functools.partial(
         create_state, optimizer=optimizer, train=tuple(stage.train), with_teacher=with_teacher, key=key
     )

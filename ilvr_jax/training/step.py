@@ -9,37 +9,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 
 from ilvr_jax.latents.layout import Batch
-from ilvr_jax.latents.objectives import Objective, alignment_objective, autonomy_objective, text_objective
+from ilvr_jax.latents.objectives import OBJECTIVES, Losses, Metric
 from ilvr_jax.latents.selection import LatentSettings
-from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
 from ilvr_jax.models.sharding import divide
 from ilvr_jax.training.state import TrainState
 
-OBJECTIVES = ("text", "alignment", "autonomy")
-
-
-def objective(
-    name: str,
-    model: Qwen2_5VL,
-    params: PyTree,
-    teacher: PyTree | None,
-    batch: Batch,
-    latents: LatentSettings,
-    key: PRNGKeyArray,
-) -> Objective:
-    """Returns the losses of the stage whose objective is `name`."""
-    if name == "text":
-        return text_objective(model, params, batch, key)
-    if name == "alignment":
-        return alignment_objective(model, params, decoder_params({**params, **teacher}), batch, latents, key)[0]
-    if name == "autonomy":
-        return autonomy_objective(model, params, batch, key)
-    raise ValueError(f"objective is {name!r}; accepted are {', '.join(OBJECTIVES)}")
-
 
 def loss_and_gradients(
-    name: str,
+    objective: Callable[..., Losses],
     train: tuple[str, ...],
     accumulation: int,
     model: Qwen2_5VL,
@@ -48,17 +26,16 @@ def loss_and_gradients(
     batch: Batch,
     latents: LatentSettings,
     key: PRNGKeyArray,
-) -> tuple[dict[str, Float[Array, " rows"]], PyTree]:
-    """Returns per-row losses and the gradient of their mean for the parts of `params` named in `train`.
+) -> tuple[Losses, PyTree]:
+    """Returns the losses of `objective` by row, and the gradient of their mean for the parts named in `train`.
 
     The rows are worked on in `accumulation` equal parts, one after another, which changes nothing else.
     """
     frozen = {part: value for part, value in params.items() if part not in train}
 
     def part_loss(trained: PyTree, part: Batch):
-        result = objective(name, model, {**frozen, **trained}, teacher, part, latents, key)
-        rows = {"loss": result.loss, "cross_entropy": result.cross_entropy}
-        return result.loss.mean(), {**rows, "similarity": result.similarity, "filled_slots": result.filled_slots}
+        losses = objective(model, {**frozen, **trained}, teacher, part, latents, key)
+        return losses.loss.mean(), losses.replace(hidden=None, selection=None)
 
     trained = {part: params[part] for part in train}
     gradient = jax.grad(part_loss, has_aux=True)
@@ -102,6 +79,11 @@ def offending_record(losses: Float[Array, " rows"], records: Int[Array, " rows"]
     return jnp.where(wrong.any(), records[jnp.argmax(wrong)], -1)
 
 
+def weighted_mean(metric: Metric) -> Float[Array, ""]:
+    """Returns the mean of a metric over rows, 0 if no row has a weight."""
+    return (metric.values * metric.weights).sum() / jnp.maximum(metric.weights.sum(), 1)
+
+
 def make_train_step(
     model: Qwen2_5VL,
     stage: ConfigDict,
@@ -119,20 +101,21 @@ def make_train_step(
     """
     settings, train = LatentSettings(**latents), tuple(stage.train)
     if stage.objective not in OBJECTIVES:
-        raise ValueError(f"objective is {stage.objective!r}; accepted are {', '.join(OBJECTIVES)}")
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {stage.objective!r}")
+    objective = OBJECTIVES[stage.objective].loss
     parts = accumulation_parts(stage.batch_size, stage.accumulation, devices)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         key = jax.random.fold_in(state.rng, state.step)
         rows, gradients = loss_and_gradients(
-            stage.objective, train, parts, model, state.params, state.teacher, batch, settings, key
+            objective, train, parts, model, state.params, state.teacher, batch, settings, key
         )
         trained = {part: state.params[part] for part in train}
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         student, teacher = optax.apply_updates(trained, updates), state.teacher
         if teacher is not None:
             teacher = optax.incremental_update(student, teacher, 1.0 - settings.tau)
-        metrics = {name: rows[name].mean() for name in ("loss", "cross_entropy")}
+        metrics = {"loss": rows.loss.mean(), "cross_entropy": rows.cross_entropy.mean()}
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         # A select of each array, which is done where the new one is written: both sides are there anyway.
@@ -144,11 +127,8 @@ def make_train_step(
         params = {**state.params, **student}
         metrics["skipped"] = jnp.where(finite, state.skipped, state.skipped + 1)
         metrics["skipped_in_row"] = jnp.where(finite, 0, state.skipped_in_row + 1)
-        metrics["offending_record"] = offending_record(rows["loss"], batch.record)
-        if stage.objective == "alignment":
-            has_slots = rows["filled_slots"] > 0
-            metrics["similarity"] = rows["similarity"].sum() / jnp.maximum(has_slots.sum(), 1)
-            metrics["filled_slots"] = rows["filled_slots"].mean()
+        metrics["offending_record"] = offending_record(rows.loss, batch.record)
+        metrics |= {name: weighted_mean(metric) for name, metric in rows.metrics.items()}
         counts = metrics["skipped"], metrics["skipped_in_row"]
         return divide(TrainState(state.step + 1, params, opt_state, teacher, state.rng, *counts)), metrics
 
