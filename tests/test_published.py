@@ -155,6 +155,17 @@ def test_yarn_needs_its_factor(tmp_path):
         shape_of({**FLAT, "rope_scaling": {"type": "yarn", "mrope_section": [1, 1, 2]}}, tmp_path)
 
 
+@pytest.mark.parametrize("section", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("types", [["full_attention"], ["full_attention", "sliding_attention"]])
+def test_positions_by_kinds_of_layers_are_named(types, section, tmp_path):
+    rope = {kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]} for kind in types}
+    text = {name: value for name, value in TEXT.items() if name != "rope_scaling"} | {section: rope}
+    flat = {**FLAT, "rope_scaling": None, **text}
+    for prefix, config in (("", flat), ("text_config.", {**NESTED, "text_config": text})):
+        with pytest.raises(BadCheckpoint, match=rf"`{prefix}{section}\.full_attention` must be a value for all layers"):
+            shape_of(config, tmp_path)
+
+
 def test_scaled_positions_beside_the_text_config_are_not_ignored(tmp_path):
     with pytest.raises(BadCheckpoint, match="`rope_scaling` must be in `text_config`"):
         shape_of({**NESTED, "rope_scaling": CARD}, tmp_path)

@@ -66,6 +66,7 @@ def nullable(rule: Rule) -> Rule:
 FLAG = one_of(True, False)
 SECTION = Rule(lambda value: isinstance(value, dict), "an object of fields")
 ABSENT = Rule(lambda value: value is None, "null")
+NO_SECTION = Rule(lambda value: not isinstance(value, dict), "a value for all layers, not a section for some of them")
 SILU = one_of("silu", "swish")
 # Fields with which transformers, or others that read these files, compute something that is not implemented here.
 ONE_VALUE = {
@@ -198,7 +199,7 @@ def check_rope(text: Mapping[str, Any], prefix: str) -> None:
     section, rope = rope_fields(text)
     prefix = f"{prefix}{section}."
     key = "rope_type" if "rope_type" in rope else "type"
-    check(rope, prefix, {key: one_of(*ROPE)})
+    check(rope, prefix, {key: one_of(*ROPE)} | dict.fromkeys((name for name in rope if name != key), NO_SECTION))
     kind = rope.get(key, "default")
     general = {"rope_theta": number(above=1), "mrope_section": list_of(int, "a list of whole numbers")}
     check(rope, prefix, {**general, **ONE_VALUE, **ROPE[kind]})
