@@ -130,13 +130,13 @@ def read_flags() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=positive, default=32768)
     arguments = parser.parse_args()
     if arguments.hidden % (16 * arguments.heads):
-        refuse(f"--hidden is {arguments.hidden}; a multiple of 16 times --heads ({arguments.heads}) is accepted")
+        refuse(f"--hidden must be a multiple of 16 times --heads ({arguments.heads}), got {arguments.hidden}")
     if arguments.heads % arguments.key_value_heads:
-        refuse(f"--key-value-heads is {arguments.key_value_heads}; a divisor of {arguments.heads} is accepted")
+        refuse(f"--key-value-heads must divide --heads ({arguments.heads}), got {arguments.key_value_heads}")
     if arguments.prompt < 3 or arguments.new_tokens < 2:
         refuse("--prompt has to be 3 or more, --new-tokens 2 or more")
     if arguments.vocabulary < 2 * SPECIAL_IDS:
-        refuse(f"--vocabulary is {arguments.vocabulary}; accepted is {2 * SPECIAL_IDS} or more")
+        refuse(f"--vocabulary must be at least {2 * SPECIAL_IDS}, got {arguments.vocabulary}")
     return arguments
 
 

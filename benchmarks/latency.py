@@ -358,7 +358,7 @@ NOTES = (
     "another), for one look of every request, for one text token of each. A look is K slots and two markers, or a "
     "picture that is encoded and prefilled.",
     "The least time is the larger of arithmetic over the measured peak and bytes (weights, and keys and values that "
-    "are there) over the measured bandwidth; activations are left out.",
+    "are there) over the measured bandwidth; activations are not counted.",
 )
 
 
@@ -475,7 +475,7 @@ def open_results(path: Path | None, settings: dict, make_peaks: Callable[[], Pea
     except (ValueError, KeyError, TypeError):
         same = False
     if not same:
-        refuse(f"{path} is of another machine, model or number of repeats; another --out, or removing it, is accepted")
+        refuse(f"--out must be a new file or one of the same machine, model and repeats, got {path}")
     return kept
 
 
@@ -499,12 +499,12 @@ def read_flags() -> argparse.Namespace:
     known = [case.name for case in CASES]
     arguments.cases = arguments.cases or (list(QUICK) if arguments.quick else known)
     if unknown := [name for name in arguments.cases if name not in known]:
-        refuse(f"--cases has {unknown[0]!r}; {', '.join(known)} are accepted")
+        refuse(f"--cases must be some of {', '.join(known)}, got {unknown[0]!r}")
     full = scaled_config(arguments.model, None, "float32").num_hidden_layers
     if arguments.layers is None:
         arguments.layers = LAYERS_ON_CPU if jax.default_backend() == "cpu" else full
     if arguments.layers > full:
-        refuse(f"--layers is {arguments.layers}; 1 to {full} are accepted")
+        refuse(f"--layers must be from 1 to {full}, got {arguments.layers}")
     return arguments
 
 

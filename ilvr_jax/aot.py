@@ -71,10 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stages = [options.stage] if options.stage else [*config.stages, "decoding"]
     known = (*config.stages, "decoding")
     if stages[0] not in known:
-        raise BadConfig(f"--stage is {stages[0]!r}, one of {', '.join(known)} is accepted")
+        raise BadConfig(f"--stage must be one of {', '.join(known)}, got {stages[0]!r}")
     bucket = options.bucket or largest_bucket(config, model)
     if bucket not in config.data.buckets:
-        raise BadConfig(f"--bucket is {bucket!r}, one of {', '.join(config.data.buckets)} is accepted")
+        raise BadConfig(f"--bucket must be one of {', '.join(config.data.buckets)}, got {bucket!r}")
     chip, devices = open_topology(options.topology)
     fits = True
     for stage in stages:

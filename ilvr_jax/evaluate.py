@@ -106,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class Work:
-    """What there is to ask, and what came of it."""
+    """One evaluation: its questions, options and results."""
 
     def __init__(self, options: argparse.Namespace, trained: TrainedModel, task: ModuleType):
         self.options, self.trained, self.task = options, trained, task
@@ -147,7 +147,7 @@ class Work:
     def _leave_out(self, key: Any, sentence: str) -> None:
         if key not in self.left_out:
             self.left_out[key] = sentence
-            print(f"left out: {sentence}", file=sys.stderr)
+            print(f"skipped: {sentence}", file=sys.stderr)
 
     def settings(self) -> dict[str, Any]:
         """Returns what makes an answer what it is, for the head of the results: not how many are asked for."""
@@ -211,7 +211,7 @@ class Work:
         return time.monotonic() - began
 
     def keys(self) -> Iterator[tuple[Key, Record]]:
-        """Yields all that there is to ask, but for records that cannot be; those are left out."""
+        """Yields all that there is to ask, but for records that cannot be; those are skipped."""
         for number in range(self.count):
             try:
                 record = self.source[number]
@@ -225,7 +225,7 @@ class Work:
                     yield Key(number, form, sample), variant
 
     def requests(self, done: dict[Key, Any]) -> Iterator[tuple[Key, Record, Request]]:
-        """Yields what is not done, with its prompt; records whose prompt cannot be made are left out."""
+        """Yields what is not done, with its prompt; records whose prompt cannot be made are skipped."""
         trained, before, prompt = self.trained, None, None
         prompts = self.prompts()
         for key, record in self.keys():

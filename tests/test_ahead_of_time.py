@@ -78,17 +78,20 @@ def test_published_models_have_their_shapes_without_a_network(size, billions):
     ("flags", "sentence"),
     [
         ([BASE], "--config and --topology are needed, or --sweep"),
-        ([BASE, "--topology=v9:2x2"], "--topology is 'v9:2x2'; v5e, v5p, v6e, a colon and a shape are accepted"),
-        ([BASE, "--topology=v5e:2x2", "--stage=stage3"], "one of warm_up, stage1, stage2, decoding is accepted"),
-        ([BASE, "--topology=v5e:2x2", "--bucket=huge"], "--bucket is 'huge', one of large_long, "),
+        ([BASE, "--topology=v9:2x2"], "--topology must be one of v5e, v5p, v6e, a colon and a shape"),
+        (
+            [BASE, "--topology=v5e:2x2", "--stage=stage3"],
+            "--stage must be one of warm_up, stage1, stage2, decoding, got",
+        ),
+        ([BASE, "--topology=v5e:2x2", "--bucket=huge"], "--bucket must be one of large_long, "),
         pytest.param(
             [BASE, "--topology=v5e:3x5"],
-            "'v5e:3x5' does not exist; v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4",
+            "--topology must be one of v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4",
             marks=needs_libtpu,
         ),
         pytest.param(
             [STAGE1, "--topology=v5e:4x4"],
-            "stage1: batch_size (8) is shared out over 16 devices; a multiple of 16",
+            "stage1: batch_size must be a multiple of 16, the devices that share its rows, got 8",
             marks=needs_libtpu,
         ),
     ],

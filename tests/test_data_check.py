@@ -403,9 +403,9 @@ def test_formats_are_found(folder, lines, format):
     "flags, message",
     [
         (["x.jsonl"], "x.jsonl must be a file of records, but cannot be read: No such file or directory"),
-        ([str(MIRAGE), "--format=mirag"], "--format is 'mirag', one of ilvr, mirage, vsp, zebra_cot is accepted"),
-        ([str(MIRAGE), "--limit=0"], "--limit is 0, at least 1 is accepted"),
-        ([str(MIRAGE), "--samples=-1"], "--samples is -1, at least 0 is accepted"),
+        ([str(MIRAGE), "--format=mirag"], "--format must be one of ilvr, mirage, vsp, zebra_cot, got 'mirag'"),
+        ([str(MIRAGE), "--limit=0"], "--limit must be at least 1, got 0"),
+        ([str(MIRAGE), "--samples=-1"], "--samples must be at least 0, got -1"),
         (
             [str(MIRAGE), "--format=ilvr"],
             f"{MIRAGE} must hold a JSON object a line, or an array of them, got none (sample.jsonl line 1: "
@@ -417,7 +417,7 @@ def test_formats_are_found(folder, lines, format):
         ),
         (
             [str(MIRAGE), "--config.latents.latent_size=0"],
-            "config section data: latent_size is 0 and image_scale 1.0; positive numbers are accepted",
+            "config section data: latent_size and image_scale must be positive numbers, got 0 and 1.0",
         ),
         ([str(MIRAGE), "--out=."], ". must be a regular file or a new one, but it is a folder"),
     ],

@@ -120,7 +120,7 @@ def test_the_command_takes_config_values_and_the_configs_seed(tmp_path, capsys):
         ),
         (
             ["--config.data.frozen_lake.levels=2"],
-            "data.frozen_lake.levels is (2,); one or more whole numbers from 3 to 10 is accepted",
+            "`data.frozen_lake.levels` must be one or more whole numbers from 3 to 10, got (2,)",
         ),
         (
             ["--config.data.frozen_lake.exclude=nothing.jsonl"],

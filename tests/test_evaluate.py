@@ -129,7 +129,7 @@ def test_bad_records_are_named_and_the_rest_is_answered(run, data, tmp_path, cap
         "mixed.jsonl line 6: an image must take at most 400 vision tokens (--largest-image), got 2209",
         "mixed.jsonl line 7: the prompt must have at most 500 tokens (--longest-prompt), got",
     ):
-        assert err.count(f"left out: {sentence}") == 1, err
+        assert err.count(f"skipped: {sentence}") == 1, err
     assert {line["record"] for line in answers(out).values() if not line["form"]} == {
         f"mixed.jsonl line {number}" for number in (1, 4, 8)
     }
@@ -159,7 +159,7 @@ def test_rows_that_cannot_be_read_are_named_and_the_rest_is_answered(run, data, 
     assert evaluate(run, file, out, *limits, task="zebra_cot") == 1
     err = capsys.readouterr().err
     for number in range(1, 8):
-        assert err.count(f"left out: rows.parquet row {number}: ") == 1, err
+        assert err.count(f"skipped: rows.parquet row {number}: ") == 1, err
     assert err.count("\n") == 7
     assert {line["record"] for line in answers(out).values()} == {"rows.parquet row 0", "rows.parquet row 8"}
     assert json.loads((tmp_path / "out.summary.json").read_text())["left_out"] == 7

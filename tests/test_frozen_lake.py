@@ -266,7 +266,7 @@ def test_a_record_tells_the_map_the_moves_and_looks_in_between(seed, per_look, r
 
 
 @pytest.mark.parametrize(
-    "key, value, accepted",
+    "key, value, wanted",
     [
         ("levels", [3, 4], "a tuple such as (3, 4, 5, 6)"),
         ("levels", (), "one or more whole numbers from 3 to 10"),
@@ -287,10 +287,10 @@ def test_a_record_tells_the_map_the_moves_and_looks_in_between(seed, per_look, r
         ("exclude", (1,), "a tuple of file names"),
     ],
 )
-def test_a_bad_setting_is_named(key, value, accepted):
+def test_a_bad_setting_is_named(key, value, wanted):
     with pytest.raises(ValueError) as error:
         frozen_lake_settings({key: value})
-    assert str(error.value) == f"data.frozen_lake.{key} is {value!r}; {accepted} is accepted"
+    assert str(error.value) == f"`data.frozen_lake.{key}` must be {wanted}, got {value!r}"
 
 
 def test_settings_are_read_from_a_config():

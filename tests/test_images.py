@@ -89,7 +89,7 @@ def test_budgets_apply_after_the_scale_and_one_bound_is_enough(height, width, sc
 
 
 def test_patches_of_other_sizes_are_refused():
-    with pytest.raises(ValueError, match="30x28 pixels; multiples of 28"):
+    with pytest.raises(ValueError, match="multiples of 28 pixels, got 30x28"):
         patch_image(noise(28, 30))
 
 

@@ -144,5 +144,5 @@ def test_random_bits_are_even_and_alike_in_nothing():
     ("key", "value"), [("rank", -1), ("alpha", 0.0), ("dropout", 1.0), ("targets", ("qkv",)), ("targets", ())]
 )
 def test_a_bad_value_is_named(key, value):
-    with pytest.raises(ValueError, match=f"model.lora.{key} is .*; accepted is"):
+    with pytest.raises(ValueError, match=f"`model.lora.{key}` must be .*, got"):
         LoraConfig(**{key: value})

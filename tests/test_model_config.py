@@ -55,7 +55,7 @@ def test_a_vision_tower_that_cannot_be_is_refused(changes, sentence):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "accepted"),
+    ("key", "value", "wanted"),
     [
         ("latent_size", 0, "at least 1"),
         ("candidates", 0, "at least 1"),
@@ -68,7 +68,7 @@ def test_a_vision_tower_that_cannot_be_is_refused(changes, sentence):
         ("target_noise", float("inf"), "at least 0"),
     ],
 )
-def test_settings_of_the_method_out_of_range_are_refused(key, value, accepted):
+def test_settings_of_the_method_out_of_range_are_refused(key, value, wanted):
     with pytest.raises(ValueError) as error:
         LatentSettings(**{key: value})
-    assert str(error.value) == f"latents.{key} is {value!r}; accepted is a number {accepted}"
+    assert str(error.value) == f"`latents.{key}` must be a number {wanted}, got {value!r}"

@@ -92,9 +92,9 @@ def test_an_axis_that_the_mesh_does_not_divide_is_whole():
     [
         ({"data": 3}, "it is slice 1, data 3, fsdp 1, tensor 1, which takes 3 devices, and there are 8"),
         ({"data": -1, "tensor": 3}, "which takes a multiple of 3 devices, and there are 8"),
-        ({"data": -1, "fsdp": -1}, "-1, for the rest, is accepted once"),
-        ({"data": 0}, "whole numbers from 1, or -1 for the rest, are accepted"),
-        ({"data": True}, "whole numbers from 1, or -1 for the rest, are accepted"),
+        ({"data": -1, "fsdp": -1}, "one size at most must be -1, for the rest, got"),
+        ({"data": 0}, "sizes must be whole numbers from 1, or -1 for the rest, got"),
+        ({"data": True}, "sizes must be whole numbers from 1, or -1 for the rest, got"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, sentence):
@@ -104,7 +104,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, sentence):
 
 @pytest.mark.parametrize(("axis", "name"), [("tensor", "num_attention_heads"), ("fsdp", "hidden_size")])
 def test_a_mesh_that_does_not_divide_the_model_is_refused(axis, name):
-    with pytest.raises(ValueError, match=rf"{axis} is 3; a divisor of the model's {name} \(\d+\) is accepted"):
+    with pytest.raises(ValueError, match=rf"{axis} must divide the model's {name} \(\d+\), got 3"):
         check_mesh(abstract_mesh(**{axis: 3}), CONFIG)
     check_mesh(abstract_mesh(tensor=2, fsdp=8), CONFIG)
 
@@ -114,7 +114,7 @@ def test_a_device_has_no_more_rows_at_a_time_than_one_alone_would(at_a_time, acc
     devices = 4
     batch_size = at_a_time * accumulation
     if batch_size % devices:
-        with pytest.raises(ValueError, match=f"a multiple of {devices} is accepted"):
+        with pytest.raises(ValueError, match=f"batch_size must be a multiple of {devices}, the devices"):
             accumulation_parts(batch_size, accumulation, devices)
         return
     parts = accumulation_parts(batch_size, accumulation, devices)

@@ -43,5 +43,7 @@ def test_a_rule_that_does_not_exist_is_one_sentence_that_lists_those_that_do():
     config.model.slot_input = "hiden"
     with pytest.raises(BadConfig, match="`model.slot_input` .*hidden, projected, pause.*hiden"):
         check_config(config)
-    with pytest.raises(ValueError, match="selection must be one of coverage, dense, top_k, random, got 'cover'"):
+    with pytest.raises(
+        ValueError, match="`latents.selection` must be one of coverage, dense, top_k, random, got 'cover'"
+    ):
         LatentSettings(selection="cover")

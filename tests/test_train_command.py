@@ -509,9 +509,9 @@ def config_file(config, tmp_path):
     [
         (["--config.stage1.step=3"], "config.stage1.step must be a key of the config; the nearest is stage1.steps"),
         (["--config.stage1.steps=x"], "`stage1.steps` must be an integer, got 'x'"),
-        (["--config.stage1.optimizer=sgd"], "stage1: optimizer is 'sgd'; accepted are"),
-        (["--config.stage1.accumulation=7"], "stage1: accumulation (7) does not divide batch_size"),
-        (["--config.latents.grouping=x"], "latents.grouping is 'x'"),
+        (["--config.stage1.optimizer=sgd"], "stage1: optimizer must be adamw or muon, got 'sgd'"),
+        (["--config.stage1.accumulation=7"], "stage1: accumulation must divide batch_size (4), got 7"),
+        (["--config.latents.grouping=x"], "`latents.grouping` must be published or complete, got 'x'"),
         (
             ["--config.data.source=ilvr", "--config.data.path=absent.jsonl"],
             "absent.jsonl must be a file of records, but cannot be read",
@@ -519,14 +519,14 @@ def config_file(config, tmp_path):
         (["--config.data.source=files"], "`data.source` must be one of frozen_lake, ilvr, mirage"),
         (["--config.eval.data=absent.jsonl"], "absent.jsonl must be a file of records, but cannot be read"),
         (["--config.eval.max_new_tokens=0"], "eval: max_new_tokens must be a whole number from 1 to 131072, got 0"),
-        (["--config.latents.coverage=0"], "latents.coverage is 0.0; accepted is a number more than 0"),
+        (["--config.latents.coverage=0"], "`latents.coverage` must be a number more than 0 and at most 1, got 0.0"),
         (["--config.model.dtype=floot32"], "`model.dtype` must be one of float32"),
         (["--config.model.remat_policy=some"], "`model.remat_policy` must be one of none, full"),
         (["--config.max_skipped=0"], "`max_skipped` must be at least 1, got 0"),
-        (["--config.stage2.clip=0"], "stage2: clip is 0.0; accepted is a number more than 0"),
+        (["--config.stage2.clip=0"], "stage2: clip must be a number more than 0, got 0.0"),
         (
             ["--config.data.frozen_lake.max_moves=0", "--config.data.on_bad_record=skip"],
-            "data.frozen_lake.max_moves is 0; at least 1 is accepted",
+            "`data.frozen_lake.max_moves` must be at least 1, got 0",
         ),
         (
             ["--config.data.frozen_lake.max_moves=1", "--config.data.on_bad_record=skip"],

@@ -64,9 +64,9 @@ def prepare(options: argparse.Namespace) -> None:
     for name, least in (("limit", 1), ("samples", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
-            raise BadConfig(f"--{name} is {value}, at least {least} is accepted")
+            raise BadConfig(f"--{name} must be at least {least}, got {value}")
     if options.format not in (None, *FORMATS):
-        raise BadConfig(f"--format is {options.format!r}, one of {', '.join(FORMATS)} is accepted")
+        raise BadConfig(f"--format must be one of {', '.join(FORMATS)}, got {options.format!r}")
     options.out = options.out or Path(f"{Path(os.path.abspath(options.file)).stem}_check.html")
     data = options.config.data
     data.source = options.format or find_format(options.file)

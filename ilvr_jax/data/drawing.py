@@ -57,7 +57,7 @@ def _tiles(cell_pixels: int) -> dict[tuple[int, str], UInt8[np.ndarray, "cell_pi
             tiles[cell, move] = _blend(tile, _sprite("cracked_hole" if cell == -1 else elf))
     tiles = {key: tile.astype(np.uint8) for key, tile in tiles.items()}
     if hashlib.sha256(b"".join(tile.tobytes() for tile in tiles.values())).hexdigest() != TILES_DIGEST:
-        raise RuntimeError("gymnasium's FrozenLake pictures are not the expected ones; gymnasium>=1.0,<1.4 is accepted")
+        raise RuntimeError("gymnasium must be >=1.0,<1.4, but its FrozenLake pictures are not those of these releases")
     if cell_pixels == CELL_PIXELS:
         return tiles
     size = (cell_pixels, cell_pixels)

@@ -42,16 +42,16 @@ class ExampleSettings:
 
     def __post_init__(self):
         if self.helper_images not in HELPER_IMAGES:
-            raise ValueError(f'helper_images is "{self.helper_images}"; {", ".join(HELPER_IMAGES)} are accepted')
+            raise ValueError(f"helper_images must be one of {', '.join(HELPER_IMAGES)}, got {self.helper_images!r}")
         if self.latent_size < 1 or self.image_scale <= 0:
             raise ValueError(
-                f"latent_size is {self.latent_size} and image_scale {self.image_scale}; positive numbers are accepted"
+                f"latent_size and image_scale must be positive numbers, got {self.latent_size} and {self.image_scale}"
             )
         bounds = [bound for bound in (self.min_pixels, self.max_pixels) if bound is not None]
         if any(bound < 1 for bound in bounds) or bounds != sorted(bounds):
             raise ValueError(
-                f"min_pixels is {self.min_pixels} and max_pixels {self.max_pixels}; positive numbers in ascending "
-                "order are accepted"
+                "min_pixels and max_pixels must be positive numbers in ascending order, "
+                f"got {self.min_pixels} and {self.max_pixels}"
             )
 
 

@@ -126,7 +126,7 @@ class FrozenLakeSource:
         raise NoMap(
             f"data.frozen_lake: none of {ATTEMPTS} maps of level {side} met hole_probability "
             f"{settings.hole_probability}, detour_share {settings.detour_share}, max_moves {settings.max_moves} and "
-            "exclude; settings that leave more maps are accepted"
+            "exclude; they must leave more maps"
         )
 
 
@@ -262,5 +262,5 @@ def read_maps(path: str | Path) -> Iterable[MapDesc]:
         raise BadRecord(f"data.frozen_lake.exclude: {error}") from error
 
 
-def _bad(name: str, value: Any, accepted: str) -> ValueError:
-    return ValueError(f"data.frozen_lake.{name} is {value!r}; {accepted} is accepted")
+def _bad(name: str, value: Any, wanted: str) -> ValueError:
+    return ValueError(f"`data.frozen_lake.{name}` must be {wanted}, got {value!r}")

@@ -288,7 +288,9 @@ def patch_image(pixels: UInt8[np.ndarray, "height width 3"]) -> PatchedImage:
     """
     height, width = pixels.shape[0] // PATCH, pixels.shape[1] // PATCH
     if pixels.shape[0] % UNIT or pixels.shape[1] % UNIT:
-        raise ValueError(f"an image of {pixels.shape[1]}x{pixels.shape[0]} pixels; multiples of {UNIT} are accepted")
+        raise ValueError(
+            f"sides of an image must be multiples of {UNIT} pixels, got {pixels.shape[1]}x{pixels.shape[0]}"
+        )
     units = pixels.reshape(height // MERGE, MERGE, PATCH, width // MERGE, MERGE, PATCH, 3)
     patches = units.transpose(0, 3, 1, 4, 6, 2, 5).reshape(height * width, 3 * PATCH * PATCH)
     return PatchedImage(patches, height, width)

@@ -81,13 +81,15 @@ def make_iterator(
     `set_state`) is small and plain JSON, and may be restored with another number of workers. All images are of the kind
     that `no_image` is, patched or encoded. With a `share`, batches are those of one process and have its rows of them.
 
-    A bad record raises BadRecord at the next batch, or with `on_bad_record="skip"` is left out: the
+    A bad record raises BadRecord at the next batch, or with `on_bad_record="skip"` is skipped: the
     first are logged, and `skipped_records` lists all. Raises ValueError on settings that make no sense.
     """
     if on_bad_record not in ("error", "skip"):
-        raise ValueError(f'on_bad_record is "{on_bad_record}"; "error" and "skip" are accepted')
-    if not buckets or batch_size < 1 or workers < 0:
-        raise ValueError(f"{len(buckets)} buckets, batch_size {batch_size}, workers {workers}: too few")
+        raise ValueError(f"on_bad_record must be error or skip, got {on_bad_record!r}")
+    sizes = (("the number of buckets", len(buckets), 1), ("batch_size", batch_size, 1), ("workers", workers, 0))
+    for name, size, least in sizes:
+        if size < least:
+            raise ValueError(f"{name} must be at least {least}, got {size}")
     if not len(source):
         raise BadRecord("the source holds no records; at least one is needed")
     load = functools.partial(
@@ -151,7 +153,7 @@ def next_epoch(state: dict[str, Any], records: int) -> dict[str, Any]:
 
 
 def skipped_records(iterator: grain.DatasetIterator) -> list[int]:
-    """Returns the numbers of the records left out so far, each once however often it came up."""
+    """Returns the numbers of the records skipped so far, each once however often it came up."""
     return list(iterator.get_state()["skipped"])
 
 
@@ -311,9 +313,9 @@ class BatchIterator(grain.DatasetIterator):
         elif loaded.number not in self._skipped:
             self._skipped.add(loaded.number)
             if len(self._skipped) <= LOGGED_SKIPS:
-                logging.getLogger(__name__).warning("left out: %s", loaded.problem)
+                logging.getLogger(__name__).warning("skipped: %s", loaded.problem)
         if len(self._skipped) == self._source_length:
-            raise BadRecord(f"every record was left out, the last because: {loaded.problem}")
+            raise BadRecord(f"every record was skipped, the last because: {loaded.problem}")
 
     def _close_stream(self) -> None:
         if self._stream is not None:

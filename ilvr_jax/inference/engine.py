@@ -83,13 +83,13 @@ class EngineSettings:
     def __post_init__(self):
         for name in ("rows", "columns", "max_new_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted is 1 or more")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("chunks", "image_windows"):
             sizes = getattr(self, name)
             if list(sizes) != sorted(set(sizes)) or not all(size >= 1 for size in sizes):
-                raise ValueError(f"{name} is {sizes}; ascending numbers from 1 are accepted")
+                raise ValueError(f"{name} must be ascending numbers from 1, got {sizes}")
         if not self.chunks:
-            raise ValueError("chunks is empty; at least one size is accepted")
+            raise ValueError("chunks must hold at least one size, got none")
 
 
 @dataclasses.dataclass

@@ -206,7 +206,7 @@ def prompt_settings(config: ConfigDict) -> ExampleSettings:
 def decode_settings(config: ConfigDict) -> DecodeSettings:
     """Returns how answers are decoded from the config's `eval` and `latents`; raises ValueError for a bad value."""
     if config.eval.batch_size < 1:
-        raise ValueError(f"batch_size is {config.eval.batch_size}; accepted is 1 or more")
+        raise ValueError(f"batch_size must be at least 1, got {config.eval.batch_size}")
     return DecodeSettings(
         max_new_tokens=config.eval.max_new_tokens,
         latent_size=config.latents.latent_size,

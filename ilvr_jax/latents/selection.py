@@ -37,10 +37,10 @@ class LatentSettings:
 
     def __post_init__(self):
         if self.selection not in SELECTORS:
-            raise ValueError(f"latents.selection must be one of {', '.join(SELECTORS)}, got {self.selection!r}")
+            raise ValueError(f"`latents.selection` must be one of {', '.join(SELECTORS)}, got {self.selection!r}")
         if self.grouping not in ("published", "complete"):
-            raise ValueError(f"latents.grouping is {self.grouping!r}; accepted are 'published' and 'complete'")
-        for name, accepted, good in (
+            raise ValueError(f"`latents.grouping` must be published or complete, got {self.grouping!r}")
+        for name, wanted, good in (
             ("latent_size", "at least 1", self.latent_size >= 1),
             ("candidates", "at least 1", self.candidates >= 1),
             ("coverage", "more than 0 and at most 1", 0 < self.coverage <= 1),
@@ -51,7 +51,7 @@ class LatentSettings:
             ("target_noise", "at least 0", 0 <= self.target_noise < math.inf),
         ):
             if not good:
-                raise ValueError(f"latents.{name} is {getattr(self, name)!r}; accepted is a number {accepted}")
+                raise ValueError(f"`latents.{name}` must be a number {wanted}, got {getattr(self, name)!r}")
 
 
 @flax.struct.dataclass

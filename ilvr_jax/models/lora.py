@@ -26,14 +26,14 @@ class LoraConfig:
     targets: tuple[str, ...] = TARGETS
 
     def __post_init__(self):
-        for name, good, accepted in (
+        for name, good, wanted in (
             ("rank", type(self.rank) is int and self.rank >= 0, "0 (no adapters) or a whole number above"),
             ("alpha", self.alpha > 0, "a number above 0"),
             ("dropout", 0 <= self.dropout < 1, "a number from 0 to below 1"),
             ("targets", self.targets and set(self.targets) <= set(TARGETS), f"some of {', '.join(TARGETS)}"),
         ):
             if not good:
-                raise ValueError(f"model.lora.{name} is {getattr(self, name)!r}; accepted is {accepted}")
+                raise ValueError(f"`model.lora.{name}` must be {wanted}, got {getattr(self, name)!r}")
 
     @property
     def scale(self) -> float:

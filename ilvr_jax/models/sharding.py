@@ -57,16 +57,16 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     Raises ValueError if the sizes do not fit the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    said = ", ".join(f"{axis} {sizes[axis]}" for axis in AXES)
+    given = ", ".join(f"{axis} {sizes[axis]}" for axis in AXES)
     if any(type(size) is not int or (size < 1 and size != -1) for size in sizes.values()):
-        raise ValueError(f"it is {said}; whole numbers from 1, or -1 for the rest, are accepted")
+        raise ValueError(f"sizes must be whole numbers from 1, or -1 for the rest, got {given}")
     free = [axis for axis in AXES if sizes[axis] == -1]
     if len(free) > 1:
-        raise ValueError(f"it is {said}; -1, for the rest, is accepted once")
+        raise ValueError(f"one size at most must be -1, for the rest, got {given}")
     used = int(np.prod([sizes[axis] for axis in AXES if axis not in free]))
     if len(devices) % used or (not free and len(devices) != used):
         wanted = f"a multiple of {used}" if free else str(used)
-        raise ValueError(f"it is {said}, which takes {wanted} devices, and there are {len(devices)}")
+        raise ValueError(f"it is {given}, which takes {wanted} devices, and there are {len(devices)}")
     shape = [len(devices) // used if axis in free else sizes[axis] for axis in AXES]
     # The compiler propagates where arrays lie, from where parameters and batches do.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
@@ -94,7 +94,7 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> None:
         ("hidden_size", config.hidden_size, "fsdp"),
     ):
         if size % mesh.shape[axis]:
-            raise ValueError(f"{axis} is {mesh.shape[axis]}; a divisor of the model's {name} ({size}) is accepted")
+            raise ValueError(f"{axis} must divide the model's {name} ({size}), got {mesh.shape[axis]}")
 
 
 def divisor(axis: str, mesh: Mesh | None = None) -> int:

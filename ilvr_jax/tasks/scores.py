@@ -28,7 +28,7 @@ def pass_at_k(right: int, count: int, k: int) -> float:
     """
     _check_counts(right, count)
     if not 1 <= k <= count:
-        raise ValueError(f"k is {k} for {count} answers; accepted is 1 to the number of answers")
+        raise ValueError(f"k must be from 1 to the number of answers ({count}), got {k}")
     return 1 - math.comb(count - right, k) / math.comb(count, k)
 
 
@@ -40,4 +40,4 @@ def majority(answers: Sequence[str | None]) -> str | None:
 
 def _check_counts(right: int, count: int) -> None:
     if not 0 <= right <= count:
-        raise ValueError(f"{right} of {count} answers are right; accepted is 0 to the number of answers")
+        raise ValueError(f"right answers must be from 0 to the number of answers ({count}), got {right}")

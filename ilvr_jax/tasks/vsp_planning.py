@@ -79,7 +79,7 @@ def check(record: Record) -> None:
     if record.map_desc is None:
         raise BadRecord(f'{record.name}: has no "map_desc", which evaluation needs to play the moves on')
     if len(record.images) != 1:
-        raise BadRecord(f"{record.name}: has {len(record.images)} images; the one of its map is accepted")
+        raise BadRecord(f"{record.name}: must have one image, that of its map, got {len(record.images)}")
 
 
 def find_answer(text: str, record: Record | None = None) -> str | None:

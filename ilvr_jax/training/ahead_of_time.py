@@ -102,7 +102,7 @@ def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
     chip = CHIPS.get(generation)
     if chip is None or not shape:
         examples = ", ".join(f"{name}:{chip.topologies[3]}" for name, chip in CHIPS.items())
-        raise BadConfig(f"--topology is {name!r}; {', '.join(CHIPS)}, a colon and a shape are accepted: {examples}")
+        raise BadConfig(f"--topology must be one of {', '.join(CHIPS)}, a colon and a shape ({examples}), got {name!r}")
     if importlib.util.find_spec("libtpu") is None:
         raise BadConfig("libtpu, the compiler for TPUs, is not installed: pip install -r requirements-tpu.txt")
     for variable, value in NO_CLOUD.items():
@@ -113,7 +113,7 @@ def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
         if not re.search("INVALID_ARGUMENT|Invalid", str(error)):
             raise
         known = ", ".join(f"{generation}:{shape}" for shape in chip.topologies)
-        raise BadConfig(f"--topology {name!r} does not exist; {known} are accepted") from error
+        raise BadConfig(f"--topology must be one of {known}, got {name!r}") from error
 
 
 def open_model(config: ConfigDict) -> Qwen2_5VL:

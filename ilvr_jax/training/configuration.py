@@ -88,9 +88,9 @@ def read_config_flags(
     """Adds --config and --config.section.key to a parser and reads the command line.
 
     Returns the namespace with `config` (a locked ConfigDict) and `config_file`. With a `default` config --config may
-    be left out, and `config_file` is None then. `prepare` gets the namespace before the values given as flags are set
+    be omitted, and `config_file` is None then. `prepare` gets the namespace before the values given as flags are set
     and may change `config`: those of other flags, say. Raises BadConfig if the file, a key
-    or a value is no good; leaves the process with status 2, as argparse does, at an unknown flag, and with 0 after
+    or a value is invalid; leaves the process with status 2, as argparse does, at an unknown flag, and with 0 after
     --config.print=true, which prints the config.
     """
     parser.allow_abbrev = False
@@ -206,8 +206,8 @@ def check_config(config: ConfigDict) -> None:
         stage = config[name]
         _one_of(f"{name}.objective", stage.objective, OBJECTIVES)
         objective = OBJECTIVES[stage.objective]
-        accepted = f" with objective {stage.objective}"
-        _one_of(f"{name}.helper_images", stage.helper_images, objective.helper_images, accepted)
+        where = f" with objective {stage.objective}"
+        _one_of(f"{name}.helper_images", stage.helper_images, objective.helper_images, where)
         for part in stage.train:
             _one_of(f"{name}.train", part, ("vision", decoder_part(config)))
         if not stage.train:

@@ -22,7 +22,7 @@ def learning_rate_schedule(stage: ConfigDict) -> optax.Schedule:
         "cosine": optax.cosine_decay_schedule(peak, remaining),
     }
     if stage.schedule not in decays:
-        raise ValueError(f"schedule is {stage.schedule!r}; accepted are {', '.join(decays)}")
+        raise ValueError(f"schedule must be one of {', '.join(decays)}, got {stage.schedule!r}")
     rise = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
     return optax.join_schedules([rise, decays[stage.schedule]], [warmup]) if warmup else decays[stage.schedule]
 
@@ -54,7 +54,7 @@ def make_optimizer(stage: ConfigDict) -> optax.GradientTransformation:
     Adam's first ones, and Adam's steps elsewhere; there weight decay is on the hidden matrices alone. Raises
     ValueError for an optimizer other than "adamw" and "muon".
     """
-    for name, accepted, good in (
+    for name, wanted, good in (
         ("clip", "more than 0", 0 < stage.clip),
         ("warmup_steps", "at least 0", 0 <= stage.warmup_steps),
         ("learning_rate", "more than 0", 0 < stage.learning_rate < math.inf),
@@ -62,7 +62,7 @@ def make_optimizer(stage: ConfigDict) -> optax.GradientTransformation:
         ("weight_decay", "at least 0", 0 <= stage.weight_decay < math.inf),
     ):
         if not good:
-            raise ValueError(f"{name} is {stage[name]!r}; accepted is a number {accepted}")
+            raise ValueError(f"{name} must be a number {wanted}, got {stage[name]!r}")
     schedule = learning_rate_schedule(stage)
     if stage.optimizer == "adamw":
         optimizer = optax.adamw(schedule, b2=stage.beta2, weight_decay=stage.weight_decay, mask=decayed)
@@ -75,5 +75,5 @@ def make_optimizer(stage: ConfigDict) -> optax.GradientTransformation:
             muon_weight_dimension_numbers=muon_dimensions,
         )
     else:
-        raise ValueError(f"optimizer is {stage.optimizer!r}; accepted are adamw, muon")
+        raise ValueError(f"optimizer must be adamw or muon, got {stage.optimizer!r}")
     return optax.chain(optax.clip_by_global_norm(stage.clip), optimizer)

@@ -137,9 +137,9 @@ def open_pretrained(name: str | Path, weights: bool = True) -> Pretrained:
     stored = as_weights_are(read_published(folder), folder)
     if other := stored.get("transformers_weights"):
         raise BadCheckpoint(f"{folder / 'config.json'} must not have `transformers_weights`, got {quote(other)}")
-    for name in KEPT:
-        if os.path.lexists(folder / name):
-            read_object(folder / name, BadCheckpoint)
+    for kept in KEPT:
+        if os.path.lexists(folder / kept):
+            read_object(folder / kept, BadCheckpoint)
     check_stop_tokens(folder)
     published = adapter.changed(stored) if adapter else stored
     rows = model_config_from_hf(published).vocab_size

@@ -64,10 +64,10 @@ def accumulation_parts(batch_size: int, accumulation: int, devices: int) -> int:
     One device has batch_size / accumulation of them. Raises ValueError if the rows cannot be shared out evenly.
     """
     if batch_size % accumulation:
-        raise ValueError(f"accumulation ({accumulation}) does not divide batch_size ({batch_size})")
+        raise ValueError(f"accumulation must divide batch_size ({batch_size}), got {accumulation}")
     if batch_size % devices:
         raise ValueError(
-            f"batch_size ({batch_size}) is shared out over {devices} devices; a multiple of {devices} is accepted"
+            f"batch_size must be a multiple of {devices}, the devices that share its rows, got {batch_size}"
         )
     rows, at_a_time = batch_size // devices, batch_size // accumulation
     return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= at_a_time)
