@@ -301,6 +301,9 @@ def renamed(rename):
         "base_model.model.module.",
         "module.base_model.model.",
         "_orig_mod.base_model.model._orig_mod.",
+        "_forward_module.",
+        "pretrained_model.",
+        "actor.module.",
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
@@ -318,6 +321,25 @@ def test_weights_under_prefixes_are_the_same(folder):
     whole = load(folder)
     rewrite(folder / WEIGHTS, renamed(lambda name: f"module.base_model.model.{nested_name(name)}"))
     jax.tree.map(np.testing.assert_array_equal, load(folder), whole)
+
+
+def test_a_checkpoint_of_the_model_without_its_head_is_read_as_transformers_does(folder):
+    """`Qwen2_5_VLModel.save_pretrained` writes no `model.` in front; the head is then tied, or missing."""
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    rewrite(folder / WEIGHTS, lambda tensors: {n: tensor for n, tensor in tensors.items() if n != "lm_head.weight"})
+    whole = load(folder)
+    rewrite(folder / WEIGHTS, renamed(lambda name: nested_name(name).removeprefix("model.")))
+    jax.tree.map(np.testing.assert_array_equal, load(folder), whole)
+    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="float32")
+    weight = theirs.model.language_model.layers[1].mlp.up_proj.weight.detach().numpy()
+    np.testing.assert_array_equal(weight.T, whole["decoder"]["layers"]["mlp"]["up_proj"]["kernel"][1])
+
+
+def test_a_prefix_that_is_not_known_is_in_the_sentence(folder, refusal):
+    rewrite(folder / WEIGHTS, renamed(lambda name: f"policy.net.{name}"))
+    message = refusal(folder)
+    assert "lacks" in message and "has besides policy.net." in message and len(message) < 400
 
 
 def test_compiled_modules_inside_the_model_are_found(folder, check):
@@ -388,7 +410,7 @@ def test_tensors_of_another_architecture_are_refused_by_name(folder, name, prefi
 
 def test_at_most_five_tensors_are_named(folder, refusal):
     rewrite(folder / WEIGHTS, renamed(lambda name: name.replace("layers.", "blocks_of_layers.")))
-    assert "and 31 more" in refusal(folder)
+    assert "and 34 more" in refusal(folder)
     rewrite(folder / WEIGHTS, renamed(lambda name: f"visual.{name}"))
     message = refusal(folder)
     assert "lacks" in message and "has besides" in message and message.count("more") == 2

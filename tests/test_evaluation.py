@@ -183,5 +183,5 @@ def test_records_that_cannot_be_played_are_refused(tokenizer):
     player = Player(tokenizer, [FREE], seeing)
     with pytest.raises(BadRecord, match='test.jsonl line 7: has no "map_desc"'):
         evaluation_of(player, [Record("?", (draw_map(FREE, 28),), (), name="test.jsonl line 7")])
-    with pytest.raises(BadRecord, match="line 2: has 0 images"):
+    with pytest.raises(BadRecord, match="line 2: must have one image, that of its map, got 0"):
         evaluation_of(player, [Record("?", (), (), map_desc=FREE, name="line 2")])

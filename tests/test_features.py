@@ -55,7 +55,7 @@ def losses(name, batch):
     teacher, settings = {"decoder": PARAMS["decoder"]}, LatentSettings(latent_size=3, candidates=5)
     program = jax.jit(
         lambda params, batch: loss_and_gradients(
-            name, ("decoder",), 2, MODEL, params, teacher, batch, settings, jax.random.key(0)
+            OBJECTIVES[name].loss, ("decoder",), 2, MODEL, params, teacher, batch, settings, jax.random.key(0)
         )
     )
     return program(PARAMS, batch), program.lower(PARAMS, batch).compile().as_text()

@@ -46,7 +46,7 @@ with stop_sentence(lambda: "outer"), stop_sentence(lambda: "3 answers are kept")
         (folder / "new" / "part").mkdir()
         {WAIT.replace(chr(10), chr(10) + 8 * " ")}"""
     process = run("-c", program)
-    assert process.stdout.readline() == "not flushed\n"
+    assert [process.stdout.readline() for _ in range(2)] == ["not flushed\n", "ready\n"]
     assert len(os.listdir(tmp_path)) == 3
     assert interrupt(process)[1] == "3 answers are kept\n"
     assert os.listdir(tmp_path) == []

@@ -291,10 +291,12 @@ def test_a_dtype_that_weights_cannot_have_is_named(key, value, tmp_path):
     ],
 )
 def test_quantised_weights_are_named_by_their_method(settings, name, tmp_path):
-    with pytest.raises(BadCheckpoint) as error:
-        shape_of({**FLAT, "quantization_config": settings}, tmp_path)
-    assert "`quantization_config` is that of" in str(error.value) and name in str(error.value)
-    assert len(str(error.value)) < 400
+    inside = {"vision_config": {**FLAT["vision_config"], "quantization_config": settings}}
+    for prefix, fields in (("", {"quantization_config": settings}), ("vision_config.", inside)):
+        with pytest.raises(BadCheckpoint) as error:
+            shape_of({**FLAT, **fields}, tmp_path)
+        assert f"`{prefix}quantization_config` is that of" in str(error.value) and name in str(error.value)
+        assert len(str(error.value)) < 400
 
 
 VALUES = (

@@ -35,9 +35,11 @@ RENAMED = {
 }
 
 
-# Modules around the model that training leaves in names: PEFT's, and those of data parallelism and torch.compile.
+# Modules around the model that training leaves in names: PEFT's, those of reinforcement learning and of value heads,
+# and inside the model, too, those of data parallelism and torch.compile.
 WRAPPERS = re.compile(
-    r"^base_model\.model\.|(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"^(?:base_model\.model|pretrained_model|_forward_module|actor)\."
+    r"|(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 BUFFERS = re.compile(r"(^|\.)rotary(_pos)?_emb\.\w+$")  # computed from the config, as transformers does
 # Modules that are computed here: a tensor in them that is not expected belongs to another computation.
@@ -66,8 +68,11 @@ def unwrapped(name: str) -> str:
 
 
 def flat_name(name: str) -> str:
-    """Returns a tensor's name in the flat scheme, the older of the two, without modules around the model."""
-    name = re.sub(r"^model\.language_model\.", "model.", unwrapped(name))
+    """Returns a tensor's name in the flat scheme, the older of the two, without modules around the model.
+
+    A checkpoint of the model without its head begins with `language_model`; transformers loads that as well.
+    """
+    name = re.sub(r"^(model\.)?language_model\.", "model.", unwrapped(name))
     return re.sub(r"^model\.visual\.", "visual.", name)
 
 
@@ -164,7 +169,7 @@ def check_tensors(state: Mapping[str, np.ndarray], shapes: PyTree, config: Model
         found.setdefault(EMBEDDING, head)  # one of the two is enough, as it is for transformers
     expected = published_shapes(shapes, config)
     others = sorted(found.keys() - expected.keys())
-    misshapen, numbers = [], []
+    missing, misshapen, numbers = [name for name in expected if name not in found], [], []
     for name in sorted(expected.keys() & found.keys()):
         shape, dtype = shape_and_dtype(state, found[name])
         if dtype not in FLOATS:
@@ -172,10 +177,11 @@ def check_tensors(state: Mapping[str, np.ndarray], shapes: PyTree, config: Model
         elif shape != expected[name]:
             misshapen.append(f"{name} ({list(shape)} in place of {list(expected[name])})")
     problems = {
-        "lacks": [name for name in expected if name not in found],
+        "lacks": missing,
         "has another shape in": misshapen,
         f"has a dtype other than {', '.join(FLOATS)} in": numbers,
-        "has besides": [name for name in others if COMPUTED.match(name) and not BUFFERS.search(name)],
+        # With tensors missing any other may be one of them under a name that is not known here.
+        "has besides": [name for name in others if (COMPUTED.match(name) or missing) and not BUFFERS.search(name)],
     }
     problems = {what: names for what, names in problems.items() if names}
     if problems:

@@ -281,10 +281,10 @@ def published_dtype(published: Mapping[str, Any]) -> str | None:
 
 def check_not_quantised(published: Mapping[str, Any]) -> None:
     """Raises BadCheckpoint, naming the method, if a config.json describes quantised weights."""
-    text = published.get("text_config")
-    for section, prefix in ((published, ""), (text if isinstance(text, dict) else {}, "text_config.")):
+    inner = [(f"{name}.", published.get(name)) for name in ("text_config", "vision_config")]
+    for prefix, section in (("", published), *inner):
         for key in ("quantization_config", "compression_config"):
-            if (settings := section.get(key)) is not None:
+            if isinstance(section, Mapping) and (settings := section.get(key)) is not None:
                 raise BadCheckpoint(
                     f"the weights must not be quantised, but `{prefix}{key}` is that of {quantisation(settings)}; "
                     "give the checkpoint that they were made from"
