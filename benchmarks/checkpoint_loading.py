@@ -26,13 +26,13 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.machine import machine
+from ilvr_jax.checkpoints.export import export
+from ilvr_jax.checkpoints.pretrained import load_params, open_pretrained, save_converted
 from ilvr_jax.data.tokenizer import LATENT_TOKENS, SPECIAL_TOKENS
-from ilvr_jax.models.checkpoint import published_shapes
-from ilvr_jax.models.config import model_config_from_hf
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.qwen2_5_vl.config import model_config_from_hf
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.qwen2_5_vl.weights import published_shapes
 from ilvr_jax.models.tensor_files import TensorToWrite, write_tensors
-from ilvr_jax.training.export import export
-from ilvr_jax.training.pretrained import load_params, open_pretrained, save_converted
 
 SHARD_BYTES = 10**9
 SAMPLED_EVERY = 0.002  # seconds

@@ -65,11 +65,11 @@ def make_torch(description: dict):
 def make_ours(torch_model, description: dict, prompts: np.ndarray, new_tokens: int) -> Callable[[], tuple]:
     """Returns what serves all prompts at once, after compiling, and gives tokens, seconds and those to first tokens."""
     from ilvr_jax.inference.engine import Engine, Request, fit_settings
-    from ilvr_jax.latents.layout import build_sample
-    from ilvr_jax.latents.tokens import SpecialTokens
-    from ilvr_jax.models.checkpoint import params_from_state_dict
-    from ilvr_jax.models.config import model_config_from_hf
-    from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+    from ilvr_jax.method.layout import build_sample
+    from ilvr_jax.method.tokens import SpecialTokens
+    from ilvr_jax.models.qwen2_5_vl.config import model_config_from_hf
+    from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+    from ilvr_jax.models.qwen2_5_vl.weights import params_from_state_dict
 
     special = SpecialTokens(*range(SPECIAL_IDS))
     config = model_config_from_hf(description)

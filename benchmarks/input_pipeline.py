@@ -14,10 +14,10 @@ from rich.table import Table
 
 from benchmarks.machine import machine
 from ilvr_jax.data.examples import ExampleSettings, build_example
-from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSettings, FrozenLakeSource
 from ilvr_jax.data.pipeline import make_iterator
 from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer
-from ilvr_jax.latents.layout import collate, merge_layouts, required_layout
+from ilvr_jax.method.layout import collate, merge_layouts, required_layout
 
 MEASURED = 256  # records of which the stages are timed one by one, and which set the bucket's shape
 WINDOW_UNITS = 2  # merge units a side of an attention window, as in configs/base.py

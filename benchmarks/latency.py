@@ -29,13 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import Parser, Peaks, device_line, measure_peaks, positive, refuse
+from ilvr_jax.analysis.compilation import published_description
 from ilvr_jax.inference.engine import Answer, Engine, Request, fit_settings
-from ilvr_jax.latents.layout import Sample, build_sample
-from ilvr_jax.latents.tokens import SpecialTokens
-from ilvr_jax.models.config import ModelConfig, model_config_from_hf
-from ilvr_jax.models.images import MERGE, STILL_PATCH_DIM, PatchedImage
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
-from ilvr_jax.training.ahead_of_time import published_description
+from ilvr_jax.method.layout import Sample, build_sample
+from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, model_config_from_hf
+from ilvr_jax.models.qwen2_5_vl.images import MERGE, STILL_PATCH_DIM, PatchedImage
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 
 MODELS = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct"}
 METHODS = ("latent", "pixels", "text", "single")

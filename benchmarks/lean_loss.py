@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import processor
-from ilvr_jax.latents.objectives import CHUNK_LOGITS, cross_entropy
-from ilvr_jax.models.config import ModelConfig, VisionConfig
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.method.objectives import CHUNK_LOGITS, cross_entropy
+from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, VisionConfig
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 
 
 def temporary_bytes(model: Qwen2_5VL, columns: int, head_learns: bool, chunk_logits: int | None) -> int:

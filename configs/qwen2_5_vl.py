@@ -1,7 +1,7 @@
 """The published settings for Qwen2.5-VL, which the files qwen2_5_vl_*.py fill in; by itself 7B, both stages, in full.
 
 Needs the data: `--config.data.path=train.jsonl`, in the format that `--config.data.source` names. `python -m
-ilvr_jax.data check` says whether it fits the buckets.
+ilvr_jax.check_data` says whether it fits the buckets.
 """
 
 from ml_collections import ConfigDict

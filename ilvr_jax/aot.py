@@ -17,10 +17,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from ilvr_jax.command import ArgumentParser, command, path_flag
-from ilvr_jax.latents.layout import padded_tokens
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
-from ilvr_jax.training.ahead_of_time import (
+from ilvr_jax.analysis.compilation import (
     GIB,
     Chip,
     DoesNotFit,
@@ -30,6 +27,9 @@ from ilvr_jax.training.ahead_of_time import (
     open_model,
     open_topology,
 )
+from ilvr_jax.command import ArgumentParser, command, path_flag
+from ilvr_jax.method.layout import padded_tokens
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.batches import config_buckets
 from ilvr_jax.training.configuration import REPOSITORY, BadConfig, blame, load_config, read_config_flags
 

@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Sequence
 
+from ilvr_jax.checkpoints.export import export
+from ilvr_jax.checkpoints.pretrained import open_pretrained, save_converted
 from ilvr_jax.command import DONE, ArgumentParser, command, path_flag
-from ilvr_jax.models.config import DTYPES
-from ilvr_jax.training.export import export
-from ilvr_jax.training.pretrained import open_pretrained, save_converted
+from ilvr_jax.models.qwen2_5_vl.config import DTYPES
 
 
 @command

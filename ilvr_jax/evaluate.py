@@ -15,23 +15,23 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ilvr_jax.checkpoints.trained import TrainedModel, open_trained
 from ilvr_jax.command import ArgumentParser, command, path_flag
 from ilvr_jax.data.examples import ExampleSettings, build_prompt, read_image
 from ilvr_jax.data.pipeline import Source, fingerprint
 from ilvr_jax.data.records import BadRecord, Record
 from ilvr_jax.errors import InputError, quote
+from ilvr_jax.evaluation.results import Key, Results, figures, open_results
 from ilvr_jax.files import check_output, write_json
+from ilvr_jax.generation_flags import add_decoding_flags, blame_flags, check_sizes, how_to_decode
 from ilvr_jax.inference.engine import Engine, fit_settings
-from ilvr_jax.inference.flags import add_decoding_flags, blame_flags, check_sizes, how_to_decode
 from ilvr_jax.inference.requests import Answer, Picture, Request
 from ilvr_jax.inference.sampling import check_whole
 from ilvr_jax.inference.transcript import split_at_looks
 from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.tasks import TASKS
-from ilvr_jax.tasks.results import Key, Results, figures, open_results
 from ilvr_jax.training.configuration import BadConfig, evaluation_file
 from ilvr_jax.training.progress import Progress
-from ilvr_jax.training.trained import TrainedModel, open_trained
 
 REPORT_SECONDS = 10.0  # between two lines of progress
 MOST_SAMPLES, MOST_ROWS = 2**16, 2**16

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from ilvr_jax.checkpoints.trained import TrainedModel, open_trained
 from ilvr_jax.command import ArgumentParser, command, path_flag
 from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.records import Record
 from ilvr_jax.errors import quote
 from ilvr_jax.files import check_output, named_errors, written
+from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, how_to_decode
 from ilvr_jax.inference.engine import Engine, fit_settings
-from ilvr_jax.inference.flags import add_decoding_flags, check_sizes, how_to_decode
 from ilvr_jax.inference.requests import Answer, Request
 from ilvr_jax.inference.transcript import show_look
 from ilvr_jax.tasks.final_answer import find_final_answer
 from ilvr_jax.training.configuration import BadConfig
-from ilvr_jax.training.trained import TrainedModel, open_trained
 
 
 @command

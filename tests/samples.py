@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ilvr_jax.data.__main__ import export
-from ilvr_jax.data.frozen_lake import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.checkpoints.manager import Checkpoints, stage_folder
+from ilvr_jax.data.export import write_records
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSettings, FrozenLakeSource
 from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer
-from ilvr_jax.latents.layout import Sample, build_sample
-from ilvr_jax.latents.objectives import OBJECTIVES
-from ilvr_jax.latents.tokens import SpecialTokens
-from ilvr_jax.models.config import ModelConfig, VisionConfig, model_config
-from ilvr_jax.models.images import PatchedImage
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
-from ilvr_jax.training.checkpoints import Checkpoints, stage_folder
+from ilvr_jax.method.layout import Sample, build_sample
+from ilvr_jax.method.objectives import OBJECTIVES
+from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, VisionConfig, model_config
+from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.configuration import REPOSITORY, load_config, to_json
 from ilvr_jax.training.state import TrainState
 
@@ -136,9 +136,9 @@ def tiny_config(eval_data: Path | None = None) -> ConfigDict:
 
 
 def export_maps(folder: Path, count: int = 4) -> Path:
-    """Returns a file of maps with plans and pictures, as `python -m ilvr_jax.data export` writes them."""
+    """Returns a file of maps with plans and pictures, as `python -m ilvr_jax.export_data` writes them."""
     maps = FrozenLakeSource(FrozenLakeSettings(levels=(3,), max_moves=4), seed=5, count=count)
-    export([maps[index] for index in range(len(maps))], folder)
+    write_records([maps[index] for index in range(len(maps))], folder)
     return folder / "train.jsonl"
 
 

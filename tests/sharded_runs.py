@@ -17,19 +17,19 @@ import numpy as np  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
+from ilvr_jax.analysis.hlo import collectives  # noqa: E402
+from ilvr_jax.checkpoints.manager import Checkpoints  # noqa: E402
 from ilvr_jax.inference.decode import DecodeSettings, generate  # noqa: E402
-from ilvr_jax.latents.objectives import cross_entropy  # noqa: E402
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL  # noqa: E402
+from ilvr_jax.method.objectives import cross_entropy  # noqa: E402
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL  # noqa: E402
 from ilvr_jax.models.sharding import AXES, divisor, make_mesh, on_mesh, place_rows, placed_like, shardings  # noqa: E402
-from ilvr_jax.reports.hlo import collectives  # noqa: E402
-from ilvr_jax.training.checkpoints import Checkpoints  # noqa: E402
 from ilvr_jax.training.optimizer import make_optimizer  # noqa: E402
 from ilvr_jax.training.state import first_state, state_like  # noqa: E402
 from ilvr_jax.training.step import OBJECTIVES, make_train_step  # noqa: E402
+from tests.inference.test_decode import PARAMS, prompts  # noqa: E402
+from tests.inference.test_decode import lay_out as lay_out_prompts  # noqa: E402
 from tests.samples import NoData  # noqa: E402
-from tests.test_decode import PARAMS, prompts  # noqa: E402
-from tests.test_decode import lay_out as lay_out_prompts  # noqa: E402
-from tests.test_step import CONFIG, LATENTS, SPECIAL, lay_out, samples, stage  # noqa: E402
+from tests.training.test_step import CONFIG, LATENTS, SPECIAL, lay_out, samples, stage  # noqa: E402
 
 STEPS = 5
 # Sizes of slice, data, fsdp and tensor; the first is one device.

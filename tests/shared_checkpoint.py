@@ -15,9 +15,9 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from jaxtyping import PyTree  # noqa: E402
 
+from ilvr_jax.checkpoints.manager import Checkpoints  # noqa: E402
+from ilvr_jax.distributed import wait_for_all  # noqa: E402
 from ilvr_jax.models.sharding import make_mesh, placed_like, to_mesh  # noqa: E402
-from ilvr_jax.training.checkpoints import Checkpoints  # noqa: E402
-from ilvr_jax.training.processes import wait_for_all  # noqa: E402
 from tests.samples import NoData  # noqa: E402
 
 

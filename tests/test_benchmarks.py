@@ -7,7 +7,7 @@ import pytest
 from benchmarks import decode, latency
 from benchmarks.latency import CASES, Case, Work, decoder_work, figures, forced_tokens, layer_weights, least, trace
 from benchmarks.machine import Peaks
-from ilvr_jax.models.config import ModelConfig, VisionConfig
+from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, VisionConfig
 
 VISION = VisionConfig(4, 16, 24, 2, 8, 112, (3,))
 # Two layers of 2 heads of 4 channels, one of them with keys and values, and a vocabulary of 10.

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ilvr_jax.latents.layout import Sample, build_sample
-from ilvr_jax.latents.tokens import SpecialTokens
-from ilvr_jax.models.checkpoint import params_from_state_dict
-from ilvr_jax.models.config import ModelConfig, model_config_from_hf
-from ilvr_jax.models.images import PatchedImage
+from ilvr_jax.method.layout import Sample, build_sample
+from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, model_config_from_hf
+from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
+from ilvr_jax.models.qwen2_5_vl.weights import params_from_state_dict
 
 SHARED = Path(__file__).parents[2] / "shared"  # optional data, beside the repository
 COPIES = Path(__file__).parent / "data" / "conformance"

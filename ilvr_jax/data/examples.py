@@ -12,9 +12,9 @@ from ilvr_jax.data.features import FeatureStore
 from ilvr_jax.data.images import load_image, patch_image
 from ilvr_jax.data.records import IMAGE_MARKER, BadRecord, ImageSource, Record, Text
 from ilvr_jax.data.tokenizer import SPECIAL_TOKENS
-from ilvr_jax.latents.layout import Sample, build_sample
-from ilvr_jax.latents.tokens import SpecialTokens
-from ilvr_jax.models.images import EncodedImage, PatchedImage
+from ilvr_jax.method.layout import Sample, build_sample
+from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.qwen2_5_vl.images import EncodedImage, PatchedImage
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # image_pad is repeated once per vision token
 LATENT = "<|latent_start|><|latent_pad|><|latent_end|>"  # latent_pad is repeated once per slot

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from ilvr_jax.data.records import ImageSource
 from ilvr_jax.files import open_regular
-from ilvr_jax.models.images import EncodedImage
+from ilvr_jax.models.qwen2_5_vl.images import EncodedImage
 from ilvr_jax.models.tensor_files import TensorFiles, tensor_places
 
 UNFINISHED = ".partial"

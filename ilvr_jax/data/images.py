@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 from ilvr_jax.data.records import BadRecord, ImageSource
 from ilvr_jax.errors import InputError, quote
 from ilvr_jax.files import POINTER, open_regular, read_object
-from ilvr_jax.models.images import MERGE, PatchedImage
+from ilvr_jax.models.qwen2_5_vl.images import MERGE, PatchedImage
 
 PATCH = 14  # pixels a side of a patch
 UNIT = PATCH * MERGE  # pixels a side of a merge unit, one vision token

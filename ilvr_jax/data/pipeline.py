@@ -13,9 +13,9 @@ import numpy as np
 from absl import flags
 
 from ilvr_jax.data.records import BadRecord, Record
-from ilvr_jax.latents.layout import NO_IMAGE, Batch, Layout, Sample, collate, fits, required_layout
-from ilvr_jax.latents.tokens import SpecialTokens
-from ilvr_jax.models.images import EncodedImage, PatchedImage
+from ilvr_jax.method.layout import NO_IMAGE, Batch, Layout, Sample, collate, fits, required_layout
+from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.qwen2_5_vl.images import EncodedImage, PatchedImage
 
 PREFETCHED_BATCHES = 2
 PREFETCHED_SAMPLES = 16  # a worker

@@ -16,8 +16,8 @@ from jaxtyping import Int
 from ilvr_jax.data.images import PATCH
 from ilvr_jax.data.pipeline import Source, find_bucket, stream
 from ilvr_jax.data.records import BadRecord, Record, Text
-from ilvr_jax.latents.layout import Layout, Sample, merge_layouts, padded_tokens, required_layout
-from ilvr_jax.latents.tokens import Role
+from ilvr_jax.method.layout import Layout, Sample, merge_layouts, padded_tokens, required_layout
+from ilvr_jax.method.tokens import Role
 
 QUOTED = 3  # sentences of each reason
 MOST_REASONS = 1000  # that are counted apart

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfi
 from ilvr_jax.data.records import Record, Text
 from ilvr_jax.errors import InputError, listed, quote
 from ilvr_jax.files import open_regular, read_object, read_text
-from ilvr_jax.latents.tokens import SpecialTokens
+from ilvr_jax.method.tokens import SpecialTokens
 
 # The files of a tokenizer: all of it, or its parts; JSON objects beside them; the template of its conversations.
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from ilvr_jax.inference.sampling import Sampling, check_sampling, check_whole, sample_tokens
-from ilvr_jax.latents.layout import Batch
-from ilvr_jax.latents.slots import fill_slots
-from ilvr_jax.latents.tokens import SpecialTokens
+from ilvr_jax.method.layout import Batch
+from ilvr_jax.method.slots import fill_slots
+from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.lora import decoder_params
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 
 MOST_NEW_TOKENS = 2**17  # of an answer; published models have positions up to 128,000
 

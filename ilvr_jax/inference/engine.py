@@ -47,13 +47,13 @@ from ilvr_jax.inference.rows import (
 )
 from ilvr_jax.inference.sampling import Sampling, check_whole
 from ilvr_jax.inference.transcript import show_look, show_text, split_at_looks
-from ilvr_jax.latents.layout import NO_IMAGE, Sample
-from ilvr_jax.latents.tokens import SpecialTokens
-from ilvr_jax.models.decoder import split_layers
-from ilvr_jax.models.images import MERGE, EncodedImage, stack_images, window_count
+from ilvr_jax.method.layout import NO_IMAGE, Sample
+from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.lora import decoder_params
-from ilvr_jax.models.positions import mrope_positions
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.models.qwen2_5_vl.decoder import split_layers
+from ilvr_jax.models.qwen2_5_vl.images import MERGE, EncodedImage, stack_images, window_count
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.qwen2_5_vl.positions import mrope_positions
 
 UNLIMITED = np.iinfo(np.int32).max
 STEPS = 32  # tokens that rows write between two looks at them from the host, if none of them stops

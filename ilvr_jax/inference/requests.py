@@ -9,10 +9,10 @@ from jaxtyping import Float
 from ilvr_jax.errors import quote
 from ilvr_jax.inference.decode import MOST_NEW_TOKENS
 from ilvr_jax.inference.sampling import check_sampling, check_whole
-from ilvr_jax.latents.layout import Sample
-from ilvr_jax.latents.tokens import SpecialTokens
-from ilvr_jax.models.config import ModelConfig
-from ilvr_jax.models.images import MERGE, EncodedImage, PatchedImage
+from ilvr_jax.method.layout import Sample
+from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
+from ilvr_jax.models.qwen2_5_vl.images import MERGE, EncodedImage, PatchedImage
 
 METHODS = {
     "latent": "the model looks when it wants to, into slots",

@@ -14,10 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ilvr_jax.inference.decode import Mode, ends_answer, next_inputs, next_token
 from ilvr_jax.inference.sampling import Sampling
-from ilvr_jax.latents.tokens import SpecialTokens
-from ilvr_jax.models.decoder import LayerKeyValues, decode_by_layers
-from ilvr_jax.models.images import ImageBatch
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.qwen2_5_vl.decoder import LayerKeyValues, decode_by_layers
+from ilvr_jax.models.qwen2_5_vl.images import ImageBatch
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 
 
 class Status(IntEnum):

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from ilvr_jax.latents.tokens import SpecialTokens
+from ilvr_jax.method.tokens import SpecialTokens
 
 
 def split_at_looks(

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PyTree
 
-from ilvr_jax.models.config import ModelConfig
+from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
 
 # Slices are joined by the slower network between pods; rows alone are divided over them.
 AXES = ("slice", "data", "fsdp", "tensor")

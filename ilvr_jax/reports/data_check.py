@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from ilvr_jax.data.images import UNIT, unpatch_image
 from ilvr_jax.data.survey import Survey, Tally, View, first_holding, pair_of_zeros
 from ilvr_jax.files import write_text
-from ilvr_jax.latents.layout import Layout, Sample, padded_tokens, sample_columns
-from ilvr_jax.latents.tokens import Role, SpecialTokens
-from ilvr_jax.models.images import PatchedImage
+from ilvr_jax.method.layout import Layout, Sample, padded_tokens, sample_columns
+from ilvr_jax.method.tokens import Role, SpecialTokens
+from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
 
 CONFIG_FILE = (
     "A config file with the suggested buckets. Save it under a new name, such as own_data.py, and train with: "

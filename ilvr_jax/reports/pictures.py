@@ -12,9 +12,9 @@ from matplotlib.patches import Circle, FancyArrowPatch, PathPatch
 from matplotlib.path import Path as Curve
 from matplotlib.patheffects import withStroke
 
-from ilvr_jax.data.drawing import draw_map
-from ilvr_jax.data.frozen_lake import Cell
-from ilvr_jax.inference.evaluation import Answer
+from ilvr_jax.data.frozen_lake.drawing import draw_map
+from ilvr_jax.data.frozen_lake.source import Cell
+from ilvr_jax.evaluation.maps import Answer
 from ilvr_jax.tasks.vsp_planning import Outcome, holes_matter, is_detour, walk
 
 COLUMNS = 4

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from ilvr_jax.data.drawing import draw_map
 from ilvr_jax.data.formats import FORMATS
-from ilvr_jax.data.frozen_lake import MOVE_WORDS, MOVES, Cell, find_cell
+from ilvr_jax.data.frozen_lake.drawing import draw_map
+from ilvr_jax.data.frozen_lake.source import MOVE_WORDS, MOVES, Cell, find_cell
 from ilvr_jax.data.images import open_image
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import BadRecord, MapDesc, Record

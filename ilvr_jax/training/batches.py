@@ -17,14 +17,14 @@ from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.examples import ExampleSettings, build_example
 from ilvr_jax.data.formats import FORMATS
-from ilvr_jax.data.frozen_lake import FrozenLakeSource, frozen_lake_settings
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource, frozen_lake_settings
 from ilvr_jax.data.pipeline import Share, Source, fingerprint, make_iterator, next_epoch
 from ilvr_jax.data.records import BadRecord, Record
 from ilvr_jax.data.tokenizer import load_tokenizer, record_texts, train_tokenizer
-from ilvr_jax.latents.layout import NO_IMAGE, Layout, padded_tokens
+from ilvr_jax.distributed import is_main, open_exchange, wait_for_all
+from ilvr_jax.method.layout import NO_IMAGE, Layout, padded_tokens
 from ilvr_jax.models.sharding import local_rows
 from ilvr_jax.training.configuration import BadConfig, blame, resolve_path
-from ilvr_jax.training.processes import is_main, open_exchange, wait_for_all
 from ilvr_jax.training.run import Run
 from ilvr_jax.training.vision_features import complete_features, open_features
 

@@ -20,13 +20,13 @@ from ml_collections import ConfigDict
 from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.errors import InputError, listed, quote
 from ilvr_jax.files import read_object, write_text
-from ilvr_jax.latents.layout import Layout
-from ilvr_jax.latents.objectives import OBJECTIVES
-from ilvr_jax.latents.selection import LatentSettings
-from ilvr_jax.latents.slots import SLOT_INPUTS
-from ilvr_jax.models.config import DTYPES, STORAGE, ModelConfig, VisionConfig
+from ilvr_jax.method.layout import Layout
+from ilvr_jax.method.objectives import OBJECTIVES
+from ilvr_jax.method.selection import LatentSettings
+from ilvr_jax.method.slots import SLOT_INPUTS
 from ilvr_jax.models.lora import LoraConfig
-from ilvr_jax.models.rotary import RopeScaling
+from ilvr_jax.models.qwen2_5_vl.config import DTYPES, STORAGE, ModelConfig, VisionConfig
+from ilvr_jax.models.qwen2_5_vl.rotary import RopeScaling
 from ilvr_jax.models.sharding import AXES
 
 REPOSITORY = Path(__file__).resolve().parents[2]

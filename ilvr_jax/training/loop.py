@@ -15,28 +15,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from ilvr_jax.data.frozen_lake import NoMap
-from ilvr_jax.data.ilvr import IlvrSource
-from ilvr_jax.data.pipeline import Source, fingerprint, is_place, skipped_records
-from ilvr_jax.data.records import BadRecord
-from ilvr_jax.data.tokenizer import load_tokenizer
-from ilvr_jax.errors import InputError
-from ilvr_jax.files import read_object, write_json, written
-from ilvr_jax.inference.evaluation import (
-    decode_settings,
-    evaluate,
-    prompt_settings,
-    read_answers,
-    read_evaluation,
-)
-from ilvr_jax.latents.slots import init_params
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
-from ilvr_jax.models.sharding import check_mesh, divisor, make_mesh, on_mesh, place_rows, places
-from ilvr_jax.models.tensor_files import BadCheckpoint
-from ilvr_jax.reports.pictures import draw_solutions
-from ilvr_jax.reports.tables import success_table
-from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source, place_to_resume
-from ilvr_jax.training.checkpoints import (
+from ilvr_jax.checkpoints.manager import (
     PRETRAINED,
     Checkpoints,
     DamagedCheckpoint,
@@ -47,6 +26,29 @@ from ilvr_jax.training.checkpoints import (
     stage_folder,
     stages_with_checkpoints,
 )
+from ilvr_jax.checkpoints.pretrained import Pretrained, keep_description, load_params, open_pretrained
+from ilvr_jax.data.frozen_lake.source import NoMap
+from ilvr_jax.data.ilvr import IlvrSource
+from ilvr_jax.data.pipeline import Source, fingerprint, is_place, skipped_records
+from ilvr_jax.data.records import BadRecord
+from ilvr_jax.data.tokenizer import load_tokenizer
+from ilvr_jax.distributed import is_main, locked_workdir, wait_for_all
+from ilvr_jax.errors import InputError
+from ilvr_jax.evaluation.maps import (
+    decode_settings,
+    evaluate,
+    prompt_settings,
+    read_answers,
+    read_evaluation,
+)
+from ilvr_jax.files import read_object, write_json, written
+from ilvr_jax.method.slots import init_params
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.sharding import check_mesh, divisor, make_mesh, on_mesh, place_rows, places
+from ilvr_jax.models.tensor_files import BadCheckpoint
+from ilvr_jax.reports.pictures import draw_solutions
+from ilvr_jax.reports.tables import success_table
+from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source, place_to_resume
 from ilvr_jax.training.clock import Clock
 from ilvr_jax.training.configuration import (
     AUTO,
@@ -64,8 +66,6 @@ from ilvr_jax.training.divergence import SkippedUpdates
 from ilvr_jax.training.interruption import Interrupted, StopRequest, stop_request
 from ilvr_jax.training.metrics import Metrics
 from ilvr_jax.training.optimizer import make_optimizer
-from ilvr_jax.training.pretrained import Pretrained, keep_description, load_params, open_pretrained
-from ilvr_jax.training.processes import is_main, locked_workdir, wait_for_all
 from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.run import Run
 from ilvr_jax.training.state import TrainState, first_state, state_like

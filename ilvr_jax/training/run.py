@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.pipeline import Source
-from ilvr_jax.latents.tokens import SpecialTokens
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.progress import Progress
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 
-from ilvr_jax.latents.objectives import OBJECTIVES
+from ilvr_jax.method.objectives import OBJECTIVES
 from ilvr_jax.models.sharding import placed_like, places
 
 

@@ -8,10 +8,10 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 
-from ilvr_jax.latents.layout import Batch
-from ilvr_jax.latents.objectives import OBJECTIVES, Losses, Metric
-from ilvr_jax.latents.selection import LatentSettings
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.method.layout import Batch
+from ilvr_jax.method.objectives import OBJECTIVES, Losses, Metric
+from ilvr_jax.method.selection import LatentSettings
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.sharding import divide
 from ilvr_jax.training.state import TrainState
 

@@ -17,9 +17,9 @@ from ilvr_jax.data.examples import ExampleSettings, read_image
 from ilvr_jax.data.features import FeatureStore, image_key
 from ilvr_jax.data.pipeline import Source, stream
 from ilvr_jax.data.records import BadRecord, Text
-from ilvr_jax.latents.layout import Layout
-from ilvr_jax.models.images import PatchedImage, stack_images, window_count
-from ilvr_jax.models.qwen2_5_vl import Qwen2_5VL
+from ilvr_jax.method.layout import Layout
+from ilvr_jax.models.qwen2_5_vl.images import PatchedImage, stack_images, window_count
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.progress import Progress
 
 VERSION = 1  # of what is computed and how it is stored

@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation for a topology: memory, operations and bytes per chip."""

@@ -1,0 +1,304 @@
+"""Train steps and decoding compiled for TPUs that are not here: memory a chip, arithmetic and communication."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from ilvr_jax.analysis.hlo import Collective, collectives
+from ilvr_jax.checkpoints.manager import params_like
+from ilvr_jax.evaluation.maps import decode_settings
+from ilvr_jax.inference.decode import generate
+from ilvr_jax.method.layout import NO_IMAGE, Batch, Layout, collate
+from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, model_config
+from ilvr_jax.models.qwen2_5_vl.images import EncodedImage
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.sharding import ROWS, check_mesh, divisor, make_mesh, on_mesh
+from ilvr_jax.training.batches import config_buckets
+from ilvr_jax.training.configuration import BadConfig, blame
+from ilvr_jax.training.loop import make_step, open_checkpoint
+from ilvr_jax.training.state import state_like
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip has, as Google Cloud's documentation states it."""
+
+    memory: int  # bytes
+    flops: float  # a second, bfloat16
+    bandwidth: float  # of its memory, bytes a second
+    topologies: tuple[str, ...]
+
+
+PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+CHIPS = {
+    "v5e": Chip(16 * GIB, 197e12, 819e9, PLANE),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, CUBE),
+    "v6e": Chip(32 * GIB, 918e12, 1640e9, PLANE),
+}
+
+# What the library for TPUs would otherwise ask a cloud that is not there.
+NO_CLOUD = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
+NO_CLOUD["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing runs, so processes may compile beside each other
+
+# The shapes of the published checkpoints, as in their config.json, so that nothing is fetched to compile them.
+VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112}
+SHAPES = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": (2048, 11008, 36, 16, 2, 151936, True),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (3584, 18944, 28, 28, 4, 152064, False),
+    "Qwen/Qwen2.5-VL-32B-Instruct": (5120, 27648, 64, 40, 8, 152064, False),
+    "Qwen/Qwen2.5-VL-72B-Instruct": (8192, 29568, 80, 64, 8, 152064, False),
+}
+# Their values are of no account to a compiled program.
+SPECIAL = SpecialTokens(*range(10))
+
+
+class DoesNotFit(Exception):
+    """A program does not fit into a chip's memory; its sentence says how much it takes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a compiled program takes of each chip."""
+
+    name: str
+    chip: Chip
+    chips: int
+    memory: Mapping[str, int]  # bytes by kind
+    flops: float  # of the model, all chips together, without what rematerialisation does twice
+    traffic: float  # bytes between a chip and its memory, at the least
+    kernels: int  # calls of Pallas kernels that the program is written with
+    collectives: Sequence[Collective] | None  # None if jaxlib cannot read what libtpu wrote
+    seconds: float  # of compilation
+
+    @property
+    def used(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def spare(self) -> float:
+        """The share of a chip's memory that is left."""
+        return 1.0 - self.used / self.chip.memory
+
+
+def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
+    """Returns kind and devices of a TPU topology such as "v5e:4x4"; raises BadConfig if there is none of that name."""
+    generation, _, shape = name.partition(":")
+    chip = CHIPS.get(generation)
+    if chip is None or not shape:
+        examples = ", ".join(f"{name}:{chip.topologies[3]}" for name, chip in CHIPS.items())
+        raise BadConfig(f"--topology must be one of {', '.join(CHIPS)}, a colon and a shape ({examples}), got {name!r}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise BadConfig("libtpu, the compiler for TPUs, is not installed: pip install -r requirements-tpu.txt")
+    for variable, value in NO_CLOUD.items():
+        os.environ.setdefault(variable, value)
+    try:
+        return chip, list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        if not re.search("INVALID_ARGUMENT|Invalid", str(error)):
+            raise
+        known = ", ".join(f"{generation}:{shape}" for shape in chip.topologies)
+        raise BadConfig(f"--topology must be one of {known}, got {name!r}") from error
+
+
+def open_model(config: ConfigDict) -> Qwen2_5VL:
+    """Returns the model of a config; of a published checkpoint its shape alone is asked for."""
+    name = config.model.init_from
+    with blame("model"):
+        if name in SHAPES:
+            return Qwen2_5VL(model_config(config.model, 0, published_description(name)))
+        if name:
+            return Qwen2_5VL(model_config(config.model, 0, open_checkpoint(config, weights=False).published))
+        # The tokenizer that a run makes for itself has some hundred tokens.
+        return Qwen2_5VL(model_config(config.model, 256))
+
+
+def published_description(name: str) -> dict[str, Any]:
+    """Returns the part of a published checkpoint's config.json that says its shape."""
+    hidden, intermediate, layers, heads, key_value_heads, vocabulary, tied = SHAPES[name]
+    wide = {"intermediate_size": 3456} if hidden > 4096 else {}
+    return {
+        "model_type": "qwen2_5_vl",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {**VISION, **wide, "out_hidden_size": hidden, "fullatt_block_indexes": [7, 15, 23, 31]},
+    }
+
+
+def compile_train_step(
+    config: ConfigDict, stage: str, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]
+) -> Report:
+    """Compiles the train step of a stage for a bucket of its batches, on the mesh of the config.
+
+    Raises BadConfig if the mesh does not fit the devices, the batch or the model, DoesNotFit if it needs more memory.
+    """
+    settings = config[stage]
+    mesh = _mesh(config, model, devices)
+    layout = config_buckets(config, settings.helper_images, model.config.vision.window_units)[bucket]
+    cached = config.data.feature_cache and "vision" not in settings.train
+    optimizer, step = make_step(config, stage, model, mesh)
+    state = state_like(params_like(model, config, mesh), optimizer, settings, mesh)
+    batch = batch_like(layout, settings.batch_size, model, mesh, cached)
+    memory = {
+        "weights": local_bytes(state.params),
+        "optimizer": local_bytes(state.opt_state),
+        "teacher": local_bytes(state.teacher),
+        "batch": local_bytes(batch),
+    }
+    flops = train_flops(model.config, settings.objective, settings.train, layout, settings.batch_size, not cached)
+    kept = sum(memory.values()) - memory["batch"]
+    written = memory["optimizer"] + memory["teacher"] + sum(local_bytes(state.params[part]) for part in settings.train)
+    return _compile(f"{stage}, {bucket}", step, (state, batch), mesh, chip, memory, flops, float(kept + written))
+
+
+def compile_decoding(
+    config: ConfigDict, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]
+) -> Report:
+    """Compiles decoding as the config's `eval` section says, of prompts as long as a bucket's prefix."""
+    mesh = _mesh(config, model, devices)
+    layout = config_buckets(config, "slots", model.config.vision.window_units)[bucket]
+    layout = Layout(prefix=layout.prefix, images=layout.images, image_windows=layout.image_windows, helper_windows=0)
+    settings = decode_settings(config)
+    shards = divisor("rows", mesh)
+    rows = -(-config.eval.batch_size // shards) * shards
+    params = params_like(model, config, mesh)
+    batch = batch_like(layout, rows, model, mesh, cached=False)
+    seeds = jax.ShapeDtypeStruct((rows,), np.uint32, sharding=NamedSharding(mesh, PartitionSpec(ROWS)))
+    memory = {"weights": local_bytes(params), "batch": local_bytes(batch)}
+    flops = rows * decoder_flops(
+        model.config, layout.columns + settings.max_new_tokens, labelled=settings.max_new_tokens
+    )
+    call = (model, params, batch, seeds, settings, SPECIAL)
+    traffic = float(memory["weights"] * settings.max_new_tokens)
+    return _compile(f"decoding, {bucket}", generate, call, mesh, chip, memory, flops, traffic)
+
+
+def _mesh(config: ConfigDict, model: Qwen2_5VL, devices: list[jax.Device]) -> Mesh:
+    with blame("mesh"):
+        mesh = make_mesh(config.mesh, devices)
+        check_mesh(mesh, model.config)
+    return mesh
+
+
+def _compile(
+    name: str,
+    function: Any,
+    call: tuple,
+    mesh: Mesh,
+    chip: Chip,
+    memory: dict[str, int],
+    flops: float,
+    traffic: float,
+) -> Report:
+    if sum(memory.values()) > chip.memory:
+        kinds = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in memory.items())
+        raise DoesNotFit(f"before any temporaries a chip of {chip.memory / GIB:.0f} GiB would hold {kinds} GiB")
+    start = time.perf_counter()
+    with on_mesh(mesh):
+        lowered = function.lower(*call)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
+        raise DoesNotFit(f"it takes {used[1]} of {used[2]}" if used else str(error).splitlines()[0]) from error
+    seconds = time.perf_counter() - start
+    found = compiled.memory_analysis()
+    # What goes in and out of the program takes its place once: the step's state is given away to be written over.
+    others = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    memory["temporaries"] = found.temp_size_in_bytes + max(0, others - sum(memory.values()))
+    memory["program"] = found.generated_code_size_in_bytes
+    kernels = lowered.as_text().count("@tpu_custom_call")
+    return Report(name, chip, mesh.size, memory, flops, traffic, kernels, _communication(compiled), seconds)
+
+
+def _communication(compiled: jax.stages.Compiled) -> list[Collective] | None:
+    try:
+        return collectives(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        if "RET_CHECK" not in str(error):  # the reader of an older jaxlib does not know all that libtpu writes
+            raise
+        return None
+
+
+def batch_like(layout: Layout, rows: int, model: Qwen2_5VL, mesh: Mesh, cached: bool) -> Batch:
+    """Returns shapes, dtypes and places of a batch, with images' features if they are `cached`."""
+    features = EncodedImage(np.zeros((0, 0, model.config.hidden_size), jax.numpy.dtype(model.config.dtype)))
+    none = collate([], layout, SPECIAL, model.config.vision.window_units, features if cached else NO_IMAGE)
+    place = NamedSharding(mesh, PartitionSpec(ROWS))
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=place), none)
+
+
+def local_bytes(tree: PyTree) -> int:
+    """Returns the bytes of a tree on each device, from shapes with where they lie."""
+
+    def size(leaf: jax.ShapeDtypeStruct) -> int:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return 8
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def train_flops(
+    config: ModelConfig, objective: str, train: Sequence[str], layout: Layout, rows: int, encodes: bool
+) -> float:
+    """Returns the multiplications and additions of a train step: a pass back costs two forward, frozen weights one.
+
+    The vision tower counts if the step encodes images; the teacher, one pass forward without logits.
+    """
+    learns = "decoder" in train
+    labelled = layout.columns  # of which some carry no loss: the least is not known here
+    forward = decoder_flops(config, layout.columns, labelled)
+    total = forward * (3 if learns else 2)
+    if objective == "alignment":
+        total += decoder_flops(config, layout.columns, labelled=0)
+    if encodes:
+        windows = layout.images * layout.image_windows + layout.segments * layout.helper_windows
+        total += vision_flops(config, windows) * (3 if "vision" in train else 1)
+    return float(rows * total)
+
+
+def decoder_flops(config: ModelConfig, columns: int, labelled: int) -> float:
+    """Returns the multiplications and additions of one sample's pass through the decoder, causal attention halved."""
+    heads = config.num_attention_heads * config.head_dim
+    projections = config.hidden_size * (2 * heads + 2 * config.num_key_value_heads * config.head_dim)
+    weights = config.num_hidden_layers * (projections + 3 * config.hidden_size * config.intermediate_size)
+    attention = config.num_hidden_layers * 2 * heads * columns**2 / 2
+    return 2.0 * (weights * columns + attention + labelled * config.hidden_size * config.vocab_size)
+
+
+def vision_flops(config: ModelConfig, windows: int) -> float:
+    """Returns the multiplications and additions of the vision tower on one sample's windows of attention."""
+    vision = config.vision
+    patches = windows * (2 * vision.window_units) ** 2
+    per_block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
+    full = len(vision.fullatt_block_indexes)
+    window_patches = (2 * vision.window_units) ** 2
+    attention = 2 * vision.hidden_size * (full * patches + (vision.depth - full) * window_patches)
+    merged = 4 * vision.hidden_size
+    merger = (merged * merged + merged * vision.out_hidden_size) / 4
+    return 2.0 * patches * (vision.depth * per_block + attention + merger + vision.patch_dim * vision.hidden_size)

@@ -1,0 +1,105 @@
+"""A model to be used: a run of ours, or a Qwen2.5-VL from the Hugging Face hub or a folder."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerFast
+
+from ilvr_jax.checkpoints.adapters import is_adapter
+from ilvr_jax.checkpoints.manager import choose_stage, restore_step_for_inference
+from ilvr_jax.checkpoints.pretrained import IMAGE_PROCESSOR, load_params, open_pretrained
+from ilvr_jax.data.examples import ExampleSettings
+from ilvr_jax.data.images import image_processor_settings
+from ilvr_jax.data.tokenizer import special_tokens
+from ilvr_jax.evaluation.maps import prompt_settings
+from ilvr_jax.files import read_json
+from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.qwen2_5_vl.config import model_config_from_hf
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.tensor_files import BadCheckpoint
+from ilvr_jax.training.configuration import BadConfig, blame, read_config
+
+SYSTEM = "You are a helpful assistant."  # what Qwen2.5-VL's chat template begins with
+LATENT_SIZE, MAX_NEW_TOKENS = 8, 1024  # of a checkpoint that does not say
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A model with its parameters, and how it is asked."""
+
+    model: Qwen2_5VL
+    params: PyTree
+    tokenizer: PreTrainedTokenizerFast
+    special: SpecialTokens
+    prompts: ExampleSettings  # how prompts are made, latent_size included
+    max_new_tokens: int
+    looks: bool  # whether it came with latent tokens; without, it has never learnt to look
+    config: ConfigDict | None  # of a run of ours
+    stage: str | None  # of that run
+    step: int | None  # of that stage
+
+    def digest(self) -> str:
+        """Returns a digest of all that answers follow from: parameters, tokenizer, shape and how prompts are made."""
+        digest = hashlib.sha256(repr((self.model.config, self.special, self.prompts)).encode())
+        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+            digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+        return digest.hexdigest()[:16]
+
+
+def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = None) -> TrainedModel:
+    """Returns the model of a workdir, by default after its last stage, or of a published checkpoint.
+
+    `dtype` is that of parameters and activations, by default the run's or the checkpoint's own. Raises BadConfig,
+    NoCheckpoint or BadCheckpoint, one sentence, if it cannot be opened.
+    """
+    if not checkpoint:  # as a path it would be the current folder
+        raise BadConfig("the checkpoint must be a folder or a name on the hub, got ''")
+    folder = Path(checkpoint)
+    if folder.is_dir() and not is_adapter(folder) and not is_published(folder):
+        config = read_config(folder)
+        if dtype:
+            with config.unlocked():
+                config.model.dtype = dtype
+        with blame("data"):
+            prompts = prompt_settings(config)
+        stage = choose_stage(folder, config, stage)
+        step, *restored = restore_step_for_inference(folder, config, stage)
+        return TrainedModel(*restored, prompts, config.eval.max_new_tokens, True, config, stage, step)
+    if stage is not None:
+        raise BadConfig(f"--stage must not be given for {checkpoint}, which is no run of ours, got {stage!r}")
+    pretrained = open_pretrained(checkpoint)
+    config = model_config_from_hf(pretrained.published, dtype=dtype or pretrained.dtype)
+    config = dataclasses.replace(config, vocab_size=max(config.vocab_size, len(pretrained.tokenizer)))
+    bounds = {}
+    if any((pretrained.folder / name).is_file() for name in IMAGE_PROCESSOR):
+        processor = image_processor_settings(pretrained.folder)
+        bounds = {key: processor[key] for key in ("min_pixels", "max_pixels")}
+    params = load_params(pretrained, config, config.dtype, jax.random.key(0))
+    return TrainedModel(
+        Qwen2_5VL(config),
+        params,
+        pretrained.tokenizer,
+        special_tokens(pretrained.tokenizer, pretrained.stop),
+        ExampleSettings(latent_size=LATENT_SIZE, system=SYSTEM, **bounds),
+        MAX_NEW_TOKENS,
+        not pretrained.missing,
+        None,
+        None,
+        None,
+    )
+
+
+def is_published(folder: Path) -> bool:
+    """Returns whether a folder is a published checkpoint; raises BadCheckpoint if its config.json cannot be read."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BadCheckpoint(f"{folder} must be the workdir of a run or a published checkpoint, but has no config.json")
+    fields = read_json(path, BadCheckpoint)
+    return isinstance(fields, dict) and "model_type" in fields

@@ -1,0 +1,1 @@
+"""FrozenLake maps: generated records and their drawings."""

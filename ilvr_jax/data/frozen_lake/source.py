@@ -1,0 +1,266 @@
+"""FrozenLake maps like those of VSP spatial planning: generated, solved, told in words and drawn."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ilvr_jax.data.frozen_lake.drawing import draw_map
+from ilvr_jax.data.ilvr import check_map
+from ilvr_jax.data.json_lines import has_no_lines, open_records, read_object, read_pieces
+from ilvr_jax.data.records import BadRecord, Fingerprint, Look, MapDesc, Record, Text
+
+Cell = tuple[int, int]  # row, column, from 0
+
+# In the order in which ties between shortest paths are broken.
+MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
+
+CELL_WORDS = {1: "elf", 2: "goal", -1: "hole", 0: "ice"}
+MOVE_WORDS = {"U": "up", "D": "down", "L": "left", "R": "right"}
+READ_OUTS = ("distances", "map", "none")
+FARTHEST = 9  # distances above it are told in one word
+CELL_NAMES = ("row_column", "none")
+ATTEMPTS = 20_000  # maps drawn before a record is given up: at the defaults, one in 25 to 120 has a detour
+
+
+class NoMap(ValueError):
+    """No map meets the settings. No BadRecord: leaving the record out would hide what is wrong with them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenLakeSettings:
+    """What maps are made and what is said about them. Raises ValueError, naming the config key, for a bad value."""
+
+    levels: tuple[int, ...] = (3, 4, 5, 6)  # sides of a map, equally likely; name one twice to see it twice as often
+    # Of each cell but start and goal, before maps without a way are dropped. The real maps look like 0.2; maps with
+    # a detour have more holes, and 0.18 brings the average with them to the real 0.14 to 0.18 of all cells.
+    hole_probability: float = 0.18
+    detour_share: float = 0.3  # maps that must need a longer path than the empty map does; the rest are as they come
+    max_moves: int = 16  # maps that need more are dropped
+    moves_per_look: int = 2
+    cell_pixels: int = 28  # one vision token a cell
+    question: str = "Find the shortest safe path."
+    # What the answer begins with, cell by cell: "distances" tells how many moves each cell is from the goal, "map"
+    # what is on it; "none".
+    read_out: str = "distances"
+    cell_names: str = "row_column"  # "row_column": each move is told with the cell it starts from; "none"
+    exclude: tuple[str, ...] = ()  # JSON-lines files with a map_desc a line: none of their maps, turned or mirrored
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            accepted = (int, float) if field.type is float else type(field.default)
+            if not isinstance(value, accepted) or isinstance(value, bool):
+                raise _bad(field.name, value, f"a {type(field.default).__name__} such as {field.default!r}")
+        if not self.levels or not all(isinstance(level, int) and 3 <= level <= 10 for level in self.levels):
+            raise _bad("levels", self.levels, "one or more whole numbers from 3 to 10")
+        if not all(isinstance(path, str) for path in self.exclude):
+            raise _bad("exclude", self.exclude, "a tuple of file names")
+        for name, least, most in (("hole_probability", 0, 0.9), ("detour_share", 0, 1)):
+            if not least <= getattr(self, name) <= most:
+                raise _bad(name, getattr(self, name), f"a number from {least} to {most}")
+        for name in ("max_moves", "moves_per_look", "cell_pixels"):
+            if getattr(self, name) < 1:
+                raise _bad(name, getattr(self, name), "at least 1")
+        for name, accepted in (("read_out", READ_OUTS), ("cell_names", CELL_NAMES)):
+            if getattr(self, name) not in accepted:
+                raise _bad(name, getattr(self, name), " or ".join(accepted))
+
+
+def frozen_lake_settings(section: Mapping[str, Any]) -> FrozenLakeSettings:
+    """Reads `config.data.frozen_lake`. Raises ValueError, naming the key, if one is unknown or its value is bad."""
+    names = [field.name for field in dataclasses.fields(FrozenLakeSettings)]
+    for key in section:
+        if key not in names:
+            nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+            raise ValueError(f"data.frozen_lake.{key} is not a key of the config; the nearest is {nearest}")
+    return FrozenLakeSettings(**section)
+
+
+class FrozenLakeSource:
+    """`count` records made on the fly; record i is a pure function of (settings, seed, i).
+
+    Raises BadRecord if a file of `settings.exclude` cannot be read.
+    """
+
+    def __init__(self, settings: FrozenLakeSettings, seed: int, count: int):
+        self.settings = settings
+        self.seed = seed
+        self.count = count
+        self.excluded = frozenset(
+            same for path in settings.exclude for map_desc in read_maps(path) for same in symmetries(map_desc)
+        )
+
+    def fingerprint(self) -> str:
+        """Returns a digest of what the records are a function of: settings, seed, their number and excluded maps."""
+        fingerprint = Fingerprint()
+        settings = dataclasses.asdict(self.settings) | {"exclude": None}
+        fingerprint.add(tuple(sorted(settings.items())), self.seed, self.count, tuple(sorted(self.excluded)))
+        return fingerprint.text(self.count)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Record:
+        """Makes one record. Raises IndexError outside of the source, NoMap if none meets the settings."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"record {index} of a source of {self.count}")
+        map_desc, moves = self._make_map(np.random.default_rng((self.seed, index)))
+        return tell(map_desc, moves, self.settings, name=f"frozen_lake record {index}")
+
+    def _make_map(self, random: np.random.Generator) -> tuple[MapDesc, str]:
+        """Draws maps until one has a way, is not excluded, and has a detour if it is this record's turn."""
+        settings = self.settings
+        side = settings.levels[random.integers(len(settings.levels))]
+        detour_needed = random.random() < settings.detour_share
+        for _ in range(ATTEMPTS):
+            map_desc = random_map(random, side, settings.hole_probability)
+            moves = shortest_path(map_desc)
+            if moves is None or len(moves) > settings.max_moves or map_desc in self.excluded:
+                continue
+            if not detour_needed or len(moves) > empty_map_distance(map_desc):
+                return map_desc, moves
+        raise NoMap(
+            f"data.frozen_lake: none of {ATTEMPTS} maps of level {side} met hole_probability "
+            f"{settings.hole_probability}, detour_share {settings.detour_share}, max_moves {settings.max_moves} and "
+            "exclude; they must leave more maps"
+        )
+
+
+def random_map(random: np.random.Generator, side: int, hole_probability: float) -> MapDesc:
+    """Draws a square map: start and goal on any two cells, each other cell a hole with the given probability."""
+    cells = np.where(random.random(side * side) < hole_probability, -1, 0).tolist()
+    start, goal = random.integers(side * side), random.integers(side * side - 1)
+    cells[start] = 1
+    cells[goal + (goal >= start)] = 2
+    return tuple(tuple(cells[row * side : (row + 1) * side]) for row in range(side))
+
+
+def find_cell(map_desc: MapDesc, kind: int) -> Cell:
+    """Returns the first cell of a kind (1 start, 2 goal); raises ValueError if there is none."""
+    for row, cells in enumerate(map_desc):
+        if kind in cells:
+            return row, cells.index(kind)
+    raise ValueError(f"a map without a {CELL_WORDS[kind]} ({kind})")
+
+
+def empty_map_distance(map_desc: MapDesc) -> int:
+    """Returns how many moves the goal is from the start if there were no holes."""
+    (start_row, start_column), (goal_row, goal_column) = find_cell(map_desc, 1), find_cell(map_desc, 2)
+    return abs(start_row - goal_row) + abs(start_column - goal_column)
+
+
+def distance_to_goal(map_desc: MapDesc) -> dict[Cell, int]:
+    """Returns how many moves each cell is from the goal, for the cells from which it can be reached."""
+    height, width = len(map_desc), len(map_desc[0])
+    goal = find_cell(map_desc, 2)
+    distances, reached = {goal: 0}, [goal]
+    for row, column in reached:  # grows while it is read: breadth first
+        further = distances[row, column] + 1
+        for down, right in MOVES.values():
+            cell = next_row, next_column = row + down, column + right
+            if 0 <= next_row < height and 0 <= next_column < width and cell not in distances:
+                if map_desc[next_row][next_column] != -1:
+                    distances[cell] = further
+                    reached.append(cell)
+    return distances
+
+
+def shortest_path(map_desc: MapDesc) -> str | None:
+    """Returns the shortest path from start to goal as letters of UDLR, None if there is no way.
+
+    Of several, at every cell the first of up, down, left, right that comes nearer to the goal: up or down as long
+    as that is on a shortest path.
+    """
+    distances = distance_to_goal(map_desc)
+    cell = find_cell(map_desc, 1)
+    if cell not in distances:
+        return None
+    path = ""
+    while distances[cell]:
+        for move in MOVES:
+            nearer = _step(cell, move)
+            if distances.get(nearer) == distances[cell] - 1:
+                break
+        path, cell = path + move, nearer
+    return path
+
+
+def _step(cell: Cell, move: str) -> Cell:
+    return cell[0] + MOVES[move][0], cell[1] + MOVES[move][1]
+
+
+def tell(map_desc: MapDesc, moves: str, settings: FrozenLakeSettings, name: str = "") -> Record:
+    r"""Makes the record of a map and its path: the map in words, then cell and move by turns, then `\boxed{moves}`.
+
+    After every `moves_per_look` moves but the last comes a look at the map as it then is. Each word has a space
+    before it wherever it stands, so that a thing is the same one token everywhere.
+    """
+    text, steps, cell = "", [], find_cell(map_desc, 1)
+    if settings.read_out != "none":
+        words = cell_words(map_desc, settings.read_out)
+        text = "".join("".join(f" {word}" for word in row) + "\n" for row in words)
+    for number, move in enumerate(moves, start=1):
+        text += f" {cell[0]} {cell[1]}" if settings.cell_names == "row_column" else ""
+        text += f" {MOVE_WORDS[move]}"
+        cell = _step(cell, move)
+        if number % settings.moves_per_look == 0 and number < len(moves):
+            steps += [Text(text), Look(draw_map(map_desc, settings.cell_pixels, elf=cell, last_move=move))]
+            text = ""
+    return Record(
+        question=settings.question,
+        images=(draw_map(map_desc, settings.cell_pixels),),
+        steps=(*steps, Text(f"{text} \\boxed{{{moves}}}")),
+        answer=moves,
+        map_desc=map_desc,
+        name=name,
+    )
+
+
+def cell_words(map_desc: MapDesc, read_out: str) -> list[list[str]]:
+    """Returns a word for each cell: what is on it, or on bare ice its distance to the goal if that is asked for.
+
+    With "distances", ice too far for one digit is "far", ice without a way to the goal is "cut".
+    """
+    words = [[CELL_WORDS[kind] for kind in row] for row in map_desc]
+    if read_out == "distances":
+        distances = distance_to_goal(map_desc)
+        for row, cells in enumerate(map_desc):
+            for column, kind in enumerate(cells):
+                if kind == 0:
+                    distance = distances.get((row, column))
+                    words[row][column] = "cut" if distance is None else str(distance) if distance <= FARTHEST else "far"
+    return words
+
+
+def symmetries(map_desc: MapDesc) -> Iterator[MapDesc]:
+    """Yields the map turned and mirrored in all 8 ways, itself among them."""
+    for mirrored in (map_desc, map_desc[::-1]):
+        for _ in range(4):
+            yield mirrored
+            mirrored = tuple(zip(*mirrored[::-1], strict=True))
+
+
+def read_maps(path: str | Path) -> Iterable[MapDesc]:
+    """Yields the `map_desc` of every record of a JSON-lines file or JSON array; other fields are ignored.
+
+    Raises BadRecord, naming file and line, if the file cannot be read or a line has no valid map.
+    """
+    path = Path(path)
+    try:
+        with open_records(path) as file:
+            word = "record" if has_no_lines(file) else "line"
+            for piece in read_pieces(file, path):
+                try:
+                    yield check_map(read_object(piece.content).get("map_desc"))
+                except BadRecord as error:
+                    raise BadRecord(f"{path} {word} {piece.number}: {error}") from error
+    except BadRecord as error:
+        raise BadRecord(f"data.frozen_lake.exclude: {error}") from error
+
+
+def _bad(name: str, value: Any, wanted: str) -> ValueError:
+    return ValueError(f"`data.frozen_lake.{name}` must be {wanted}, got {value!r}")

@@ -1,0 +1,306 @@
+"""Evaluation on maps: batched decoding, each answer played on its map, and what the figures mean beside it."""
+
+import dataclasses
+import functools
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Int, PyTree
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import track
+from transformers import PreTrainedTokenizerFast
+
+from ilvr_jax.data.examples import ExampleSettings, build_prompt
+from ilvr_jax.data.pipeline import Source
+from ilvr_jax.data.records import MapDesc, Record
+from ilvr_jax.errors import InputError
+from ilvr_jax.files import read_object, read_text, write_json, written
+from ilvr_jax.inference.decode import Decoded, DecodeSettings, generate
+from ilvr_jax.inference.transcript import show_text, split_at_looks
+from ilvr_jax.method.layout import Batch, Sample, collate, merge_layouts, required_layout
+from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.sharding import divisor, fill_rows, place_rows
+from ilvr_jax.tasks.vsp_planning import (
+    Outcome,
+    Rates,
+    check,
+    hole_blind_rates,
+    hole_blind_success,
+    mean_success,
+    paint_holes_over,
+    parse_moves,
+    play,
+    stated_moves,
+)
+
+SMALLEST_BUCKET = 64  # tokens; prompts up to this length share one layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What was decoded for one record, and how it ends when played."""
+
+    name: str
+    map_desc: MapDesc
+    text: str  # each latent segment shown as ‹8 slots›
+    moves: str | None
+    moves_without_holes: str | None  # the answer to the same map with its holes painted over
+    outcome: Outcome
+    slots: tuple[int, ...]  # of each latent segment
+    moves_before_looks: tuple[str, ...]  # what the text tells before each latent segment, as letters
+
+    @property
+    def success(self) -> bool:
+        return self.outcome == Outcome.GOAL
+
+    @property
+    def level(self) -> int:
+        return len(self.map_desc)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The answers to all records of a source."""
+
+    answers: tuple[Answer, ...]
+    seconds: float  # all of it: compilation and the second decoding, with holes painted over, too
+
+    @property
+    def success(self) -> Rates:
+        return mean_success([answer.map_desc for answer in self.answers], [answer.success for answer in self.answers])
+
+    @property
+    def hole_blind(self) -> Rates:
+        return hole_blind_rates([answer.map_desc for answer in self.answers])
+
+    @property
+    def unchanged_when_holes_painted_over(self) -> float | None:
+        """The share of the answers that could be parsed; None if none could."""
+        parsed = [answer for answer in self.answers if answer.moves is not None]
+        return sum(answer.moves == answer.moves_without_holes for answer in parsed) / len(parsed) if parsed else None
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the figures as one JSON object; rates are from 0 to 1, null where there are no such maps."""
+        success, hole_blind = self.success, self.hole_blind
+        return {
+            "samples": len(self.answers),
+            "success_rate": success.overall,
+            "success_by_level": {str(level): rate for level, rate in success.by_level.items()},
+            "success_where_holes_matter": success.where_holes_matter,
+            "success_on_detours": success.on_detours,
+            "hole_blind_rate": hole_blind.overall,
+            "hole_blind_by_level": {str(level): rate for level, rate in hole_blind.by_level.items()},
+            "hole_blind_where_holes_matter": hole_blind.where_holes_matter,
+            "hole_blind_on_detours": hole_blind.on_detours,
+            "unchanged_when_holes_painted_over": self.unchanged_when_holes_painted_over,
+            "unparsed": sum(answer.moves is None for answer in self.answers),
+            "latent_segments": sum(len(answer.slots) for answer in self.answers),
+            "latent_slots": sum(sum(answer.slots) for answer in self.answers),
+            "seconds": round(self.seconds, 2),
+        }
+
+    def write(self, path: Path) -> None:
+        """Writes the answers to `samples_path(path)`, then the summary to `path`, each whole or not at all."""
+        with written(samples_path(path)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+            for answer in self.answers:
+                blind = hole_blind_success(answer.map_desc)
+                derived = {"level": answer.level, "success": answer.success, "hole_blind_success": blind}
+                groups = {"holes_matter": blind < 1, "detour": blind == 0}
+                fields = dataclasses.asdict(answer) | derived | groups
+                file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+        write_json(path, self.summary())
+
+
+def samples_path(path: Path) -> Path:
+    """Returns where the answers of an evaluation are that was written to `path`."""
+    return path.with_suffix(".samples.jsonl")
+
+
+def read_answers(path: Path) -> tuple[Answer, ...]:
+    """Returns the answers of an evaluation that was written to `path`; raises InputError, naming the file's line."""
+    path = samples_path(path)
+    answers = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            answers.append(_read_answer(json.loads(line)))
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise InputError(f"{path} line {number} must be an answer, but cannot be read ({error})") from error
+    return tuple(answers)
+
+
+def read_evaluation(path: Path, source: Source) -> dict[str, Any] | None:
+    """Returns the figures of an evaluation on all records of a source, None if its files are missing or damaged."""
+    try:
+        summary, answers = read_object(path), read_answers(path)
+    except InputError:
+        return None
+    if len(answers) != len(source) or summary != Evaluation(answers, summary.get("seconds", 0)).summary():
+        return None
+    return summary
+
+
+def _read_answer(fields: dict[str, Any]) -> Answer:
+    values = {field.name: fields[field.name] for field in dataclasses.fields(Answer)}
+    values["map_desc"] = tuple(map(tuple, values["map_desc"]))
+    values["outcome"] = Outcome(values["outcome"])
+    return Answer(**values | {name: tuple(values[name]) for name in ("slots", "moves_before_looks")})
+
+
+def evaluate(
+    config: ConfigDict,
+    source: Source,
+    model: Qwen2_5VL,
+    params: PyTree,
+    tokenizer: PreTrainedTokenizerFast,
+    special: SpecialTokens,
+    console: Console | None = None,
+    mesh: Mesh | None = None,
+) -> Evaluation:
+    """Decodes every record of a source as the config says, and scores it; with a mesh, batches are shared out over it.
+
+    Raises ValueError as `prompt_settings` and `decode_settings` do, BadRecord as `evaluate_maps` does.
+    """
+    decoding = decode_settings(config)
+
+    def decode(batch: Batch, seeds: Int[np.ndarray, " rows"]) -> Decoded:
+        if mesh is not None:
+            batch, seeds = place_rows(fill_rows((batch, seeds), divisor("rows", mesh)), mesh)
+        decoded = generate(model, params, batch, seeds, decoding, special)
+        return decoded if jax.process_count() == 1 else multihost_utils.process_allgather(decoded, tiled=True)
+
+    return evaluate_maps(
+        source,
+        decode,
+        tokenizer,
+        special,
+        prompt_settings(config),
+        model.config.vision.window_units,
+        config.eval.batch_size,
+        config.seed,
+        console,
+    )
+
+
+def prompt_settings(config: ConfigDict) -> ExampleSettings:
+    """Returns how prompts are made, as `eval`, `data` and `latents` say; raises ValueError for a bad value."""
+    return ExampleSettings(
+        image_scale=config.data.image_scale,
+        min_pixels=config.data.min_pixels or None,
+        max_pixels=config.data.max_pixels or None,
+        question=config.eval.question or None,
+        latent_size=config.latents.latent_size,
+        system=config.data.system,
+    )
+
+
+def decode_settings(config: ConfigDict) -> DecodeSettings:
+    """Returns how answers are decoded from the config's `eval` and `latents`; raises ValueError for a bad value."""
+    if config.eval.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {config.eval.batch_size}")
+    return DecodeSettings(
+        max_new_tokens=config.eval.max_new_tokens,
+        latent_size=config.latents.latent_size,
+        temperature=config.eval.temperature,
+        top_k=config.eval.top_k,
+        top_p=config.eval.top_p,
+        early_end=config.eval.early_end,
+    )
+
+
+def evaluate_maps(
+    source: Source,
+    decode: Callable[[Batch, Int[np.ndarray, " rows"]], Decoded],
+    tokenizer: PreTrainedTokenizerFast,
+    special: SpecialTokens,
+    settings: ExampleSettings,
+    window_units: int,
+    batch_size: int,
+    seed: int = 0,
+    console: Console | None = None,
+) -> Evaluation:
+    """Answers every record of a source, once as it is and once with its holes painted over, and plays the moves.
+
+    `decode(batch, seeds)` decodes a batch of prompts. A record's seed depends on `seed` and its number alone, and is
+    the same both times. With a console, progress is shown on it.
+
+    Raises BadRecord, naming the record, if it has no map or not exactly one image, or an image cannot be read.
+    """
+    started = time.monotonic()
+    records = [source[number] for number in range(len(source))]
+    for record in records:
+        check(record)
+    build = functools.partial(build_prompt, tokenizer=tokenizer, special=special, settings=settings)
+    samples = [build(record, number=number) for number, record in enumerate(records)]
+    samples += [build(paint_holes_over(record), number=number) for number, record in enumerate(records)]
+    tokens: dict[int, Int[np.ndarray, " time"]] = {}
+    batches = list(prompt_batches(samples, batch_size, special, window_units))
+    hidden = console is None or not console.is_terminal
+    for members, batch in track(batches, "evaluating", console=console, disable=hidden, transient=True):
+        seeds = np.array([_seed(seed, number) for number in batch.record], np.uint32)
+        decoded = decode(batch, seeds)
+        # Rows past the members repeat the last one, to fill the batch: zip drops them.
+        for member, row, length in zip(members, *map(np.asarray, decoded), strict=False):
+            tokens[member] = row[:length]
+    answers = tuple(
+        read_answer(record, tokens[number], tokens[len(records) + number], tokenizer, special)
+        for number, record in enumerate(records)
+    )
+    return Evaluation(answers, time.monotonic() - started)
+
+
+def prompt_batches(
+    samples: Sequence[Sample], batch_size: int, special: SpecialTokens, window_units: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """Yields batches of prompts, each with the indices of the samples in its rows.
+
+    Prompts whose lengths round up to the same power of two share a layout, so few are compiled. Within it they are
+    sorted by length: answers to maps of one level are about as long, and a batch decodes as long as its longest.
+    Batches of a layout have the same number of rows; left-over rows repeat the last sample.
+    """
+    buckets = defaultdict(list)
+    for index, sample in enumerate(samples):
+        buckets[max(SMALLEST_BUCKET, 1 << (len(sample.tokens) - 1).bit_length())].append(index)
+    for _, members in sorted(buckets.items()):
+        members.sort(key=lambda index: len(samples[index].tokens))
+        layout = merge_layouts([required_layout(samples[index], window_units) for index in members])
+        rows = min(batch_size, len(members))
+        for first in range(0, len(members), rows):
+            here = members[first : first + rows]
+            filled = [samples[index] for index in here + here[-1:] * (rows - len(here))]
+            yield here, collate(filled, layout, special, window_units)
+
+
+def _seed(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence((seed, int(number))).generate_state(1)[0])
+
+
+def read_answer(
+    record: Record,
+    tokens: Int[np.ndarray, " time"],
+    tokens_without_holes: Int[np.ndarray, " time"],
+    tokenizer: PreTrainedTokenizerFast,
+    special: SpecialTokens,
+) -> Answer:
+    """Reads the tokens decoded for a record, with its holes and without, and plays the moves."""
+    texts, slots = split_at_looks(tokens, tokenizer, special)
+    moves = parse_moves("".join(texts))
+    return Answer(
+        name=record.name,
+        map_desc=record.map_desc,
+        text=show_text(texts, [f"‹{count} slots›" for count in slots]),
+        moves=moves,
+        moves_without_holes=parse_moves("".join(split_at_looks(tokens_without_holes, tokenizer, special)[0])),
+        outcome=play(record.map_desc, moves),
+        slots=slots,
+        moves_before_looks=tuple(stated_moves("".join(texts[: look + 1])) for look in range(len(slots))),
+    )

@@ -1,0 +1,282 @@
+"""The slot-aligned layout: a ragged batch whose latent slots stand in the same columns for every row.
+
+    prefix | slots_1 text | slots_2 text | ... | slots_S text | tail
+
+The prefix holds the prompt and the first text up to `latent_start`. Each text run is padded on the left up to
+the slots that follow it; what comes after a row's last slots is pushed to the right over all text columns that
+are left. Columns keep the order of the tokens, so attention is causal by column; padding is masked as a key, and
+rotary positions are explicit. A sample in any layout that holds it therefore gives the same numbers.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import numpy as np
+from jaxtyping import Bool, Int, Int8
+
+from ilvr_jax.method.tokens import Role, SpecialTokens, answer_labels, token_roles
+from ilvr_jax.models.qwen2_5_vl.images import (
+    MERGE,
+    STILL_PATCH_DIM,
+    EncodedImage,
+    FeatureBatch,
+    ImageBatch,
+    PatchedImage,
+    stack_features,
+    stack_images,
+    window_count,
+)
+from ilvr_jax.models.qwen2_5_vl.positions import mrope_positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The static shape of a batch: one compilation each."""
+
+    prefix: int  # columns of the prompt and the first text
+    segments: int = 0  # latent segments
+    text: int = 0  # columns of the text after each segment
+    tail: int = 0  # further columns for the last text
+    latent_size: int = 0  # K, slots a segment; a sample may use fewer
+    images: int = 1  # user images a sample
+    image_windows: int = 1  # attention windows a user image
+    helper_windows: int = 1  # attention windows a helper image
+
+    @property
+    def columns(self) -> int:
+        return self.prefix + self.segments * (self.latent_size + self.text) + self.tail
+
+    @property
+    def slot_columns(self) -> Int[np.ndarray, "segments latent_size"]:
+        starts = self.prefix + np.arange(self.segments) * (self.latent_size + self.text)
+        return starts[:, None] + np.arange(self.latent_size)
+
+    @property
+    def text_columns(self) -> Int[np.ndarray, " text_columns"]:
+        return np.setdiff1d(np.arange(self.columns), self.slot_columns)
+
+    @property
+    def column_segment(self) -> Int[np.ndarray, " columns"]:
+        """For each column the segment whose slots come next (`segments` behind the last)."""
+        if not self.segments:
+            return np.zeros(self.columns, np.int32)
+        return np.searchsorted(self.slot_columns[:, -1], np.arange(self.columns)).astype(np.int32)
+
+
+def padded_tokens(layout: Layout, window_units: int) -> int:
+    """Returns what a row of the layout costs: its columns and the vision tokens that its images have room for."""
+    windows = layout.images * layout.image_windows + layout.segments * layout.helper_windows
+    return layout.columns + windows * window_units**2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One sample as flat arrays, ready to be laid out."""
+
+    tokens: Int[np.ndarray, " time"]
+    labels: Int[np.ndarray, " time"]  # the token itself where it carries loss, else -100
+    roles: Int8[np.ndarray, " time"]
+    positions: Int[np.ndarray, "3 time"]
+    images: tuple[PatchedImage, ...] | tuple[EncodedImage, ...]
+    helper_images: tuple[PatchedImage, ...] | tuple[EncodedImage, ...]
+    slot_starts: tuple[int, ...]  # index of each segment's first slot
+    latent_size: int
+    record: int = 0  # which record of the source it is
+
+
+@flax.struct.dataclass
+class Batch:
+    """A batch in a slot-aligned layout. Every array has the rows as its leading axis."""
+
+    tokens: Int[jax.Array, "rows columns"]
+    targets: Int[jax.Array, "rows columns"]  # the token that follows, -100 where it carries no loss
+    roles: Int8[jax.Array, "rows columns"]
+    positions: Int[jax.Array, "rows 3 columns"]
+    image_index: Int[jax.Array, "rows columns"]  # which of the row's vision features stands here, -1 for none
+    images: ImageBatch | FeatureBatch  # leading axes [rows, images]
+    helper_images: ImageBatch | FeatureBatch  # leading axes [rows, segments]
+    record: Int[jax.Array, " rows"]
+    layout: Layout = flax.struct.field(pytree_node=False)
+
+    @property
+    def valid(self) -> Bool[jax.Array, "rows columns"]:
+        return self.roles != Role.PADDING
+
+
+def build_sample(
+    tokens: Int[np.ndarray, " time"],
+    images: Sequence[PatchedImage] | Sequence[EncodedImage],
+    helper_images: Sequence[PatchedImage] | Sequence[EncodedImage],
+    special: SpecialTokens,
+    latent_size: int,
+    record: int = 0,
+) -> Sample:
+    """Works out roles, labels, positions and slots of a token sequence.
+
+    A sample whose slots are filled by the model itself needs no helper images; else there is one a segment. A picture
+    between latent markers is no segment but one of the images.
+
+    Raises ValueError if the slots are not runs of exactly `latent_size` between `latent_start` and
+    `latent_end`, or do not match the helper images.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    starts = np.flatnonzero(tokens == special.latent_start)
+    pictures = np.flatnonzero(tokens == special.vision_start) - 1
+    slot_starts = tuple(int(start) + 1 for start in np.setdiff1d(starts, pictures))
+    for start in slot_starts:
+        run = tokens[start : start + latent_size + 1]
+        if list(run) != [special.latent_pad] * latent_size + [special.latent_end]:
+            raise ValueError(f"the latent segment at token {start} is not {latent_size} slots and an end marker")
+    if int((tokens == special.latent_pad).sum()) != len(slot_starts) * latent_size:
+        raise ValueError("there are latent slots outside latent segments")
+    if helper_images and len(helper_images) != len(slot_starts):
+        raise ValueError(f"{len(slot_starts)} latent segments for {len(helper_images)} helper images")
+    grids = [(image.height // MERGE, image.width // MERGE) for image in images]
+    return Sample(
+        tokens=tokens,
+        labels=answer_labels(tokens, special),
+        roles=token_roles(tokens, special),
+        positions=mrope_positions(tokens, grids, special.image_pad),
+        images=tuple(images),
+        helper_images=tuple(helper_images),
+        slot_starts=slot_starts,
+        latent_size=latent_size,
+        record=record,
+    )
+
+
+def required_layout(sample: Sample, window_units: int) -> Layout:
+    """Returns the smallest layout that holds the sample."""
+    size, starts = sample.latent_size, sample.slot_starts
+    ends = [start + size for start in starts]
+    texts = [following - end for end, following in zip(ends[:-1], starts[1:], strict=True)]
+    text = max(texts, default=0)
+    last = len(sample.tokens) - ends[-1] if starts else 0
+    return Layout(
+        prefix=starts[0] if starts else len(sample.tokens),
+        segments=len(starts),
+        text=text,
+        tail=max(0, last - text),
+        latent_size=size,
+        images=len(sample.images),
+        image_windows=max((window_count(image, window_units) for image in sample.images), default=0),
+        helper_windows=max((window_count(image, window_units) for image in sample.helper_images), default=0),
+    )
+
+
+def merge_layouts(layouts: Sequence[Layout]) -> Layout:
+    """Returns the smallest layout that holds whatever one of `layouts` holds.
+
+    A row's last text may begin in any segment, and a row without slots lies in all text columns.
+    """
+    widest = {
+        field.name: max(getattr(layout, field.name) for layout in layouts)
+        for field in dataclasses.fields(Layout)
+        if field.name != "tail"
+    }
+    last = max(layout.text + layout.tail if layout.segments else 0 for layout in layouts)
+    flat = max((layout.prefix for layout in layouts if not layout.segments), default=0)
+    prefix = max((layout.prefix for layout in layouts if layout.segments), default=flat)
+    text_columns = prefix + widest["segments"] * widest["text"]
+    tail = max(0, last - widest["text"], flat - text_columns)
+    return Layout(**{**widest, "prefix": prefix}, tail=tail)
+
+
+def fits(sample: Sample, layout: Layout, window_units: int) -> bool:
+    """Says whether the layout holds the sample."""
+    need = required_layout(sample, window_units)
+    if need.images > layout.images or need.image_windows > layout.image_windows:
+        return False
+    if not need.segments:
+        return need.prefix <= len(layout.text_columns)
+    last = len(sample.tokens) - sample.slot_starts[-1] - sample.latent_size
+    between = need.text if need.segments > 1 else 0
+    return (
+        need.latent_size <= layout.latent_size
+        and need.segments <= layout.segments
+        and need.helper_windows <= layout.helper_windows
+        and need.prefix <= layout.prefix
+        and between <= layout.text
+        and last <= (layout.segments - need.segments + 1) * layout.text + layout.tail
+    )
+
+
+def sample_columns(sample: Sample, layout: Layout) -> Int[np.ndarray, " time"]:
+    """Returns the column of each of the sample's tokens.
+
+    Raises ValueError if the layout has too few segments, slots or text columns.
+    """
+    size, slots = sample.latent_size, layout.slot_columns
+    if len(sample.slot_starts) > layout.segments:
+        raise ValueError(f"there are {len(sample.slot_starts)} latent segments and the layout has {layout.segments}")
+    if sample.slot_starts and size > layout.latent_size:
+        raise ValueError(f"a latent segment has {size} slots and the layout {layout.latent_size}")
+    columns = np.empty(len(sample.tokens), np.int32)
+    index, first_free = 0, 0
+    for segment, start in enumerate(sample.slot_starts):
+        count = start - index
+        columns[index:start] = np.arange(slots[segment, 0] - count, slots[segment, 0])
+        columns[start : start + size] = slots[segment, :size]
+        if count > slots[segment, 0] - first_free:
+            raise ValueError(f"text {segment + 1} has {count} tokens and the layout {slots[segment, 0] - first_free}")
+        index, first_free = start + size, slots[segment, -1] + 1
+    remaining = layout.text_columns[layout.text_columns >= first_free]
+    count = len(sample.tokens) - index
+    if count > len(remaining):
+        raise ValueError(f"the last text has {count} tokens and the layout {len(remaining)}")
+    columns[index:] = remaining[len(remaining) - count :]
+    return columns
+
+
+NO_IMAGE = PatchedImage(np.zeros((0, STILL_PATCH_DIM), np.uint8), 0, 0)
+
+
+def collate(
+    samples: Sequence[Sample],
+    layout: Layout,
+    special: SpecialTokens,
+    window_units: int,
+    no_image: PatchedImage | EncodedImage = NO_IMAGE,
+) -> Batch:
+    """Lays samples out as one batch of numpy arrays.
+
+    All images are of one kind, patched or encoded; `no_image` has that kind, for samples that have none.
+
+    Raises ValueError if a sample does not fit the layout.
+    """
+    rows, columns = len(samples), layout.columns
+    tokens = np.full((rows, columns), special.pad, np.int32)
+    targets = np.full((rows, columns), -100, np.int32)
+    roles = np.zeros((rows, columns), np.int8)
+    positions = np.zeros((rows, 3, columns), np.int32)
+    image_index = np.full((rows, columns), -1, np.int32)
+    for row, sample in enumerate(samples):
+        place = sample_columns(sample, layout)
+        tokens[row, place] = sample.tokens
+        targets[row, place[:-1]] = sample.labels[1:]
+        roles[row, place] = sample.roles
+        positions[row][:, place] = sample.positions
+        capacity = layout.image_windows * window_units**2
+        features = [number * capacity + np.arange(image.vision_tokens) for number, image in enumerate(sample.images)]
+        image_index[row, place[sample.roles == Role.IMAGE]] = np.concatenate([np.zeros(0, int), *features])
+    kind = next((image for sample in samples for image in (*sample.images, *sample.helper_images)), no_image)
+    stack_kind = stack_features if isinstance(kind, EncodedImage) else stack_images
+    channels, dtype = kind[0].shape[-1], kind[0].dtype
+
+    def stack(name: str, per_row: int, windows: int) -> ImageBatch | FeatureBatch:
+        images = [list(getattr(sample, name)) for sample in samples]
+        return stack_kind(images, per_row, windows, window_units, channels, dtype)
+
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        roles=roles,
+        positions=positions,
+        image_index=image_index,
+        images=stack("images", layout.images, layout.image_windows),
+        helper_images=stack("helper_images", layout.segments, layout.helper_windows),
+        record=np.array([sample.record for sample in samples], np.int32),
+        layout=layout,
+    )

@@ -1,0 +1,200 @@
+"""What each stage minimises. Losses are per row, so a batch is the mean of its rows however it is cut.
+
+To add an objective, write a function as `text_loss` and name it in OBJECTIVES.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
+
+from ilvr_jax.method.layout import Batch
+from ilvr_jax.method.rollout import roll_out
+from ilvr_jax.method.selection import LatentSettings, Selection, cosine, select
+from ilvr_jax.method.slots import fill_slots
+from ilvr_jax.models.lora import decoder_params
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.sharding import divisor
+
+CHUNK_LOGITS = 2**26  # logits that exist at a time on a device: 256 MB in float32
+
+
+class Metric(NamedTuple):
+    """A figure of each row, and its weight in the mean over rows."""
+
+    values: Float[Array, " rows"]
+    weights: Float[Array, " rows"]
+
+
+@flax.struct.dataclass
+class Losses:
+    """The losses of each row, and further figures by name."""
+
+    loss: Float[Array, " rows"]
+    cross_entropy: Float[Array, " rows"]
+    metrics: dict[str, Metric]
+    # How they came about, for tests and studies; unused arrays cost a compiled step nothing.
+    hidden: Float[Array, "rows columns channels"]
+    selection: Selection | None = None
+
+
+def cross_entropy(
+    model: Qwen2_5VL,
+    decoder: PyTree,
+    hidden: Float[Array, "rows columns channels"],
+    targets: Int[Array, "rows columns"],
+    chunk_logits: int = CHUNK_LOGITS,
+) -> Float[Array, " rows"]:
+    """Returns each row's mean cross-entropy over the columns that carry loss (targets other than -100).
+
+    Logits are made for labelled columns, at most `chunk_logits` of them at a time on a device (or one column's), and
+    once more for the gradient: an array of columns times vocabulary never exists. Of several devices, each has a part
+    of the vocabulary for all tokens: no chunk fetches the head or makes a gradient of all of it.
+    """
+    rows, columns = targets.shape
+    vocabulary, channels = model.config.vocab_size, model.config.hidden_size
+    at_once = max(rows * vocabulary // divisor("rows"), rows * channels // divisor("few_rows"))
+    width = min(columns, max(1, chunk_logits // at_once))
+    # Labelled columns go first, so that whole chunks have none and are not worked on.
+    order = jnp.argsort(targets < 0, axis=1, stable=True)
+    order = jnp.pad(order, ((0, 0), (0, -columns % width)))
+    chunks = jnp.swapaxes(order.reshape(rows, -1, width), 0, 1)
+    starts, counts = jnp.arange(0, columns, width), (targets >= 0).sum(1)
+    most = counts.max()  # once, since it asks all devices
+
+    head = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
+    decoder = {**decoder, head: nn.with_logical_constraint(decoder[head], ("spread_vocabulary", None))}
+
+    def losses(hidden: Array, targets: Array, labelled: Array) -> Array:
+        logits = model.logits(decoder, nn.with_logical_constraint(hidden, ("few_rows", None, None)))
+        logits = nn.with_logical_constraint(logits, ("few_rows", None, "spread_vocabulary"))
+        is_target = jnp.arange(vocabulary) == targets[..., None]  # compared, since looking up would gather all logits
+        picked = jnp.sum(logits, axis=-1, where=is_target)
+        return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * labelled, axis=1)
+
+    @jax.checkpoint  # around the condition too: it would keep what is computed inside
+    def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+        place, start = chunk
+        labelled = start + jnp.arange(width) < counts[:, None]
+        here = jnp.take_along_axis(hidden, place[..., None], axis=1)
+        words = jnp.maximum(jnp.take_along_axis(targets, place, axis=1), 0)
+        nothing = jnp.zeros_like(total)
+        return total + jax.lax.cond(start < most, losses, lambda *_: nothing, here, words, labelled), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(rows, jnp.float32), (chunks, starts))
+    return total / jnp.maximum(counts, 1)
+
+
+def text_loss(
+    model: Qwen2_5VL, params: PyTree, teacher: None, batch: Batch, settings: LatentSettings, key: PRNGKeyArray
+) -> Losses:
+    """Supervised learning of the answer's tokens alone: the warm-up."""
+    del teacher, settings
+    decoder = decoder_params(params)
+    features = model.encode_images(params["vision"], batch.images)
+    inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
+    keys = dropout_keys(model, key, batch)
+    hidden, _ = model.decode(decoder, inputs, batch.positions, batch.valid, dropout_keys=keys)
+    return _losses(model, decoder, batch, hidden)
+
+
+def alignment_loss(
+    model: Qwen2_5VL, params: PyTree, teacher: PyTree, batch: Batch, settings: LatentSettings, key: PRNGKeyArray
+) -> Losses:
+    """Stage 1: slots hold the teacher's targets, and hidden states learn to predict them.
+
+    `teacher` holds the parts of the parameters that differ from the student's; a vision tower of its own is for tests.
+    """
+    features = model.encode_images(params["vision"], batch.images)
+    own_vision = "vision" in teacher
+    teacher_features = model.encode_images(teacher["vision"], batch.images) if own_vision else features
+    teacher = {**params, **teacher}
+    helper_features = model.encode_images(teacher["vision"], batch.helper_images)
+    selection = jax.lax.stop_gradient(
+        select(model, decoder_params(teacher), batch, teacher_features, helper_features, settings, key)
+    )
+    slots, decoder = batch.layout.slot_columns, decoder_params(params)
+    inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
+    targets = fill_slots(model, decoder, selection.targets, inputs[:, slots])
+    inputs = inputs.at[:, slots].set(jnp.where(selection.valid[..., None], targets, inputs[:, slots]))
+    keys = dropout_keys(model, key, batch)
+    hidden, _ = model.decode(decoder, inputs, batch.positions, batch.valid, dropout_keys=keys)
+    targets = selection.targets + settings.target_noise * slot_noise(key, batch.record, selection.targets.shape)
+    cosines = cosine(hidden[:, slots - 1], targets) * selection.valid
+    count = selection.valid.sum((1, 2))
+    similarity = cosines.sum((1, 2)) / jnp.maximum(count, 1)
+    plain = _losses(model, decoder, batch, hidden)
+    alignment = jnp.where(count > 0, 1.0 - similarity, 0.0)
+    loss = settings.ce_weight * plain.cross_entropy + settings.sim_weight * alignment
+    metrics = {
+        "similarity": Metric(similarity, (count > 0).astype(jnp.float32)),  # mean cosine of hidden states and targets
+        "filled_slots": Metric(count.astype(jnp.float32), jnp.ones_like(loss)),  # slots that had a target
+    }
+    return plain.replace(loss=loss, metrics=metrics, selection=selection)
+
+
+def slot_noise(
+    key: PRNGKeyArray, record: Int[Array, " rows"], shape: tuple[int, int, int, int]
+) -> Float[Array, "rows segments slots channels"]:
+    """Returns normal noise that depends on the record, the segment and the slot alone, not on the batch around them."""
+    _, segments, slots, channels = shape
+
+    def noise(record: Array, segment: Array, slot: Array) -> Array:
+        of_slot = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, record), segment), slot)
+        return jax.random.normal(of_slot, (channels,))
+
+    over_slots = jax.vmap(noise, (None, None, 0))
+    over_segments = jax.vmap(over_slots, (None, 0, None))
+    return jax.vmap(over_segments, (0, None, None))(record, jnp.arange(segments), jnp.arange(slots))
+
+
+def autonomy_loss(
+    model: Qwen2_5VL, params: PyTree, teacher: None, batch: Batch, settings: LatentSettings, key: PRNGKeyArray
+) -> Losses:
+    """Stage 2: slots are filled by the student itself, cross-entropy alone, gradient through every slot."""
+    del teacher, settings
+    decoder = decoder_params(params)
+    features = model.encode_images(params["vision"], batch.images)
+    inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
+    hidden = roll_out(model, decoder, inputs, batch, dropout_keys(model, key, batch))
+    return _losses(model, decoder, batch, hidden)
+
+
+def dropout_keys(model: Qwen2_5VL, key: PRNGKeyArray, batch: Batch) -> Key[Array, "rows columns"] | None:
+    """Returns a key a token that depends on the record and the token's place in it alone; None without dropout."""
+    if not model.config.lora.rank or not model.config.lora.dropout:
+        return None
+    place = jnp.cumsum(batch.valid, axis=1)
+    of_record = jax.vmap(lambda record: jax.random.fold_in(key, record))(batch.record)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_record, place)
+
+
+def _losses(model: Qwen2_5VL, decoder: PyTree, batch: Batch, hidden: Array) -> Losses:
+    loss = cross_entropy(model, decoder, hidden, batch.targets)
+    return Losses(loss, loss, {}, hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a stage minimises.
+
+    `loss(model, params, teacher, batch, settings, key)` returns the losses of a batch's rows. `helper_images` are the
+    values that the stage's `helper_images` may have. With `teacher`, the stage keeps a moving average of what it
+    trains, which `loss` gets (None without); the vision tower is shared with it, and stays as it is.
+    """
+
+    loss: Callable[[Qwen2_5VL, PyTree, PyTree | None, Batch, LatentSettings, PRNGKeyArray], Losses]
+    helper_images: tuple[str, ...]
+    teacher: bool = False
+
+
+OBJECTIVES = {
+    "text": Objective(text_loss, helper_images=("omit", "encode")),
+    "alignment": Objective(alignment_loss, helper_images=("latent",), teacher=True),
+    "autonomy": Objective(autonomy_loss, helper_images=("latent", "slots")),
+}

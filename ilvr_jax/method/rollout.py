@@ -1,0 +1,156 @@
+"""The stage 2 roll-out: latent slots filled by the model's own hidden states, one after another.
+
+The columns are processed in order: the prefix in parallel, then segment by segment K single-column steps and the
+text after them in parallel, then the tail. Keys and values of finished columns are kept, so all of it costs one
+forward pass; recomputing the prefix for each slot would cost S * K + 1 of them.
+
+The gradient goes back the same way, but by the slots alone: what the loss changes with each of them. With that known,
+one parallel pass, in which the slots' inputs are given, has the gradient by the parameters. So these have one gradient
+in memory, where going back through the loops would keep one for each loop that is inside another.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+from ilvr_jax.method.layout import Batch
+from ilvr_jax.method.slots import PARAMETERS, fill_slots
+from ilvr_jax.models.attention import causal_mask
+from ilvr_jax.models.qwen2_5_vl.decoder import KeyValues
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+
+Hidden = Float[Array, "rows columns channels"]
+Keys = Key[Array, "rows columns"] | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def roll_out(model: Qwen2_5VL, decoder: PyTree, inputs: Hidden, batch: Batch, dropout_keys: Keys) -> Hidden:
+    """Returns the final hidden states when each slot's input is made from the hidden state of the column before it.
+
+    `fill_slots` makes it, and the gradient flows through every slot. `dropout_keys` is for adapters.
+    """
+    return _forward(model, decoder, inputs, batch, dropout_keys)[0]
+
+
+def _forward(model: Qwen2_5VL, decoder: PyTree, inputs: Hidden, batch: Batch, dropout_keys: Keys):
+    end = batch.layout.prefix
+    prefix, cache = model.decode(
+        decoder,
+        inputs[:, :end],
+        batch.positions[..., :end],
+        batch.valid[:, :end],
+        dropout_keys=_columns(dropout_keys, 0, end),
+    )
+    no_change = jnp.zeros((*inputs[:, batch.layout.slot_columns].shape,), prefix.dtype)
+    after = _after_prefix(model, decoder, inputs, batch, dropout_keys, prefix[:, -1:], cache, no_change)
+    hidden = jnp.concatenate([prefix, after], axis=1)
+    return hidden, (decoder, inputs, batch, dropout_keys, hidden, cache)
+
+
+def _backward(model: Qwen2_5VL, kept: tuple, gradient: Hidden):
+    decoder, inputs, batch, dropout_keys, hidden, cache = kept
+    end, slots = batch.layout.prefix, batch.layout.slot_columns
+
+    def after_prefix(change: Array) -> Array:
+        return _after_prefix(model, decoder, inputs, batch, dropout_keys, hidden[:, end - 1 : end], cache, change)
+
+    if slots.size:
+        _, by_change = jax.vjp(after_prefix, jnp.zeros((*inputs[:, slots].shape,), hidden.dtype))
+        own = {name: decoder[name] for name in (PARAMETERS,) if name in decoder}
+        filled, by_fill = jax.vjp(functools.partial(fill_slots, model), own, hidden[:, slots - 1], inputs[:, slots])
+        of_fill, of_hidden, of_embedding = by_fill(by_change(gradient[:, end:])[0].astype(filled.dtype))
+        gradient = gradient.at[:, slots - 1].add(of_hidden)
+        inputs = inputs.at[:, slots].set(filled)
+    else:
+        of_fill, of_embedding = {}, 0.0
+
+    def in_parallel(decoder: PyTree, inputs: Array) -> Array:
+        return model.decode(decoder, inputs, batch.positions, batch.valid, dropout_keys=dropout_keys)[0]
+
+    _, by_parameters = jax.vjp(in_parallel, decoder, inputs)
+    of_decoder, of_inputs = by_parameters(gradient)
+    of_decoder = {**of_decoder, **of_fill}  # `decode` does not use what fills slots
+    return of_decoder, of_inputs.at[:, slots].set(of_embedding), None, None
+
+
+roll_out.defvjp(_forward, _backward)
+
+
+def _after_prefix(
+    model: Qwen2_5VL,
+    decoder: PyTree,
+    inputs: Hidden,
+    batch: Batch,
+    dropout_keys: Keys,
+    last: Float[Array, "rows 1 channels"],
+    prefix_cache: KeyValues,
+    change: Float[Array, "rows segments latent_size channels"],
+) -> Hidden:
+    """Returns the hidden states behind the prefix, given its last one, when `change` is added to the slots' inputs."""
+    layout, positions, valid, rows = batch.layout, batch.positions, batch.valid, len(inputs)
+    size, width = layout.latent_size, layout.latent_size + layout.text
+    tail_start = layout.columns - layout.tail
+
+    def decode(inputs: Array, mask: Array, past: Sequence[KeyValues], start: Array | int):
+        """Runs columns from `start` on."""
+        count = inputs.shape[1]
+        position, keys = columns_from(positions, start, count, 2), _columns(dropout_keys, start, count)
+        return model.decode(decoder, inputs, position, mask, past, keys)
+
+    # Only columns before the present segment have been written; the rest of the cache is masked.
+    room = ((0, 0), (0, 0), (0, layout.segments * width), (0, 0), (0, 0))
+    cache = jax.tree.map(lambda array: jnp.pad(array, room), prefix_cache)
+    empty = jax.tree.map(lambda array: jnp.zeros_like(array, shape=(*array.shape[:2], size, *array.shape[3:])), cache)
+
+    columns_from = jax.lax.dynamic_slice_in_dim
+    write_columns = jax.lax.dynamic_update_slice_in_dim
+
+    @jax.checkpoint  # keeps one segment's activations at a time
+    def segment(carry, numbered_change):
+        (cache, before), (number, changes) = carry, numbered_change
+        start = layout.prefix + number * width
+        done = (jnp.arange(tail_start) < start) & valid[:, :tail_start]
+        slots_valid = columns_from(valid, start, size, 1)
+
+        def slot(carry, indexed_change):
+            (slot_cache, before), (index, change) = carry, indexed_change
+            # A slot sees the finished columns, the slots before it, and itself.
+            mask = jnp.concatenate([done, slots_valid & (jnp.arange(size) < index), jnp.ones((rows, 1), bool)], axis=1)
+            embedding = columns_from(inputs, start + index, 1, 1)
+            filled = fill_slots(model, decoder, before, embedding) + change[:, None]
+            hidden, new = decode(filled, mask[:, None], [cache, slot_cache], start + index)
+            slot_cache = jax.tree.map(lambda slots, one: write_columns(slots, one, index, 2), slot_cache, new)
+            return (slot_cache, hidden), hidden[:, 0]
+
+        (new, last), hidden = jax.lax.scan(slot, (empty, before), (jnp.arange(size), changes))
+        hidden = jnp.swapaxes(hidden, 0, 1)
+        if layout.text:
+            text_start, text = start + size, layout.text
+            seen = jnp.concatenate([done, slots_valid], axis=1)[:, None]
+            mask = jnp.concatenate(
+                [
+                    jnp.broadcast_to(seen, (rows, text, seen.shape[-1])),
+                    causal_mask(columns_from(valid, text_start, text, 1)),
+                ],
+                axis=2,
+            )
+            text_hidden, text_new = decode(columns_from(inputs, text_start, text, 1), mask, [cache, new], text_start)
+            new = jax.tree.map(lambda slots, words: jnp.concatenate([slots, words], axis=2), new, text_new)
+            hidden, last = jnp.concatenate([hidden, text_hidden], axis=1), text_hidden[:, -1:]
+        cache = jax.tree.map(lambda whole, some: write_columns(whole, some, start, 2), cache, new)
+        return (cache, last), hidden
+
+    changes = change.transpose(1, 2, 0, 3)
+    (cache, _), hidden = jax.lax.scan(segment, (cache, last), (jnp.arange(layout.segments), changes))
+    hidden = jnp.swapaxes(hidden, 0, 1).reshape(rows, layout.segments * width, last.shape[-1])
+    if layout.tail:
+        tail, _ = decode(inputs[:, tail_start:], causal_mask(valid)[:, tail_start:], [cache], tail_start)
+        hidden = jnp.concatenate([hidden, tail], axis=1)
+    return hidden
+
+
+def _columns(keys: Keys, start: Array | int, count: int) -> Keys:
+    return None if keys is None else jax.lax.dynamic_slice_in_dim(keys, start, count, 1)

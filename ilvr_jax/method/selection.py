@@ -1,0 +1,246 @@
+"""The momentum teacher's selection: which helper-image features are worth predicting (ILVR, section 3).
+
+To add a rule, write a function as `pick_coverage` and name it in SELECTORS.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
+
+from ilvr_jax.method.layout import Batch
+from ilvr_jax.method.tokens import Role
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+
+NORM_FLOOR = 1e-8  # as torch.cosine_similarity
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSettings:
+    """Settings of the method; the defaults are the published ones. Raises ValueError, naming the key, for a bad one."""
+
+    latent_size: int = 8  # K, slots a segment
+    coverage: float = 0.9  # p, the mass of the softmax that the targets cover
+    candidates: int = 256  # L, features are grouped to this many at most
+    temperature: float = 1.0  # of the softmax over candidates
+    grouping: str = "published"  # "published" drops the features that do not divide evenly, "complete" none
+    tau: float = 0.999  # the teacher's momentum; 1.0 freezes it
+    ce_weight: float = 1.0
+    sim_weight: float = 1.0
+    target_noise: float = 0.01  # deviation of the noise added to targets
+    selection: str = "coverage"  # the rule that picks targets, one of SELECTORS
+
+    def __post_init__(self):
+        if self.selection not in SELECTORS:
+            raise ValueError(f"`latents.selection` must be one of {', '.join(SELECTORS)}, got {self.selection!r}")
+        if self.grouping not in ("published", "complete"):
+            raise ValueError(f"`latents.grouping` must be published or complete, got {self.grouping!r}")
+        for name, wanted, good in (
+            ("latent_size", "at least 1", self.latent_size >= 1),
+            ("candidates", "at least 1", self.candidates >= 1),
+            ("coverage", "more than 0 and at most 1", 0 < self.coverage <= 1),
+            ("temperature", "more than 0", 0 < self.temperature < math.inf),
+            ("tau", "from 0 to 1", 0 <= self.tau <= 1),
+            ("ce_weight", "at least 0", 0 <= self.ce_weight < math.inf),
+            ("sim_weight", "at least 0", 0 <= self.sim_weight < math.inf),
+            ("target_noise", "at least 0", 0 <= self.target_noise < math.inf),
+        ):
+            if not good:
+                raise ValueError(f"`latents.{name}` must be a number {wanted}, got {getattr(self, name)!r}")
+
+
+@flax.struct.dataclass
+class Selection:
+    """What the teacher picked for each segment's slots, in order of score."""
+
+    targets: Float[Array, "rows segments slots channels"]
+    valid: Bool[Array, "rows segments slots"]  # slots that have a target
+    candidates: Int[Array, "rows segments slots"]  # which candidate it was
+    cosines: Float[Array, "rows segments candidates"]
+    user_query: Float[Array, "rows channels"]
+
+
+def cosine(first: Float[Array, "*batch channels"], second: Float[Array, "*batch channels"]) -> Float[Array, "*batch"]:
+    """Returns the cosine along the last axis, in float32."""
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    norms = jnp.linalg.norm(first, axis=-1) * jnp.linalg.norm(second, axis=-1)
+    return jnp.sum(first * second, axis=-1) / jnp.maximum(norms, NORM_FLOOR)
+
+
+def masked_mean(
+    values: Float[Array, "rows time channels"], mask: Bool[Array, "rows time"]
+) -> Float[Array, "rows channels"]:
+    """Returns the float32 mean over the time steps where `mask` holds, zero if there are none."""
+    weights = mask.astype(jnp.float32)
+    total = jnp.einsum("rt,rtc->rc", weights, values.astype(jnp.float32))
+    return total / jnp.maximum(weights.sum(1), 1.0)[:, None]
+
+
+def user_query(
+    model: Qwen2_5VL, decoder: PyTree, batch: Batch, hidden: Float[Array, "rows columns channels"]
+) -> Float[Array, "rows channels"]:
+    """Returns u, the mean of what the user's text and the user's images say.
+
+    The images' part weighs vision tokens by the attention that prompt tokens pay them under the last layer's
+    projections. A row without images falls back on the mean embedding of its prompt's text.
+    """
+    prefix = slice(0, batch.layout.prefix)  # rows that have segments hold their whole prompt there
+    hidden, roles = hidden[:, prefix], batch.roles[:, prefix]
+    prompt, image = roles == Role.PROMPT, roles == Role.IMAGE
+    query, key = model.last_projections(decoder, hidden)
+    groups = query.shape[2] // key.shape[2]
+    grouped = query.reshape(*query.shape[:2], key.shape[2], groups, -1)
+    scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(image[:, None, None, None], scores * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    attention = jax.nn.softmax(scores, axis=-1).mean((1, 2))
+    prompt_weights = prompt / jnp.maximum(prompt.sum(1, keepdims=True), 1)
+    weights = jnp.einsum("bq,bqk->bk", prompt_weights, attention)
+    from_images = jnp.einsum("bk,bkc->bc", weights, hidden.astype(jnp.float32))
+    from_text = masked_mean(hidden, prompt)
+    fallback = masked_mean(model.embed(decoder, batch.tokens[:, prefix]), prompt)
+    return jnp.where(image.any(1)[:, None], (from_images + from_text) / 2, fallback)
+
+
+def group_neighbours(
+    features: Float[Array, "rows segments units channels"],
+    valid: Bool[Array, "rows segments units"],
+    candidates: int,
+    grouping: str,
+) -> tuple[Float[Array, "rows segments groups channels"], Bool[Array, "rows segments groups"]]:
+    """Returns at most `candidates` features an image, means of neighbours where there are more.
+
+    "published" makes groups of units // candidates and drops the rest, as the published code; "complete"
+    spreads every unit over the groups as evenly as whole units allow.
+    """
+    units = valid.shape[-1]
+    if units <= candidates:
+        return features, valid
+    index, count = jnp.arange(units), valid.sum(-1, keepdims=True)
+    if grouping == "published":
+        group = index // jnp.maximum(count // candidates, 1)
+    else:
+        group = index * candidates // jnp.maximum(count, 1)
+    group = jnp.where(count > candidates, group, index)
+    member = (group[..., None] == jnp.arange(candidates)) & valid[..., None]
+    sizes = member.sum(-2)
+    means = jnp.einsum("bsug,bsuc->bsgc", member.astype(jnp.float32), features.astype(jnp.float32))
+    return means / jnp.maximum(sizes, 1)[..., None], sizes > 0
+
+
+Scores = Float[Array, "rows candidates"]
+Valid = Bool[Array, "rows candidates"]
+Slots = Bool[Array, "rows slots"]
+Keys = Key[Array, " rows"]
+Picks = tuple[Int[Array, "rows slots"], Bool[Array, "rows slots"]]
+
+
+def pick_coverage(cosines: Scores, valid: Valid, slots: Slots, settings: LatentSettings, keys: Keys) -> Picks:
+    """Picks the candidates of highest score that together cover the mass p, in descending order: the paper's rule."""
+    chosen, keep = pick_top_k(cosines, valid, slots, settings, keys)
+    scores = jnp.where(valid, cosines / settings.temperature, -jnp.inf)
+    mass = jnp.where(valid, jax.nn.softmax(jnp.where(valid.any(-1, keepdims=True), scores, 0.0), axis=-1), 0.0)
+    picked_mass = jnp.where(keep, jnp.take_along_axis(mass, chosen, axis=-1), 0.0)
+    covered_before = jnp.cumsum(picked_mass, axis=-1) - picked_mass
+    keep &= covered_before < settings.coverage
+    return jnp.where(keep, chosen, 0), keep
+
+
+def pick_top_k(cosines: Scores, valid: Valid, slots: Slots, settings: LatentSettings, keys: Keys) -> Picks:
+    """Picks as many candidates as there are slots, those of highest score, in descending order."""
+    del settings, keys
+    missing = max(0, slots.shape[-1] - cosines.shape[-1])
+    scores = jnp.pad(jnp.where(valid, cosines, -jnp.inf), ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    best, order = jax.lax.top_k(scores, slots.shape[-1])
+    keep = slots & jnp.isfinite(best)
+    return jnp.where(keep, order, 0), keep
+
+
+def pick_random(cosines: Scores, valid: Valid, slots: Slots, settings: LatentSettings, keys: Keys) -> Picks:
+    """Picks any candidates, each as likely, whatever their scores: a control."""
+
+    def draw(key: PRNGKeyArray) -> Array:  # by candidate, so that padding changes no draw
+        each = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(cosines.shape[-1]))
+        return jax.vmap(jax.random.uniform)(each)
+
+    return pick_top_k(jax.vmap(draw)(keys), valid, slots, settings, keys)
+
+
+def pick_dense(cosines: Scores, valid: Valid, slots: Slots, settings: LatentSettings, keys: Keys) -> Picks:
+    """Picks all candidates in raster order; they are the whole image pooled to one for each slot."""
+    in_order = -jnp.arange(cosines.shape[-1], dtype=jnp.float32)
+    return pick_top_k(jnp.broadcast_to(in_order, cosines.shape), valid, slots, settings, keys)
+
+
+class Selector(NamedTuple):
+    """A rule for targets.
+
+    `pick(cosines, valid, slots, settings, keys)` returns which candidate goes into each slot and which slots get one;
+    `keys` are by record and segment. `pooled`: the candidates are the image pooled to as many as there are slots.
+    """
+
+    pick: Callable[[Scores, Valid, Slots, LatentSettings, Keys], Picks]
+    pooled: bool = False
+
+
+SELECTORS = {
+    "coverage": Selector(pick_coverage),
+    "dense": Selector(pick_dense, pooled=True),
+    "top_k": Selector(pick_top_k),
+    "random": Selector(pick_random),
+}
+
+
+def select(
+    model: Qwen2_5VL,
+    decoder: PyTree,
+    batch: Batch,
+    features: Float[Array, "rows images units channels"],
+    helper_features: Float[Array, "rows segments units channels"],
+    settings: LatentSettings,
+    key: PRNGKeyArray,
+) -> Selection:
+    """Returns the teacher's targets for every segment of a batch.
+
+    One pass of the teacher's decoder over whole samples whose slots hold the embedding of `latent_pad`; then
+    segment by segment, since each query holds the mean of what the segment before selected. `decoder` is the
+    teacher's; the features come from its vision tower. `key` is for rules that draw.
+    """
+    inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
+    hidden, _ = model.decode(decoder, inputs, batch.positions, batch.valid)
+    user = user_query(model, decoder, batch, hidden)
+    selector = SELECTORS[settings.selection]
+    count, grouping = settings.candidates, settings.grouping
+    if selector.pooled:
+        count, grouping = settings.latent_size, "complete"
+    candidates, candidate_valid = group_neighbours(helper_features, batch.helper_images.unit_valid, count, grouping)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.record)
+    segment_of_column = batch.layout.column_segment
+
+    def next_segment(previous, segment):
+        previous_mean, has_previous = previous
+        text = (batch.roles == Role.ANSWER) & (segment_of_column == segment["number"])
+        parts = jnp.stack([user, masked_mean(hidden, text), previous_mean], axis=1)
+        present = jnp.stack([jnp.ones_like(has_previous), text.any(1), has_previous], axis=1)
+        query = masked_mean(parts, present)
+        cosines = cosine(query[:, None], segment["candidates"])
+        of_segment = jax.vmap(jax.random.fold_in, (0, None))(keys, segment["number"])
+        chosen, keep = selector.pick(cosines, segment["candidate_valid"], segment["slots"], settings, of_segment)
+        targets = jnp.take_along_axis(segment["candidates"], chosen[..., None], axis=1).astype(jnp.float32)
+        following = masked_mean(targets, keep), keep.any(1)
+        return following, (jnp.where(keep[..., None], targets, 0.0), keep, chosen, cosines)
+
+    segments = {
+        "number": jnp.arange(batch.layout.segments),
+        "candidates": jnp.swapaxes(candidates, 0, 1),
+        "candidate_valid": jnp.swapaxes(candidate_valid, 0, 1),
+        "slots": jnp.swapaxes(batch.valid[:, batch.layout.slot_columns], 0, 1),
+    }
+    start = jnp.zeros_like(user), jnp.zeros(len(user), bool)
+    _, picked = jax.lax.scan(next_segment, start, segments)
+    targets, valid, chosen, cosines = jax.tree.map(lambda array: jnp.swapaxes(array, 0, 1), picked)
+    return Selection(targets, valid, chosen, cosines, user)

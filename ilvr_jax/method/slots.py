@@ -1,0 +1,88 @@
+"""What a slot's input is made of: one function each, used by stage 1, the roll-out and decoding.
+
+To add one, write a function below (and what makes its parameters, if it has any) and name it in SLOT_INPUTS.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+
+PARAMETERS = "slot_input"  # their place in the part of the parameters that learns to decode
+
+Channels = Float[Array, "*batch channels"]
+
+
+class SlotInput(NamedTuple):
+    """A rule that fills slots.
+
+    `fill(hidden_states, embeddings, parameters)` returns the inputs of slots from the hidden states of the columns
+    before them (in stage 1 the teacher's targets in their place), the embedding of `latent_pad`, and the rule's own
+    parameters, which `init(key, channels)` makes, None for a rule that has none.
+    """
+
+    fill: Callable[[Channels, Channels, PyTree], Channels]
+    init: Callable[[PRNGKeyArray, int], PyTree] | None = None
+
+
+def fill_hidden(hidden_states: Channels, embeddings: Channels, parameters: PyTree) -> Channels:
+    """The paper's: the hidden state itself (ILVR, section 3)."""
+    del parameters
+    return hidden_states.astype(embeddings.dtype)
+
+
+def fill_projected(hidden_states: Channels, embeddings: Channels, parameters: PyTree) -> Channels:
+    """The hidden state plus what a small MLP makes of it; the MLP's output is zero at the start."""
+    hidden_states = hidden_states.astype(embeddings.dtype)
+    up, down = (parameters[name]["kernel"].astype(embeddings.dtype) for name in ("up", "down"))
+    return hidden_states + jax.nn.gelu(hidden_states @ up) @ down
+
+
+def init_projected(key: PRNGKeyArray, channels: int) -> PyTree:
+    """Returns the MLP's parameters, float32, half as wide inside."""
+    up = jax.random.normal(key, (channels, channels // 2)) * channels**-0.5
+    return {"up": {"kernel": up}, "down": {"kernel": jnp.zeros((channels // 2, channels))}}
+
+
+def fill_pause(hidden_states: Channels, embeddings: Channels, parameters: PyTree) -> Channels:
+    """A learned constant, which carries no information: the control for what further columns of compute give."""
+    return jnp.broadcast_to(parameters["embedding"].astype(embeddings.dtype), hidden_states.shape)
+
+
+def init_pause(key: PRNGKeyArray, channels: int) -> PyTree:
+    """Returns the constant, float32, of the size that final hidden states have: they are normed."""
+    return {"embedding": jax.random.normal(key, (channels,))}
+
+
+SLOT_INPUTS = {
+    "hidden": SlotInput(fill_hidden),
+    "projected": SlotInput(fill_projected, init_projected),
+    "pause": SlotInput(fill_pause, init_pause),
+}
+
+
+def fill_slots(model: Qwen2_5VL, decoder: PyTree, hidden_states: Channels, embeddings: Channels) -> Channels:
+    """Returns the inputs of slots under the model's rule; see `SlotInput`. `decoder` holds the rule's parameters."""
+    return SLOT_INPUTS[model.config.slot_input].fill(hidden_states, embeddings, decoder.get(PARAMETERS))
+
+
+def init_params(model: Qwen2_5VL, key: PRNGKeyArray) -> PyTree:
+    """Returns fresh float32 parameters of the model and of the rule that fills its slots."""
+    return with_slot_parameters(model, model.init(key), key)
+
+
+def with_slot_parameters(model: Qwen2_5VL, params: PyTree, key: PRNGKeyArray) -> PyTree:
+    """Returns the model's parameters with fresh ones of the rule that fills its slots, if that has any.
+
+    They are in the adapters if there are some, else in the decoder: what learns to decode learns to fill slots.
+    """
+    init = SLOT_INPUTS[model.config.slot_input].init
+    if init is None:
+        return params
+    part = "adapters" if "adapters" in params else "decoder"
+    own = init(jax.random.fold_in(key, len(PARAMETERS)), model.config.hidden_size)
+    return {**params, part: {**params[part], PARAMETERS: own}}

@@ -1,0 +1,97 @@
+"""Qwen2.5-VL: the vision tower and the decoder as pure functions of their parameters.
+
+Parameters are {"vision": ..., "decoder": ...}, with LoRA "adapters" too; every method takes the part it needs, and
+`decoder_params` joins the decoder with its adapters.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
+
+from ilvr_jax.models.lora import split_adapters
+from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
+from ilvr_jax.models.qwen2_5_vl.decoder import Decoder, KeyValues
+from ilvr_jax.models.qwen2_5_vl.images import MERGE, FeatureBatch, ImageBatch
+from ilvr_jax.models.qwen2_5_vl.vision import VisionTower
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2_5VL:
+    """A model of a given shape. It holds no parameters."""
+
+    config: ModelConfig
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        return Decoder(self.config)
+
+    @functools.cached_property
+    def vision(self) -> VisionTower:
+        return VisionTower(self.config.vision, self.config.dtype)
+
+    def init(self, key: PRNGKeyArray) -> PyTree:
+        """Returns fresh float32 parameters."""
+        vision_key, decoder_key = jax.random.split(key)
+        shape = self.config.vision
+        patches = shape.window_units**2 * MERGE**2
+        images = ImageBatch(
+            pixels=jnp.zeros((1, 1, patches, shape.patch_dim // shape.temporal_patch_size), jnp.uint8),
+            coordinates=jnp.zeros((1, 1, patches, 2), jnp.int32),
+            patch_valid=jnp.ones((1, 1, patches), bool),
+            raster_order=jnp.zeros((1, patches // MERGE**2), jnp.int32),
+            unit_valid=jnp.ones((1, patches // MERGE**2), bool),
+        )
+        inputs = jnp.zeros((1, 1, self.config.hidden_size))
+        positions, mask = jnp.zeros((1, 3, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
+        vision = self.vision.init(vision_key, images)["params"]
+        decoder, adapters = split_adapters(self.decoder.init(decoder_key, inputs, positions, mask)["params"])
+        return {"vision": vision, "decoder": decoder} | ({"adapters": adapters} if adapters else {})
+
+    def encode_images(
+        self, vision: PyTree, images: ImageBatch | FeatureBatch
+    ) -> Float[Array, "*images units channels"]:
+        """Returns each image's vision tokens in raster order, padded; those of a FeatureBatch as they are."""
+        if isinstance(images, FeatureBatch):
+            return images.features
+        if not images.raster_order.size:  # a layout without room for such images
+            return jnp.zeros((*images.raster_order.shape, self.config.hidden_size), self.config.dtype)
+        return self.vision.apply({"params": vision}, images)
+
+    def embed(
+        self,
+        decoder: PyTree,
+        tokens: Int[Array, "rows columns"],
+        image_index: Int[Array, "rows columns"] | None = None,
+        features: Float[Array, "rows images units channels"] | None = None,
+    ) -> Float[Array, "rows columns channels"]:
+        """Returns the inputs of the decoder: token embeddings, and image features where `image_index` >= 0."""
+        embeddings = self.decoder.apply({"params": decoder}, tokens, method="embed")
+        if features is None or not features.shape[1] * features.shape[2]:
+            return embeddings
+        flat = features.reshape(features.shape[0], -1, features.shape[-1])
+        placed = jnp.take_along_axis(flat, jnp.maximum(image_index, 0)[..., None], axis=1)
+        return jnp.where((image_index >= 0)[..., None], placed.astype(embeddings.dtype), embeddings)
+
+    def decode(
+        self,
+        decoder: PyTree,
+        inputs: Float[Array, "rows columns channels"],
+        positions: Int[Array, "rows 3 columns"],
+        mask: Bool[Array, "rows columns"] | Bool[Array, "rows columns keys"],
+        past: Sequence[KeyValues] = (),
+        dropout_keys: Key[Array, "rows columns"] | None = None,
+    ) -> tuple[Float[Array, "rows columns channels"], KeyValues]:
+        """Returns final hidden states and these columns' keys and values; see `Decoder.__call__`."""
+        return self.decoder.apply({"params": decoder}, inputs, positions, mask, past, dropout_keys)
+
+    def logits(self, decoder: PyTree, hidden: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
+        """Returns float32 logits."""
+        return self.decoder.apply({"params": decoder}, hidden, method="logits")
+
+    def last_projections(self, decoder: PyTree, hidden: Float[Array, "rows columns channels"]) -> tuple[Array, Array]:
+        """Returns `hidden` under the last layer's query and key projections."""
+        return self.decoder.apply({"params": decoder}, hidden, method="last_projections")

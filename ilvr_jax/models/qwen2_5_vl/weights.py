@@ -1,0 +1,275 @@
+"""Names and layouts of published Qwen2.5-VL checkpoints, mapped to our parameters and back.
+
+Both naming schemes are read and written: "flat", `model.layers...` with `visual...`, and "nested",
+`model.language_model.layers...` with `model.visual...`.
+"""
+
+import functools
+import re
+from collections.abc import Collection, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, PyTree
+
+from ilvr_jax.errors import LISTED, listed, quote
+from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.sharding import one_device, shardings, to_mesh
+from ilvr_jax.models.tensor_files import DTYPE_NAMES, DTYPES, BadCheckpoint, TensorFiles, TensorToWrite, warn
+
+# Module names that differ between a checkpoint and our parameters.
+RENAMED = {
+    "patch_embed": "patch_embed.proj",
+    "qkv": "attn.qkv",
+    "proj": "attn.proj",
+    "ln_q": "merger.ln_q",
+    "merger_in": "merger.mlp.0",
+    "merger_out": "merger.mlp.2",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+}
+
+
+# Modules around the model that training leaves in names: PEFT's, those of reinforcement learning and of value heads,
+# and inside the model, too, those of data parallelism and torch.compile.
+WRAPPERS = re.compile(
+    r"^(?:base_model\.model|pretrained_model|_forward_module|actor)\."
+    r"|(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+BUFFERS = re.compile(r"(^|\.)rotary(_pos)?_emb\.\w+$")  # computed from the config, as transformers does
+# Modules that are computed here: a tensor in them that is not expected belongs to another computation.
+COMPUTED = re.compile(r"visual\.|lm_head\.|model\.(layers|norm|embed)")
+# The last parts of the names of quantised weights.
+QUANTISED = {
+    "GPTQ": ("g_idx",),
+    "AWQ or GPTQ": ("qweight", "qzeros", "scales"),
+    "compressed-tensors": ("weight_packed", "weight_shape", "weight_zero_point"),
+    "bitsandbytes": ("absmax", "nested_absmax", "quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4", "SCB"),
+    "fp8": ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale"),
+    "HQQ": ("W_q",),
+    "AQLM": ("codes", "codebooks"),
+    "quanto": ("_data", "_scale"),
+}
+UNMERGED = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)\.")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def unwrapped(name: str) -> str:
+    """Returns a tensor's name without the modules around the model, in any order."""
+    while (inner := WRAPPERS.sub("", name)) != name:
+        name = inner
+    return name
+
+
+def flat_name(name: str) -> str:
+    """Returns a tensor's name in the flat scheme, the older of the two, without modules around the model.
+
+    A checkpoint of the model without its head begins with `language_model`; transformers loads that as well.
+    """
+    name = re.sub(r"^(model\.)?language_model\.", "model.", unwrapped(name))
+    return re.sub(r"^model\.visual\.", "visual.", name)
+
+
+def nested_name(name: str) -> str:
+    """Returns a flat name in the nested scheme, transformers' own since version 4.52; `lm_head` is the same in both."""
+    return re.sub(r"^visual\.", "model.visual.", re.sub(r"^model\.", "model.language_model.", name))
+
+
+def is_nested(names: Mapping[str, object]) -> bool:
+    """Returns whether a checkpoint has the nested naming scheme."""
+    return any(flat_name(name) != unwrapped(name) for name in names)
+
+
+def tensor_name(path: tuple[str, ...], layer: int | None = None) -> str:
+    """Returns the flat name of the parameter at `path`; `layer` picks from a stacked parameter."""
+    tower, *modules = path
+    if modules == ["lm_head"]:
+        return HEAD
+    leaf = {"kernel": "weight", "embed_tokens": "embed_tokens.weight"}.get(modules[-1], modules[-1])
+    modules = [RENAMED.get(module, module) for module in modules[:-1]]
+    modules = [re.sub(r"^blocks_(\d+)$", r"blocks.\1", module) for module in modules]
+    if layer is not None:
+        modules.insert(1, str(layer))
+    return ".".join(["visual" if tower == "vision" else "model", *modules, leaf])
+
+
+def named_tensors(params: PyTree) -> Iterator[tuple[str, tuple[str, ...], int | None]]:
+    """Yields each tensor of a published checkpoint with the path, and the layer, of the parameter that it fills."""
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        path = tuple(key.key for key in keys)
+        for layer in range(leaf.shape[0]) if path[:2] == ("decoder", "layers") else [None]:
+            yield tensor_name(path, layer), path, layer
+
+
+def params_from_state_dict(
+    state: Mapping[str, np.ndarray],
+    config: ModelConfig,
+    dtype: str | Mapping[str, str] = "float32",
+    mesh: Mesh | None = None,
+) -> PyTree:
+    """Returns our parameters from a state dict in the layout of PyTorch (Linear is [out, in]).
+
+    `dtype` is that of all parameters, or of each part ("vision", "decoder"). Tensors are read one after another,
+    each put in its place on the mesh, by default one device, before the next, so that no more than one is held beside
+    the parameters.
+
+    Raises BadCheckpoint as `check_tensors` does.
+    """
+    shapes = jax.eval_shape(Qwen2_5VL(config).init, jax.random.key(0))
+    tensors = check_tensors(state, shapes, config)
+
+    def parameter(keys, leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.Array:
+        path = tuple(key.key for key in keys)
+        kind = dtype if isinstance(dtype, str) else dtype[path[0]]
+
+        def tensor(layer: int | None = None) -> jax.Array:
+            value = state[tensors[tensor_name(path, layer)]]
+            value = value.reshape(value.shape[0], -1).T if path[-1] == "kernel" else value
+            axes = place.spec if layer is None else place.spec[1:]
+            return to_mesh(value, NamedSharding(place.mesh, PartitionSpec(*axes)))
+
+        # Each is waited for, since tensors on their way to the device are held as well.
+        if path[:2] != ("decoder", "layers"):
+            return jax.block_until_ready(tensor().astype(kind))
+        stacked = jax.jit(lambda: jnp.zeros(leaf.shape, kind), out_shardings=place)()
+        for layer in range(leaf.shape[0]):
+            stacked = jax.block_until_ready(put(stacked, tensor(layer), layer))
+        return stacked
+
+    return jax.tree_util.tree_map_with_path(parameter, shapes, shardings(shapes, mesh or one_device()))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def put(stacked: Float[Array, "layers ..."], tensor: Float[Array, "..."], layer: int) -> Float[Array, "layers ..."]:
+    """Returns `stacked`, whose buffer is given away, with a layer's tensor in its place.
+
+    `stacked.at[layer].set` is a scatter, for which a CPU turns all layers of bfloat16 into float32 and back.
+    """
+    return jax.lax.dynamic_update_index_in_dim(stacked, tensor.astype(stacked.dtype), layer, axis=0)
+
+
+def check_tensors(state: Mapping[str, np.ndarray], shapes: PyTree, config: ModelConfig) -> dict[str, str]:
+    """Returns the names in `state` of the model's tensors by their flat names, before any tensor is read.
+
+    Tensors of modules that are not computed here, such as heads of other methods, are named on stderr and ignored.
+    Raises BadCheckpoint naming those that are missing, of other shapes or dtypes, or besides in modules that are.
+    """
+    found: dict[str, str] = {}
+    for name in state:
+        if (other := found.setdefault(flat_name(name), name)) != name:
+            raise BadCheckpoint(f"the checkpoint must hold a tensor once, but has {quote(other)} and {quote(name)}")
+    check_not_quantised(found)
+    if config.tie_word_embeddings and (head := found.pop(HEAD, None)):
+        found.setdefault(EMBEDDING, head)  # one of the two is enough, as it is for transformers
+    expected = published_shapes(shapes, config)
+    others = sorted(found.keys() - expected.keys())
+    missing, misshapen, numbers = [name for name in expected if name not in found], [], []
+    for name in sorted(expected.keys() & found.keys()):
+        shape, dtype = shape_and_dtype(state, found[name])
+        if dtype not in FLOATS:
+            numbers.append(f"{name} ({dtype})")
+        elif shape != expected[name]:
+            misshapen.append(f"{name} ({list(shape)} in place of {list(expected[name])})")
+    problems = {
+        "lacks": missing,
+        "has another shape in": misshapen,
+        f"has a dtype other than {', '.join(FLOATS)} in": numbers,
+        # With tensors missing any other may be one of them under a name that is not known here.
+        "has besides": [name for name in others if (COMPUTED.match(name) or missing) and not BUFFERS.search(name)],
+    }
+    problems = {what: names for what, names in problems.items() if names}
+    if problems:
+        described = [f"{what} {listed(names, max(1, LISTED // len(problems)))}" for what, names in problems.items()]
+        raise BadCheckpoint(f"the checkpoint must have the tensors of its config.json, but {'; '.join(described)}")
+    if others:
+        warn(f"ignored tensors that are not part of the model: {listed(others)}")
+    return {name: found[name] for name in expected}
+
+
+def has_own_head(state: TensorFiles) -> bool:
+    """Returns whether a checkpoint has an output head with other numbers than its embedding.
+
+    transformers ties the two in no such case, whatever `tie_word_embeddings` is.
+    """
+    names = {flat_name(name): name for name in state}
+    pair = [names[name] for name in (EMBEDDING, HEAD) if name in names]
+    if len(pair) < 2 or any(state.places[name].dtype not in FLOATS or not state.places[name].shape for name in pair):
+        return False
+    return not state.equal(*pair)
+
+
+def stored_dtype(state: TensorFiles) -> str:
+    """Returns the dtype of a checkpoint's first tensor of floating point, by which transformers takes its dtype."""
+    names = {short: name for name, short in DTYPE_NAMES.items()}
+    kinds = (place.dtype for place in state.places.values() if place.dtype in FLOATS)
+    return names.get(next(kinds, "F32"), "float32")
+
+
+def check_not_quantised(names: Collection[str]) -> None:
+    """Raises BadCheckpoint if flat names are those of quantised weights or of adapters that are not merged."""
+    computed = [name for name in names if COMPUTED.match(name)]
+    for kind, endings in QUANTISED.items():
+        if quantised := [name for name in computed if name.rpartition(".")[2] in endings]:
+            raise BadCheckpoint(
+                f"the checkpoint must hold weights that are not quantised, but has those of {kind} "
+                f"({quantised[0]} and {len(quantised) - 1} more); give the one that it was made from"
+            )
+    if adapters := [name for name in computed if UNMERGED.search(name)]:
+        raise BadCheckpoint(
+            f"the checkpoint must hold merged weights, but has LoRA adapters beside them ({adapters[0]} and "
+            f"{len(adapters) - 1} more); merge them with PEFT's merge_and_unload"
+        )
+
+
+def shape_and_dtype(state: Mapping[str, np.ndarray], name: str) -> tuple[tuple[int, ...], str]:
+    """Returns a tensor's shape and the name of its dtype in a safetensors header, without reading it from a file."""
+    if isinstance(state, TensorFiles):
+        return state.places[name].shape, state.places[name].dtype
+    dtype = np.dtype(state[name].dtype)
+    return np.shape(state[name]), "BF16" if dtype == DTYPES["bfloat16"] else f"{dtype.kind.upper()}{8 * dtype.itemsize}"
+
+
+def published_shapes(shapes: PyTree, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shape that each tensor of a published checkpoint has, by its flat name, from our parameters' shapes.
+
+    Linear layers are [out, in] there.
+    """
+    published = {}
+    for name, path, layer in named_tensors(shapes):
+        leaf = functools.reduce(lambda tree, key: tree[key], path, shapes)
+        shape = leaf.shape if layer is None else leaf.shape[1:]
+        if path[-1] == "kernel":
+            shape = patch_shape(config) if "patch_embed" in path else shape[::-1]
+        published[name] = shape
+    return published
+
+
+def patch_shape(config: ModelConfig) -> tuple[int, int, int, int, int]:
+    """Returns the shape of the patch embedding's kernel in a published checkpoint, a three-dimensional convolution."""
+    vision = config.vision
+    return vision.hidden_size, vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size
+
+
+def state_dict_from_params(
+    params: PyTree, config: ModelConfig, dtype: str = "float32", nested: bool = False
+) -> list[TensorToWrite]:
+    """Returns the tensors of a published checkpoint, in the layout of PyTorch, each made when it is asked for."""
+    shapes = published_shapes(params, config)
+
+    def tensor(name: str, path: tuple[str, ...], layer: int | None) -> TensorToWrite:
+        leaf = functools.reduce(lambda tree, key: tree[key], path, params)
+
+        def make() -> np.ndarray:
+            value = np.asarray(leaf if layer is None else leaf[layer]).astype(DTYPES[dtype], copy=False)
+            value = value.T if path[-1] == "kernel" else value
+            return np.ascontiguousarray(value).reshape(shapes[name])
+
+        return TensorToWrite(nested_name(name) if nested else name, dtype, shapes[name], make)
+
+    return [tensor(*place) for place in named_tensors(params)]

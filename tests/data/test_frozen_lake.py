@@ -1,0 +1,342 @@
+"""Generated maps and what is told of them: against gymnasium's FrozenLake, scipy's shortest paths and the real maps."""
+
+import json
+import pickle
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+from scipy.sparse import lil_array
+from scipy.sparse.csgraph import shortest_path as scipy_distances
+
+from ilvr_jax.data.frozen_lake.drawing import draw_map
+from ilvr_jax.data.frozen_lake.source import (
+    FrozenLakeSettings,
+    FrozenLakeSource,
+    cell_words,
+    empty_map_distance,
+    frozen_lake_settings,
+    shortest_path,
+    symmetries,
+)
+from ilvr_jax.data.records import BadRecord, Look, Text
+
+REAL_MAPS = Path(__file__).parent / "vsp_planning" / "test.jsonl"
+WORDS = {"U": "up", "D": "down", "L": "left", "R": "right"}
+few = settings(deadline=None, max_examples=25)
+
+
+@st.composite
+def maps(draw):
+    rows, columns = draw(st.integers(1, 5)), draw(st.integers(2, 6))
+    cells = draw(st.lists(st.sampled_from([0, 0, -1]), min_size=rows * columns, max_size=rows * columns))
+    start, goal = draw(st.permutations(range(rows * columns)))[:2]
+    cells[start], cells[goal] = 1, 2
+    return tuple(tuple(cells[row * columns : (row + 1) * columns]) for row in range(rows))
+
+
+def distances_to_goal(map_desc) -> np.ndarray:
+    """Returns scipy's distance of each cell to the goal, infinite where there is no way or a hole."""
+    cells = np.array(map_desc)
+    numbers = np.arange(cells.size).reshape(cells.shape)
+    graph = lil_array((cells.size, cells.size))
+    for here, there in ((numbers[1:], numbers[:-1]), (numbers[:, 1:], numbers[:, :-1])):
+        for one, other in zip(here.ravel(), there.ravel(), strict=True):
+            if cells.flat[one] != -1 and cells.flat[other] != -1:
+                graph[one, other] = 1
+    goal = int(np.flatnonzero(cells == 2)[0])
+    return scipy_distances(graph.tocsr(), directed=False, indices=goal).reshape(cells.shape)
+
+
+def play(map_desc, moves: str) -> tuple[list[tuple[int, int]], float]:
+    """Returns the cells that gymnasium's elf visits, and the sum of the rewards; fails if it goes on after the end."""
+    letters = {1: "S", 2: "G", -1: "H", 0: "F"}
+    game = gymnasium.make(
+        "FrozenLake-v1", desc=["".join(letters[cell] for cell in row) for row in map_desc], is_slippery=False
+    )
+    position, _ = game.reset()
+    cells, rewards, ended = [divmod(position, len(map_desc[0]))], 0.0, False
+    for move in moves:
+        assert not ended
+        position, reward, ended, _, _ = game.step("LDRU".index(move))
+        cells.append(divmod(int(position), len(map_desc[0])))
+        rewards += reward
+    return cells, rewards
+
+
+def contents(record) -> tuple:
+    """Returns all that a record says and shows, to be compared."""
+    steps = [step.content if isinstance(step, Text) else step.helper_image.tobytes() for step in record.steps]
+    pictures = [(picture.shape, picture.tobytes()) for picture in record.images]
+    return record.question, pictures, steps, record.answer, record.map_desc, record.name
+
+
+@given(maps())
+@settings(deadline=None, max_examples=100)
+def test_paths_are_as_short_as_scipys_and_reach_the_goal(map_desc):
+    distance = distances_to_goal(map_desc)[np.array(map_desc) == 1].item()
+    moves = shortest_path(map_desc)
+    if moves is None:
+        assert distance == np.inf
+    else:
+        assert len(moves) == distance
+        assert play(map_desc, moves)[1] == 1
+
+
+def test_ties_are_broken_up_or_down_first():
+    assert shortest_path(((1, 0, 0), (0, 0, 0), (0, 0, 2))) == "DDRR"
+    assert shortest_path(((2, 0, 0), (0, 0, 0), (0, 0, 1))) == "UULL"
+    assert shortest_path(((1, 0, 0), (0, 0, 0), (-1, 0, 2))) == "DRDR"
+    assert shortest_path(((1, -1, 2),)) is None
+
+
+@given(st.integers(0, 2**40), st.sampled_from([3, 4, 5, 6, 8]), st.integers(3, 12))
+@few
+def test_generated_maps_are_solved_by_their_answer(seed, level, max_moves):
+    record = FrozenLakeSource(FrozenLakeSettings(levels=(level,), max_moves=max_moves, detour_share=0.0), seed, 3)[2]
+    cells = np.array(record.map_desc)
+    assert cells.shape == (level, level)
+    assert ((cells == 1).sum(), (cells == 2).sum()) == (1, 1) and set(cells.flat) <= {-1, 0, 1, 2}
+    assert len(record.answer) == distances_to_goal(record.map_desc)[cells == 1].item() <= max_moves
+    assert play(record.map_desc, record.answer)[1] == 1
+    assert record.name == "frozen_lake record 2"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_share_of_detours_holds(share):
+    def detours(settings):
+        records = FrozenLakeSource(settings, seed=8, count=200)
+        return np.mean([len(record.answer) > empty_map_distance(record.map_desc) for record in records])
+
+    by_chance = detours(FrozenLakeSettings(levels=(4,), detour_share=0.0))
+    assert by_chance < 0.2
+    # Those that need not have a detour have one as often as by chance; 0.11 is three deviations at 200 records.
+    expected = share + (1 - share) * by_chance
+    assert abs(detours(FrozenLakeSettings(levels=(4,), detour_share=share)) - expected) <= (0.11 if share < 1 else 0)
+
+
+def test_levels_are_equally_likely_unless_named_twice():
+    sides = [len(record.map_desc) for record in FrozenLakeSource(FrozenLakeSettings(levels=(3, 5, 5)), 1, 300)]
+    assert abs(sides.count(3) - 100) < 25 and sides.count(3) + sides.count(5) == 300
+
+
+def test_holes_are_as_dense_as_in_the_real_maps():
+    real = [json.loads(line)["map_desc"] for line in REAL_MAPS.read_text().splitlines()]
+    made = [record.map_desc for record in FrozenLakeSource(FrozenLakeSettings(), seed=2, count=800)]
+    for level in (3, 4, 5, 6):
+        expected, density = (
+            np.mean([np.mean(np.array(map_desc) == -1) for map_desc in group if len(map_desc) == level])
+            for group in (real, made)
+        )
+        assert abs(density - expected) < 0.035
+
+
+@given(st.integers(0, 2**40), st.integers(0, 10**6), st.sampled_from([(3,), (3, 4, 5, 6)]))
+@few
+def test_a_record_depends_on_settings_seed_and_number_alone(seed, number, levels):
+    settings = FrozenLakeSettings(levels=levels)
+    source = FrozenLakeSource(settings, seed, number + 5)
+    record = contents(source[number])
+    _ = source[number + 1]
+    assert contents(source[number]) == record
+    assert contents(pickle.loads(pickle.dumps(source))[number]) == record
+    assert contents(FrozenLakeSource(settings, seed, number + 1)[number]) == record
+
+
+def test_seeds_and_numbers_give_other_records():
+    maps = {
+        (seed, number): FrozenLakeSource(FrozenLakeSettings(levels=(6,)), seed, 40)[number].map_desc
+        for seed in range(3)
+        for number in range(40)
+    }
+    assert len(set(maps.values())) == len(maps)
+
+
+def test_a_source_ends():
+    source = FrozenLakeSource(FrozenLakeSettings(), seed=0, count=2)
+    assert len(source) == len(list(source)) == 2
+    for index in (2, -1):
+        with pytest.raises(IndexError, match=f"^record {index} of a source of 2$"):
+            source[index]
+
+
+def turned_and_mirrored(map_desc) -> set:
+    cells = np.array(map_desc)
+    turned = [np.rot90(way, turns) for way in (cells, cells.T) for turns in range(4)]
+    return {tuple(map(tuple, way.tolist())) for way in turned}
+
+
+@given(maps())
+@few
+def test_symmetries_are_the_8_turned_and_mirrored_maps(map_desc):
+    assert len(list(symmetries(map_desc))) == 8
+    assert set(symmetries(map_desc)) == turned_and_mirrored(map_desc)
+
+
+def test_excluded_maps_never_come_up_turned_or_mirrored(tmp_path):
+    def small_maps(seed, count, **settings):
+        source = FrozenLakeSource(FrozenLakeSettings(levels=(3,), **settings), seed, count)
+        return [record.map_desc for record in source]
+
+    excluded = small_maps(0, 500)
+    path = tmp_path / "excluded.jsonl"
+    path.write_text("\n".join(json.dumps({"map_desc": map_desc, "other": 1}) for map_desc in excluded) + "\n\n")
+    forbidden = set().union(*map(turned_and_mirrored, excluded))
+    assert sum(map_desc in forbidden for map_desc in small_maps(1, 300)) > 150
+    assert not forbidden.intersection(small_maps(1, 300, exclude=(str(path),)))
+    assert not forbidden.intersection(small_maps(1, 50, exclude=(str(REAL_MAPS), str(path))))
+
+
+def test_the_real_maps_can_be_excluded():
+    source = FrozenLakeSource(FrozenLakeSettings(exclude=(str(REAL_MAPS),)), seed=0, count=1)
+    real = [json.loads(line)["map_desc"] for line in REAL_MAPS.read_text().splitlines()]
+    assert source.excluded == set().union(*map(turned_and_mirrored, real))
+
+
+@given(maps())
+@few
+def test_cells_are_told_by_what_is_on_them_and_how_far_the_goal_is(map_desc):
+    kinds = {1: "elf", 2: "goal", -1: "hole", 0: "ice"}
+    assert cell_words(map_desc, "map") == [[kinds[cell] for cell in row] for row in map_desc]
+    far = distances_to_goal(map_desc)
+    for row, words in enumerate(cell_words(map_desc, "distances")):
+        for column, word in enumerate(words):
+            distance, kind = far[row, column], map_desc[row][column]
+            if kind:
+                assert word == kinds[kind]
+            else:
+                assert word == ("cut" if distance == np.inf else "far" if distance > 9 else str(int(distance)))
+
+
+def test_cells_cut_off_and_far_away():
+    corridor = ((2, *[0] * 11, 1), (0, -1, *[0] * 11), (-1, 0, -1, *[0] * 10))
+    words = cell_words(corridor, "distances")
+    assert words[0] == ["goal", *"123456789", "far", "far", "elf"]
+    assert words[2][:4] == ["hole", "cut", "hole", "5"]
+
+
+@given(
+    st.integers(0, 2**40),
+    st.integers(1, 4),
+    st.sampled_from(["distances", "map", "none"]),
+    st.sampled_from(["row_column", "none"]),
+    st.sampled_from([8, 28]),
+)
+@settings(deadline=None, max_examples=40)
+def test_a_record_tells_the_map_the_moves_and_looks_in_between(seed, per_look, read_out, cell_names, cell_pixels):
+    record = FrozenLakeSource(
+        FrozenLakeSettings(
+            moves_per_look=per_look,
+            read_out=read_out,
+            cell_names=cell_names,
+            cell_pixels=cell_pixels,
+            question="Which way?",
+        ),
+        seed,
+        1,
+    )[0]
+    moves, (cells, _) = record.answer, play(record.map_desc, record.answer)
+    assert record.question == "Which way?"
+    (picture,) = record.images
+    np.testing.assert_array_equal(picture, draw_map(record.map_desc, cell_pixels))
+    texts, looks = record.steps[::2], record.steps[1::2]
+    assert all(isinstance(step, Text) for step in texts) and all(isinstance(step, Look) for step in looks)
+    assert len(texts) == len(looks) + 1 == -(-len(moves) // per_look)
+
+    opening = ""
+    if read_out != "none":
+        opening = "".join(" " + " ".join(row) + "\n" for row in cell_words(record.map_desc, read_out))
+    told = [
+        f" {row} {column} {WORDS[move]}" if cell_names == "row_column" else f" {WORDS[move]}"
+        for (row, column), move in zip(cells[:-1], moves, strict=True)
+    ]
+    expected = ["".join(told[first : first + per_look]) for first in range(0, len(told), per_look)]
+    expected[0] = opening + expected[0]
+    expected[-1] += rf" \boxed{{{moves}}}"
+    assert [step.content for step in texts] == expected
+    for number, look in enumerate(looks, start=1):
+        after = draw_map(
+            record.map_desc, cell_pixels, elf=cells[number * per_look], last_move=moves[number * per_look - 1]
+        )
+        np.testing.assert_array_equal(look.helper_image, after)
+
+
+@pytest.mark.parametrize(
+    "key, value, wanted",
+    [
+        ("levels", [3, 4], "a tuple such as (3, 4, 5, 6)"),
+        ("levels", (), "one or more whole numbers from 3 to 10"),
+        ("levels", (3, 11), "one or more whole numbers from 3 to 10"),
+        ("levels", ("3",), "one or more whole numbers from 3 to 10"),
+        ("hole_probability", "0.2", "a float such as 0.18"),
+        ("hole_probability", 0.95, "a number from 0 to 0.9"),
+        ("hole_probability", float("nan"), "a number from 0 to 0.9"),
+        ("detour_share", -0.1, "a number from 0 to 1"),
+        ("max_moves", 2.5, "a int such as 16"),
+        ("max_moves", 0, "at least 1"),
+        ("moves_per_look", 0, "at least 1"),
+        ("cell_pixels", -28, "at least 1"),
+        ("question", None, "a str such as 'Find the shortest safe path.'"),
+        ("read_out", "words", "distances or map or none"),
+        ("cell_names", "", "row_column or none"),
+        ("exclude", "maps.jsonl", "a tuple such as ()"),
+        ("exclude", (1,), "a tuple of file names"),
+    ],
+)
+def test_a_bad_setting_is_named(key, value, wanted):
+    with pytest.raises(ValueError) as error:
+        frozen_lake_settings({key: value})
+    assert str(error.value) == f"`data.frozen_lake.{key}` must be {wanted}, got {value!r}"
+
+
+def test_settings_are_read_from_a_config():
+    section = ConfigDict({"levels": (4,), "hole_probability": 0, "exclude": ("a.jsonl",)}).lock()
+    assert frozen_lake_settings(section) == FrozenLakeSettings(levels=(4,), hole_probability=0, exclude=("a.jsonl",))
+    with pytest.raises(
+        ValueError, match=r"^data\.frozen_lake\.moves_a_look is not a key of the config; the nearest is moves_per_look$"
+    ):
+        frozen_lake_settings({"moves_a_look": 2})
+
+
+def test_settings_that_leave_no_map_are_told_at_the_record():
+    source = FrozenLakeSource(FrozenLakeSettings(levels=(3,), max_moves=1, detour_share=1.0), seed=0, count=1)
+    message = (
+        r"^data\.frozen_lake: none of 20000 maps of level 3 met hole_probability 0\.18, detour_share 1\.0, max_mov"
+    )
+    with pytest.raises(ValueError, match=message):
+        source[0]
+
+
+def test_an_exclude_file_that_is_missing_is_named(tmp_path):
+    path = tmp_path / "none.jsonl"
+    with pytest.raises(BadRecord) as error:
+        FrozenLakeSource(FrozenLakeSettings(exclude=(str(path),)), seed=0, count=1)
+    assert str(error.value) == (
+        f"data.frozen_lake.exclude: {path} must be a file of records, but cannot be read: No such file or directory"
+    )
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ("{}", '"map_desc" must be rows of 1 start'),
+        ('{"map_desc": [[1, 0], [2]]}', '"map_desc" must have rows of equal length, got 2, 1 cells'),
+        ('{"map_desc": [[1, 0], [0, 0]]}', '"map_desc" must have one goal (2), got 0'),
+        ('{"map_desc": [[1, 3], [0, 2]]}', '"map_desc" must have cells of 1 start, 2 goal, -1 hole and 0 ice, got 3'),
+        ("[1]", "must be one JSON object, got a list"),
+        ('{"map_desc"', "must be one JSON object in UTF-8, but is not JSON ("),
+        ("[" * 100_000, "must be one JSON object in UTF-8, but is not JSON ("),
+        ("\udcff", "must be one JSON object in UTF-8, but is not JSON ("),
+    ],
+)
+def test_a_line_without_a_map_is_named(tmp_path, line, problem):
+    path = tmp_path / "maps.jsonl"
+    path.write_text(f'{{"map_desc": [[1, 2]]}}\n\n{line}\n', errors="surrogateescape")
+    with pytest.raises(BadRecord) as error:
+        FrozenLakeSource(FrozenLakeSettings(exclude=(str(path),)), seed=0, count=1)
+    assert str(error.value).startswith(f"data.frozen_lake.exclude: {path} line 3: {problem}")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,495 @@
+"""The engine: an answer depends on its request alone, whatever else is served, reused or compiled beside it."""
+
+import contextlib
+import dataclasses
+import threading
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import monitoring
+
+from ilvr_jax.inference.decode import DecodeSettings, generate
+from ilvr_jax.inference.engine import (
+    Answer,
+    Engine,
+    EngineInUse,
+    EngineSettings,
+    Request,
+    few_sizes,
+    fit_settings,
+    plan_chunks,
+)
+from ilvr_jax.method.layout import build_sample, collate, required_layout
+from ilvr_jax.models.qwen2_5_vl.images import EncodedImage
+from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from tests.inference.test_decode import PARAMS
+from tests.method.test_conformance import of_kind
+from tests.samples import CONFIG, FIRST_WORD, SPECIAL, VOCABULARY, WINDOW_UNITS, prompt_of, random_image, random_sample
+
+MODEL = Qwen2_5VL(CONFIG)
+SETTINGS = EngineSettings(rows=4, columns=96, max_new_tokens=24, chunks=(8, 16), image_windows=(2, 4))
+IMAGES = (((2, 3),), ((1, 1), (3, 2)), (), ((4, 1),), ((1, 2),))
+
+
+def make_engine(params=PARAMS, model=MODEL, special=SPECIAL, **changes) -> Engine:
+    return Engine(model, params, special, dataclasses.replace(SETTINGS, **changes))
+
+
+def make_prompt(seed: int, images=((2, 3),), words: int = 2):
+    return prompt_of(random_sample(np.random.default_rng(seed), (words,), 3, images))
+
+
+def draw_look(tokens):
+    """Stands in for a renderer: a picture that depends on how far the answer is."""
+    return random_image(np.random.default_rng(len(tokens)), 2, 1 + len(tokens) % 2)
+
+
+def mixed_requests(count: int) -> list[Request]:
+    """Requests of every method and sampling, of prompts of several lengths."""
+    rng = np.random.default_rng(0)
+    return [
+        Request(
+            make_prompt(number, IMAGES[number % len(IMAGES)]),
+            max_new_tokens=int(rng.integers(1, 25)),
+            latent_size=int(rng.integers(1, 5)),
+            method=("latent", "pixels", "single", "text")[number % 4],
+            temperature=(0.0, 0.8, 1.2)[number % 3],
+            top_k=(0, 20)[number % 2],
+            top_p=(1.0, 0.9)[number // 2 % 2],
+            seed=number,
+            early_end=number % 5 == 0,
+            draw_look=draw_look,
+            log_probabilities=True,
+            name=f"request {number}",
+        )
+        for number in range(count)
+    ]
+
+
+def same(first: Answer, second: Answer) -> None:
+    """Asserts that two answers are the same to the last bit."""
+    ignored = {"number": 0, "timings": None, "latent_vectors": None, "shared_tokens": 0}
+    assert dataclasses.replace(first, **ignored) == dataclasses.replace(second, **ignored)
+    np.testing.assert_array_equal(first.latent_vectors, second.latent_vectors)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return make_engine(latent_vectors=True)
+
+
+def test_published_tokens_alone_and_in_one_batch(request):
+    """The conformance files have weights of their own: the batch is served under each, and that file compared."""
+    vectors = of_kind(request.config.getoption("vectors"), "generate")
+    for vector in vectors:
+        group = [other for other in vectors if other.config == vector.config]
+        units, special = vector.config.vision.window_units, vector.special
+        requests = [Request(other.sample(), other.meta["max_new_tokens"], other.meta["latent_size"]) for other in group]
+        settings = fit_settings(requests, len(requests), units)
+        engine = Engine(Qwen2_5VL(vector.config), vector.params(), special, settings)
+        expected, number = vector["expect_tokens"], group.index(vector)
+        for answer in (engine.answer(requests)[number], engine.answer([requests[number]])[0]):
+            np.testing.assert_array_equal(answer.tokens[: len(expected)], expected)
+
+
+def test_it_decodes_as_the_loop_over_a_batch_does(engine):
+    for number, how in enumerate(({}, {"temperature": 0.8, "top_k": 20, "top_p": 0.95})):
+        prompt = make_prompt(number, IMAGES[number])
+        batch = collate([prompt], required_layout(prompt, WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
+        seeds = np.array([7], np.uint32)
+        tokens, lengths = generate(MODEL, PARAMS, batch, seeds, DecodeSettings(24, 3, **how), SPECIAL)
+        (answer,) = engine.answer([Request(prompt, 24, 3, seed=7, **how)])
+        np.testing.assert_array_equal(answer.tokens, tokens[0, : lengths[0]])
+        assert answer.looks
+
+
+def test_an_answer_is_the_same_alone_and_among_fifteen_others():
+    requests = [dataclasses.replace(request, latent_vectors=True) for request in mixed_requests(16)]
+    crowd = make_engine(rows=16, latent_vectors=True)
+    together = crowd.answer(requests)
+    assert {answer.stop_reason for answer in together} >= {"end", "length"}
+    assert any(answer.slots for answer in together) and any(
+        look.picture_tokens for answer in together for look in answer.looks
+    )
+    for request, answer in zip(requests, together, strict=True):
+        same(crowd.answer([request])[0], answer)
+    fresh = make_engine(rows=16, latent_vectors=True, share_prefixes=False)
+    for answer, other in zip(fresh.answer(requests[::-1])[::-1], together, strict=True):
+        same(answer, other)
+
+
+def test_nothing_is_compiled_after_the_warm_up():
+    """Counted by JAX itself, over 200 requests of all kinds through four rows."""
+    engine = make_engine()
+    engine.warm_up()
+    compiled = []
+    monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    try:
+        jax.jit(lambda x: x + len(compiled))(1.0)
+        assert len(compiled) == 1  # the listener hears
+        answers = engine.answer(mixed_requests(200))
+        assert len(compiled) == 1
+    finally:
+        monitoring.clear_event_listeners()
+    assert len(answers) == 200 and all(answer.stop_reason in ("end", "length") for answer in answers)
+    assert [answer.name for answer in answers] == [f"request {number}" for number in range(200)]
+
+
+@pytest.mark.parametrize("end", [16, 21])
+def test_a_shared_prefix_is_taken_over_and_changes_nothing(end):
+    """Prompts that begin alike, images included, for whole chunks; 16 is the end of one."""
+    first = make_prompt(1, ((2, 3), (1, 2)), words=1)
+    tokens = np.concatenate([first.tokens[:-2], np.full(60, FIRST_WORD, np.int32), first.tokens[-2:]])
+
+    def prompt(length: int, images=first.images):
+        kept = np.concatenate([tokens[: length - 2], tokens[-2:]])
+        return build_sample(kept, images, (), SPECIAL, 3)
+
+    alone, sharing = make_engine(share_prefixes=False), make_engine()
+    long, short = prompt(60), prompt(32 + end)
+    other_image = prompt(60, (first.images[0], random_image(np.random.default_rng(9), 1, 2)))
+    requests = [Request(sample, 20, 3) for sample in (long, short, long, other_image)]
+    shared = (0, 16 * ((30 + end) // 16), 60, 0)
+    for request, expected, tokens in zip(requests, alone.answer(requests), shared, strict=True):
+        (answer,) = sharing.answer([request])
+        same(answer, expected)
+        assert answer.shared_tokens == tokens
+    samples = sharing.answer([Request(long, 20, 3, temperature=1.0, seed=seed) for seed in range(8)])
+    assert all(answer.shared_tokens == 60 for answer in samples)
+    assert len({answer.tokens for answer in samples}) > 1
+
+
+def test_methods_look_as_they_should(engine):
+    requests = [
+        Request(make_prompt(seed), 24, 3, method=method, temperature=1.0, seed=seed, draw_look=draw_look)
+        for method in ("latent", "text", "single", "pixels")
+        for seed in range(6)
+    ]
+    answers = make_engine(columns=160).answer(requests)
+    latent, text, single, pixels = (answers[start : start + 6] for start in range(0, 24, 6))
+    assert sum(len(answer.looks) for answer in latent) > 3
+    assert not any(answer.looks for answer in text)
+    assert all([look.position for look in answer.looks] == [0] and answer.slots == 3 for answer in single)
+    assert all(SPECIAL.latent_start not in answer.tokens for answer in text)
+    for answer in pixels:
+        assert not answer.slots and SPECIAL.latent_pad not in answer.tokens
+        for look in answer.looks[:-1]:
+            assert look.picture_tokens == draw_look(answer.tokens[: look.position + 1]).vision_tokens
+    assert any(look.picture_tokens for answer in pixels for look in answer.looks)
+
+
+def test_a_picture_is_seen_as_if_it_had_been_in_the_prompt():
+    """Pixel-level: what follows a picture is what follows the same tokens given at once."""
+    request = Request(make_prompt(2), 20, 3, method="pixels", forced_tokens=(11, 12, SPECIAL.latent_start))
+    request = dataclasses.replace(request, draw_look=draw_look)
+    engine = make_engine(columns=160)
+    (answer,) = engine.answer([request])
+    picture = draw_look(answer.tokens[:3])
+    shown = [SPECIAL.vision_start, *[SPECIAL.image_pad] * picture.vision_tokens, SPECIAL.vision_end]
+    tokens = [*request.prompt.tokens, 11, 12, SPECIAL.latent_start, *shown, SPECIAL.latent_end]
+    whole = build_sample(np.array(tokens), (*request.prompt.images, picture), (), SPECIAL, 3)
+    second = next((look.position for look in answer.looks[1:]), len(answer.tokens))
+    (expected,) = engine.answer([Request(whole, 17, 3)])
+    assert second > 3
+    assert expected.tokens[: second - 3] == answer.tokens[3:second]
+
+
+def test_log_probabilities_are_the_models():
+    (answer,) = make_engine().answer([Request(make_prompt(0), 24, 3, log_probabilities=True, temperature=1.0, seed=3)])
+    prompt, decoder = make_prompt(0), PARAMS["decoder"]
+    first_look = answer.looks[0].position if answer.looks else len(answer.tokens)
+    assert first_look > 1
+    batch = collate([prompt], required_layout(prompt, WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
+    features = MODEL.encode_images(PARAMS["vision"], batch.images)
+    inputs = MODEL.embed(decoder, batch.tokens, batch.image_index, features)
+    hidden, _ = MODEL.decode(decoder, inputs, batch.positions, batch.valid)
+    logits = np.array(MODEL.logits(decoder, hidden[0, -1]))
+    logits[[SPECIAL.latent_pad, SPECIAL.latent_end]] = -np.inf
+    expected = jax.nn.log_softmax(logits)[answer.tokens[0]]
+    np.testing.assert_allclose(answer.log_probabilities[0], expected, atol=1e-4)
+    inside = [tokens in (SPECIAL.latent_pad, SPECIAL.latent_end) for tokens in answer.tokens]
+    assert all((log == 0) == slot for log, slot in zip(answer.log_probabilities, inside, strict=True))
+
+
+def test_vectors_of_slots_are_the_hidden_states_before_them(engine):
+    prompt = make_prompt(4)
+    given_tokens = (11, SPECIAL.latent_start)
+    (answer,) = engine.answer([Request(prompt, 12, 3, forced_tokens=given_tokens, latent_vectors=True)])
+    assert answer.latent_vectors.shape == (answer.slots, CONFIG.hidden_size) and answer.looks[0].position == 1
+    tokens = np.concatenate([prompt.tokens, given_tokens])
+    batch = collate([prompt], dataclasses.replace(required_layout(prompt, WINDOW_UNITS)), SPECIAL, WINDOW_UNITS)
+    features = MODEL.encode_images(PARAMS["vision"], batch.images)
+    before = MODEL.embed(PARAMS["decoder"], batch.tokens, batch.image_index, features)
+    inputs = np.concatenate([before, MODEL.embed(PARAMS["decoder"], np.array([given_tokens]))], axis=1)
+    after = batch.positions.max() + 1 + np.broadcast_to(np.arange(2), (1, 3, 2))
+    positions = np.concatenate([batch.positions, after], axis=2)
+    hidden, _ = MODEL.decode(PARAMS["decoder"], inputs, positions, np.ones((1, len(tokens)), bool))
+    np.testing.assert_allclose(answer.latent_vectors[0], hidden[0, -1], atol=1e-4)
+
+
+def test_encoded_images_serve_as_well():
+    prompt = make_prompt(0)
+    batch = collate([prompt], required_layout(prompt, WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
+    features = np.asarray(MODEL.encode_images(PARAMS["vision"], batch.images))[0, 0, :6].reshape(2, 3, -1)
+    encoded = dataclasses.replace(prompt, images=(EncodedImage(features),))
+    engine = make_engine()
+    assert engine.answer([Request(encoded, 12, 3)])[0].tokens == engine.answer([Request(prompt, 12, 3)])[0].tokens
+
+
+def test_tokens_are_streamed_as_they_come(engine):
+    requests, streamed = mixed_requests(6), {}
+    served = engine.serve(requests, lambda number, tokens: streamed.setdefault(number, []).append(tokens))
+    for answer in served:
+        assert tuple(token for tokens in streamed[answer.number] for token in tokens) == answer.tokens
+    assert max(len(tokens) for parts in streamed.values() for tokens in parts) <= 2
+
+
+GOOD = Request(make_prompt(0), 8, 3)
+
+
+def changed(request: Request, **changes) -> Request:
+    """Returns a request whose prompt is changed, by field."""
+    return dataclasses.replace(request, prompt=dataclasses.replace(request.prompt, **changes))
+
+
+def with_image(image) -> Request:
+    return changed(GOOD, images=(image,))
+
+
+PATCHES = GOOD.prompt.images[0]
+NUMBERS = {
+    "max_new_tokens": ("8", 8.0, True, -1, 0, 25, None, 2**31, 10**20, float("nan")),
+    "latent_size": ("3", 0, -1, None, 2**31, 10**5000, 1.5),
+    "top_k": (-1, 2**31, 1.0, None, "all", False),
+    "seed": (-1, 2**32, 10**19, "1", None),
+    "temperature": (-1.0, float("nan"), float("inf"), 1e300, 1e-40, "hot", None, 1j),
+    "top_p": (0.0, -1, 1.1, float("nan"), 1e-50, None, "all"),
+    "method": ("pixel", None, ["text"]),
+    "early_end": (None, "no"),
+    "log_probabilities": (1,),
+    "forced_tokens": ((11,) * 9, (VOCABULARY,), (-2,), "ab", 5, (1.5,)),
+    "prompt": (None, "a question", np.zeros(3, np.int32)),
+}
+REFUSALS = [(dataclasses.replace(GOOD, **{name: value}), name) for name in NUMBERS for value in NUMBERS[name]] + [
+    (
+        dataclasses.replace(GOOD, prompt=make_prompt(0, ((2, 3),) * 12)),
+        "the prompt must have at most 88 tokens beside 8 new ones, got 105",
+    ),
+    (
+        dataclasses.replace(GOOD, prompt=make_prompt(0, ((5, 5),))),
+        "an image must take at most 4 windows of 2x2 vision tokens, got 9 for 5x5",
+    ),
+    (dataclasses.replace(GOOD, max_new_tokens=25), "max_new_tokens must be a whole number from 1 to 24, got 25"),
+    (dataclasses.replace(GOOD, temperature=-1.0), "temperature must be 0 or a number from 1e-6 to 1e6, got -1.0"),
+    (dataclasses.replace(GOOD, method="pixels"), "draw_look must be a function"),
+    (dataclasses.replace(GOOD, method="single", forced_tokens=(11,)), "forced_tokens must be empty"),
+    (changed(GOOD, tokens=np.zeros(0, np.int32), positions=np.zeros((3, 0), np.int32)), "the prompt must have one"),
+    (changed(GOOD, tokens=GOOD.prompt.tokens.astype(float)), "the prompt must have one token or more"),
+    (
+        changed(GOOD, tokens=GOOD.prompt.tokens + VOCABULARY),
+        "a token of the prompt must be a whole number from",
+    ),
+    (changed(GOOD, positions=GOOD.prompt.positions[:2]), "the prompt's positions must have shape (3, "),
+    (changed(GOOD, positions=GOOD.prompt.positions + 2**30), "the prompt's positions must be from 0"),
+    (changed(GOOD, images=None), "the prompt's images must be a tuple"),
+    (changed(GOOD, images=()), "the prompt must have an image_pad for each of 0 vision tokens, got 6"),
+    (changed(GOOD, images=(PATCHES, PATCHES)), "the prompt must have an image_pad for each of 12 vision tokens, got 6"),
+    (Request(random_sample(np.random.default_rng(0)), 8, 3), "the prompt must have no latent slots"),
+    (with_image("map.png"), "an image must be a PatchedImage or EncodedImage"),
+    (with_image(PATCHES._replace(height=3)), "the height of an image in patches must be even"),
+    (with_image(PATCHES._replace(width=-6)), "the width of an image in patches must be a whole number"),
+    (with_image(PATCHES._replace(pixels=PATCHES.pixels[:-1])), "pixels of 4x6 patches must have shape (24, 588)"),
+    (with_image(PATCHES._replace(pixels=PATCHES.pixels.astype(np.float32))), "pixels of 4x6 patches must have shape"),
+    (
+        with_image(PATCHES._replace(pixels=np.full((24, 1176), np.nan, np.float32))),
+        "values of an image must be numbers",
+    ),
+    (with_image(PATCHES._replace(pixels=np.full((24, 1176), 1e38, np.float32))), "values of an image must be numbers"),
+    (with_image(EncodedImage(np.full((2, 3, 32), -np.inf, np.float32))), "values of an image must be numbers up to"),
+    (with_image(EncodedImage(np.zeros((2, 3, 31), np.float32))), "an encoded image must have 32 channels, got 31"),
+    (with_image(EncodedImage(np.zeros((2, 3), np.float32))), "features of an image must be [rows, columns, channels]"),
+    (None, "a request must be a Request, got None"),
+    ({"prompt": "x"}, "a request must be a Request, got"),
+]
+
+
+def test_what_cannot_be_served_is_answered_with_a_sentence_and_the_rest_as_without_it(engine):
+    others = mixed_requests(len(REFUSALS))
+    requests = [request for pair in zip(others, [bad for bad, _ in REFUSALS], strict=True) for request in pair]
+    answers = engine.answer(requests)
+    assert [answer.number for answer in answers] == list(range(len(requests)))
+    for (_, sentence), answer in zip(REFUSALS, answers[1::2], strict=True):
+        assert answer.stop_reason == "refused" and sentence in answer.error and answer.tokens == ()
+        assert len(answer.error) < 400 and " must " in answer.error
+    for answer, expected in zip(answers[::2], engine.answer(others), strict=True):
+        same(answer, expected)
+    assert make_engine().answer([dataclasses.replace(GOOD, latent_vectors=True)])[0].stop_reason == "refused"
+
+
+def test_sizes_are_chosen_from_the_requests_that_can_be_served():
+    bad = [request for request, sentence in REFUSALS if sentence in ("max_new_tokens", "prompt") or request is None]
+    bad = [request for request in bad if getattr(request, "max_new_tokens", 0) != 25]
+    assert fit_settings([*bad, GOOD], 4, WINDOW_UNITS) == fit_settings([GOOD], 4, WINDOW_UNITS)
+
+
+def raise_error(tokens):
+    raise ZeroDivisionError("a fault\nof the renderer")
+
+
+@pytest.mark.parametrize("draw", [raise_error, lambda tokens: None, lambda tokens: PATCHES._replace(height=2)])
+def test_a_renderer_that_fails_ends_its_own_answer_alone(engine, draw):
+    looking = Request(make_prompt(0), 24, 3, method="pixels", forced_tokens=(11, SPECIAL.latent_start), draw_look=draw)
+    others = mixed_requests(5)
+    answers = engine.answer([others[0], looking, *others[1:]])
+    failed = answers.pop(1)
+    assert failed.stop_reason == "refused" and failed.tokens == (11, SPECIAL.latent_start)
+    assert failed.error.startswith("draw_look must return a picture, got ") and "\n" not in failed.error
+    for answer, expected in zip(answers, engine.answer(others), strict=True):
+        same(answer, expected)
+
+
+def in_threads(function, count: int) -> None:
+    threads = [threading.Thread(target=function) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_second_caller_is_refused_and_the_first_is_not_disturbed(engine):
+    requests = mixed_requests(8)
+    expected = engine.answer(requests)
+    first = engine.serve(requests)
+    answers = [next(first)]
+    refused = []
+
+    def ask():
+        with pytest.raises(EngineInUse, match="the engine is serving another call"):
+            engine.answer(requests)
+        refused.append(True)
+
+    in_threads(ask, 2)
+    ask()
+    with pytest.raises(EngineInUse):
+        engine.warm_up()
+    assert len(refused) == 3
+    answers += first
+    for answer, other in zip(sorted(answers, key=lambda answer: answer.number), expected, strict=True):
+        same(answer, other)
+
+
+def test_threads_that_share_an_engine_get_their_own_answers_or_an_error(engine):
+    requests = mixed_requests(8)
+    expected, outcomes = engine.answer(requests), []
+
+    def ask():
+        try:
+            outcomes.append(engine.answer(requests))
+        except EngineInUse:
+            outcomes.append(None)
+
+    in_threads(ask, 4)
+    assert len(outcomes) == 4 and any(outcomes)
+    for answers in filter(None, outcomes):
+        for answer, other in zip(answers, expected, strict=True):
+            same(answer, other)
+
+
+def failing_requests(count):
+    yield from mixed_requests(count)
+    raise ZeroDivisionError
+
+
+def interrupt(name: str):
+    """Returns a stand-in for a method that is given arrays and interrupted before they are replaced."""
+
+    def run(engine, *arguments):
+        jax.tree.map(lambda array: array.delete(), (engine._rows, engine._cache))
+        raise KeyboardInterrupt
+
+    return mock.patch.object(Engine, name, run)
+
+
+def test_an_engine_serves_again_after_it_was_left_in_the_middle(engine):
+    requests = mixed_requests(9)
+    expected = engine.answer(requests)
+
+    def fail(number, tokens):
+        raise ZeroDivisionError
+
+    def leave():
+        next(engine.serve(requests))
+
+    def close():
+        served = engine.serve(requests)
+        next(served)
+        served.close()
+
+    def ask_again(number, tokens):
+        engine.answer(requests)
+
+    def interrupted():
+        with interrupt("_decode"):
+            engine.answer(requests)
+
+    for way, error in (
+        (leave, None),
+        (close, None),
+        (lambda: engine.serve(requests), None),
+        (lambda: list(engine.serve(requests, fail)), ZeroDivisionError),
+        (lambda: list(engine.serve(requests, ask_again)), EngineInUse),
+        (lambda: engine.answer(failing_requests(6)), ZeroDivisionError),
+        (lambda: engine.answer(None), TypeError),
+        (interrupted, KeyboardInterrupt),
+    ):
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            way()
+        for answer, other in zip(engine.answer(requests), expected, strict=True):
+            same(answer, other)
+
+
+def test_a_picture_that_does_not_fit_ends_its_answer_and_no_other(engine):
+    looking = Request(make_prompt(0), 24, 3, method="pixels", forced_tokens=(11, SPECIAL.latent_start))
+    wide = dataclasses.replace(looking, draw_look=lambda tokens: random_image(np.random.default_rng(0), 6, 6))
+    many = dataclasses.replace(looking, draw_look=lambda tokens: random_image(np.random.default_rng(0), 4, 4))
+    many = dataclasses.replace(many, forced_tokens=(SPECIAL.latent_start,) * 8)
+    text = Request(make_prompt(0), 24, 3, method="text")
+    expected, first, second = engine.answer([text, wide, many])
+    assert first.stop_reason == "picture" and "got 9 for 6x6" in first.error and len(first.tokens) == 2
+    assert second.stop_reason == "picture" and second.error == "picture 3 must take at most 18 tokens here, got 20"
+    assert [look.picture_tokens for look in second.looks] == [16, 16, 0]
+    same(engine.answer([text])[0], expected)
+
+
+@given(st.integers(1, 4000), st.sets(st.integers(1, 600), min_size=1, max_size=4))
+def test_chunks_cover_a_prompt_once(tokens, sizes):
+    plan = plan_chunks(tokens, sorted(sizes))
+    places = [place for start, count, _ in plan for place in range(start, start + count)]
+    assert places == list(range(tokens))
+    assert all(count <= size and size in sizes for _, count, size in plan)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30))
+def test_few_sizes_hold_all_that_is_needed(needed):
+    sizes = few_sizes(needed)
+    assert max(sizes) == max(needed) and len(sizes) <= 3 and set(sizes) <= set(needed)
+    assert len(set(needed)) > 3 or set(sizes) == set(needed)
+
+
+def test_settings_fit_the_requests():
+    requests = mixed_requests(12)
+    settings = fit_settings(requests, 4, WINDOW_UNITS)
+    engine = Engine(MODEL, PARAMS, SPECIAL, settings)
+    assert not any(engine.refusal(request) for request in requests)
+    assert settings.rows == 4 and len(settings.chunks) <= 3
+    with pytest.raises(ValueError, match="there are no requests"):
+        fit_settings([], 4, WINDOW_UNITS)
+    with pytest.raises(ValueError, match="ascending numbers"):
+        dataclasses.replace(SETTINGS, chunks=(16, 8))
+    assert VOCABULARY > FIRST_WORD

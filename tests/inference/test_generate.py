@@ -1,0 +1,196 @@
+"""python -m ilvr_jax.generate: what it prints for runs and published checkpoints, and for what it cannot answer."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+
+from ilvr_jax import convert
+from ilvr_jax.data.frozen_lake.drawing import draw_map
+from ilvr_jax.generate import main
+from ilvr_jax.training.configuration import REPOSITORY
+from tests.published import save_published
+from tests.samples import untrained_run
+
+MAP = ((1, 0, 2), (0, -1, 0), (0, 0, 0))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return untrained_run(tmp_path_factory.mktemp("generate") / "run")
+
+
+@pytest.fixture(scope="module")
+def picture(run):
+    Image.fromarray(draw_map(MAP)).save(run.parent / "map.png")
+    return run.parent / "map.png"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    save_published(folder, dtype="float32", texts=["What is this?"])
+    return folder
+
+
+def printed(capsys, *flags) -> str:
+    assert main([str(flag) for flag in flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_looks_are_shown_as_they_happen_and_the_same_answer_comes_as_json(run, picture, capsys):
+    out = printed(capsys, run, f"--image={picture}")
+    text, counts, answer = out.rstrip("\n").rsplit("\n", 2)[-3:]
+    told = json.loads(printed(capsys, run, f"--image={picture}", "--json"))
+    assert told["looks"] and out.startswith(told["text"].partition("‹")[0])
+    whole = [look for look in told["looks"] if look["slots"] == 4]
+    assert out.count("‹looking: 4 slots›") == len(whole) or told["stop_reason"] == "length"
+    assert re.match(rf"{len(told['tokens'])} tokens, {len(told['looks'])} looks? with", counts)
+    assert answer == "answer: none found" and told["answer"] is None
+    assert set(told) == {"answer", "tokens", "text", "looks", "stop_reason", "timings"}
+
+
+def test_what_slots_held_and_log_probabilities_are_given_on_request(run, picture, tmp_path, capsys):
+    file = tmp_path / "latents.npy"
+    flags = (run, f"--image={picture}", "--json", "--log-probabilities", f"--latents={file}")
+    told = json.loads(printed(capsys, *flags))
+    assert len(told["log_probabilities"]) == len(told["tokens"]) and max(told["log_probabilities"]) <= 0
+    latents = np.load(file)
+    assert latents.shape == (sum(look["slots"] for look in told["looks"]), 32) and latents.dtype == np.float32
+    other = tmp_path / "none" / "latents.npy"
+    printed(capsys, *flags[:-1], f"--latents={other}")
+    np.testing.assert_array_equal(np.load(other), latents)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["latents.npy", "latents.npy", "none"]
+
+
+def test_methods_and_sampling_are_chosen_by_flags(run, picture, capsys):
+    def answer(*flags):
+        return json.loads(printed(capsys, run, f"--image={picture}", "--json", *flags))
+
+    assert not answer("--method=text")["looks"]
+    assert [look["position"] for look in answer("--method=single", "--latent-size=2")["looks"]] == [0]
+    assert len(answer("--max-new-tokens=3")["tokens"]) <= 3
+    drawn = [answer("--temperature=1.5", f"--seed={seed}")["tokens"] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_published_checkpoint_without_latent_tokens_answers_in_plain_text_and_says_so(published, picture, capsys):
+    flags = [str(published), "What is this?", f"--image={picture}", "--max-new-tokens=6", "--json"]
+    assert main(flags) == 0
+    out, err = capsys.readouterr()
+    assert err == f"{published} has no latent tokens; it is decoded as plain text\n"
+    told = json.loads(out)
+    assert not told["looks"] and 1 <= len(told["tokens"]) <= 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--image=missing.png"], "missing.png: must be an image file, but cannot be read: No such file or directory"),
+        (["--max-new-tokens=0"], "--max-new-tokens must be a whole number from 1 to 131072, got 0"),
+        (["--max-new-tokens=99999999999"], "--max-new-tokens must be a whole number from 1 to 131072, got 99999999999"),
+        (["--latent-size=0"], "--latent-size must be a whole number from 1 to 2147483647, got 0"),
+        (["--latent-size=2147483648"], "--latent-size must be a whole number from 1 to 2147483647, got 2147483648"),
+        (["--top-k=-1"], "--top-k must be a whole number from 0 to 2147483647, got -1"),
+        (["--top-k=2147483648"], "--top-k must be a whole number from 0 to 2147483647"),
+        (["--top-p=nan"], "--top-p must be a number above 0 and at most 1, got nan"),
+        (["--temperature=-1"], "--temperature must be 0 or a number from 1e-6 to 1e6, got -1.0"),
+        (["--temperature=inf"], "--temperature must be 0 or a number from 1e-6 to 1e6, got inf"),
+        (
+            ["--seed=12345678901234567890"],
+            "--seed must be a whole number from 0 to 4294967295, got 1234567",
+        ),
+        (["--seed=-1"], "--seed must be a whole number from 0 to 4294967295, got -1"),
+        (["--longest-prompt=10"], "the prompt must have at most 10 tokens (--longest-prompt), got 25"),
+        (["--longest-prompt=0"], "--longest-prompt must be a whole number from 1"),
+        (["--largest-image=8"], "an image must take at most 8 vision tokens (--largest-image), got 9"),
+        (["--largest-image=-5"], "--largest-image must be a whole number from 1"),
+        (["--image=map.png"], "--image must be given at most 1 times, as many as"),
+        (["--log-probabilities"], "--log-probabilities must be given together with --json"),
+        (["--latents=/dev/null"], "/dev/null must be a regular file or a new one, but it is a device"),
+        (["--latents=."], ". must be a regular file or a new one, but it is a folder"),
+        (["--latents=/dev/null/x.npy"], "/dev/null cannot be read or written"),
+        ([""], "the question must have letters, got ''"),
+        (["what \udce9?"], "each argument must be text in UTF-8, got b'what \\xe9?'"),
+        (["--method=pixels"], '--method must not be "pixels" here'),
+        (["--stage="], "no checkpoint of stage ''"),
+        (["--stage=stage2"], "no checkpoint of stage 'stage2'"),
+        (
+            ["one <image> two <image>"],
+            "the question must have one <image> for each of its 1 images, or none at all, got 2",
+        ),
+        (["<|latent_start|>"], "a text must not hold special tokens, got <|latent_start|>"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(run, picture, capsys, flags, sentence):
+    assert main([str(run), *([] if "missing" in flags[0] else [f"--image={picture}"]), *flags]) == 2
+    out, err = capsys.readouterr()
+    assert sentence in err and err.count("\n") == 1 and out == ""
+
+
+def test_images_that_are_no_files_are_named(run, picture, tmp_path, capsys):
+    os.mkfifo(tmp_path / "fifo")
+    for name in (tmp_path / "fifo", tmp_path, "/dev/null", "x" * 5000, "a\nb"):
+        assert main([str(run), f"--image={name}"]) == 2
+        out, err = capsys.readouterr()
+        assert str(name)[:20].splitlines()[0] in err and err.count("\n") == 1 and len(err) <= 400 and out == ""
+    assert main([str(run)]) == 2
+    assert "--image must be given with the run's own question" in capsys.readouterr().err
+
+
+def test_a_published_checkpoint_takes_several_images(published, picture, capsys):
+    def answer(*flags):
+        flags = [f"--image={picture}", *flags, "--max-new-tokens=6", "--json", "--log-probabilities"]
+        return json.loads(printed(capsys, published, *flags))["log_probabilities"]
+
+    first = answer("What is this?", f"--image={picture}")
+    assert first == answer("<image><image>What is this?", f"--image={picture}") != answer("What is this?")
+
+
+def test_ctrl_c_while_an_answer_is_decoded(run, picture):
+    flags = [run, f"--image={picture}", "--max-new-tokens=100000", "--method=text"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ilvr_jax.generate", *map(str, flags)], stdout=subprocess.PIPE, cwd=REPOSITORY
+    ) as process:
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+
+
+def test_a_checkpoint_that_is_none_is_named(tmp_path, published, capsys):
+    for name, sentence in (
+        ("", "the checkpoint must be a folder or a name on the hub, got ''"),
+        (tmp_path, "must be the workdir of a run or a published checkpoint, but has no config.json"),
+        (tmp_path / "absent", "absent must be the folder of a checkpoint, or a name on the hub, and is neither"),
+    ):
+        assert main([str(name), "What?"]) == 2
+        assert sentence in capsys.readouterr().err
+    assert main([str(published), "What?", "--stage=stage1"]) == 2
+    assert "--stage must not be given for" in capsys.readouterr().err
+    assert main([str(published)]) == 2
+    assert "a question must be given" in capsys.readouterr().err
+
+
+def test_the_example_of_the_readme_runs(run, capsys):
+    readme = (REPOSITORY / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(example.replace('"runs/base"', repr(str(run))).replace('"tests/', f'"{REPOSITORY}/tests/'), {})
+    names = re.findall(r"^level3_\d+\.png", capsys.readouterr().out, re.MULTILINE)
+    assert len(names) == len(set(names)) == 50
+
+
+def test_a_run_from_nothing_is_exported_with_the_end_of_its_chat(run, tmp_path):
+    assert convert.main(["to-hf", str(run), str(tmp_path / "out")]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.eos_token_id, generation.pad_token_id) == ([end], pad)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out").get_text_config()
+    assert (config.eos_token_id, config.bos_token_id, tokenizer.eos_token_id) == (end, pad, end)

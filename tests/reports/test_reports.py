@@ -1,0 +1,130 @@
+"""Tables hold the figures of the summaries; the picture shows what it should, checked by its pixels."""
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSettings, FrozenLakeSource, shortest_path
+from ilvr_jax.evaluation.maps import Answer, Evaluation
+from ilvr_jax.reports.pictures import CELL_PIXELS, EYE, RIGHT, WRONG, choose_answers, draw_answer, draw_solutions
+from ilvr_jax.reports.tables import success_markdown, success_table
+from ilvr_jax.tasks.vsp_planning import holes_matter, is_detour, play
+
+
+def answer_of(map_desc, moves, looks=(), unholed=None, name=""):
+    return Answer(name, map_desc, "", moves, unholed, play(map_desc, moves), (4,) * len(looks), looks)
+
+
+@pytest.fixture(scope="module")
+def maps():
+    source = FrozenLakeSource(FrozenLakeSettings(levels=(3, 4)), seed=2, count=40)
+    return [source[number].map_desc for number in range(40)]
+
+
+FREE, BLOCKED = ((1, 0, 2), (0, 0, 0), (0, 0, 0)), ((1, -1, 2), (0, 0, 0), (0, 0, 0))
+
+
+def summary_of(moves):
+    return Evaluation((answer_of(FREE, "RR", ("R",), "RR"), answer_of(BLOCKED, moves, (), "RR")), 12.4).summary()
+
+
+def test_the_table_puts_stages_under_the_hole_blind_policy():
+    stages = {"warm_up": summary_of("RR"), "stage1": summary_of(None), "stage2": summary_of("DRRU")}
+    header, line, *rows = [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in success_markdown(stages).split("\n")
+    ][:-1]
+    assert len(header) == len(line)
+    columns = dict(zip(header, zip(*rows, strict=True), strict=True))
+    assert columns == {
+        "": ("hole-blind", "warm_up", "stage1", "stage2"),
+        "all": ("0.50", "0.50", "0.50", "1.00"),
+        "level 3": ("0.50", "0.50", "0.50", "1.00"),
+        "holes matter": ("0.00", "0.00", "0.00", "1.00"),
+        "detours": ("0.00", "0.00", "0.00", "1.00"),
+        "stay same": ("1.00", "1.00", "1.00", "0.50"),
+        "not parsed": ("–", "0", "1", "0"),
+        "latent looks": ("–", "1", "1", "1"),
+        "time": ("–", "12 s", "12 s", "12 s"),
+    }
+
+
+def test_groups_without_maps_are_dashes():
+    summary = Evaluation((answer_of(FREE, None),), 0.0).summary()
+    row = success_markdown({"stage1": summary}).splitlines()[-1]
+    assert row == "| stage1 | 0.00 | 0.00 | – | – | – | 1 | 0 | 0 s |"
+
+
+def test_the_table_fits_a_narrow_terminal():
+    summary = summary_of("RR")
+    for key in ("success_by_level", "hole_blind_by_level"):
+        summary[key] = {str(level): 0.5 for level in (3, 4, 5, 6)}
+    summary |= {"latent_segments": 12345, "seconds": 123.0}
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    console.print(success_table({"warm_up": summary}))
+    text = console.export_text()
+    assert "…" not in text and "12345" in text and "123 s" in text
+
+
+def hardest_first(hardness, taken):
+    left_out = [value for value, chosen in zip(hardness, taken, strict=True) if not chosen]
+    return min(value for value, chosen in zip(hardness, taken, strict=True) if chosen) >= max(left_out, default=0)
+
+
+def test_a_picture_has_wrong_answers_every_level_and_the_hard_maps(maps):
+    answers = [answer_of(m, shortest_path(m) if number % 5 else "UDUD") for number, m in enumerate(maps)]
+    chosen = choose_answers(answers, count=12, wrong=4)
+    assert len(chosen) == 12 and len(set(map(id, chosen))) == 12
+    assert sum(not answer.success for answer in chosen) == 4
+    assert {answer.level for answer in chosen} == {3, 4}
+    assert [answer.level for answer in chosen] == sorted(answer.level for answer in chosen)
+    for level in (3, 4):
+        for success in (True, False):
+            group = [answer for answer in answers if (answer.level, answer.success) == (level, success)]
+            hardness = [is_detour(answer.map_desc) + holes_matter(answer.map_desc) for answer in group]
+            taken = [answer in chosen for answer in group]
+            assert hardest_first(hardness, taken)
+    right = [answer for answer in answers if answer.success]
+    assert all(answer.success for answer in choose_answers(right, 12, 4))
+    wrong = [answer for answer in answers if not answer.success]
+    assert len(choose_answers(wrong, 12, 4)) == len(wrong)
+    assert choose_answers([], 12, 4) == []
+
+
+def colour_count(path, colour):
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert min(pixels.shape[:2]) > 300
+    return int((np.abs(pixels - np.array(to_rgb(colour)) * 255).max(-1) < 3).sum())
+
+
+def test_the_picture_draws_moves_and_looks(tmp_path):
+    def colours(*answers):
+        draw_solutions(answers, tmp_path / "picture.png")
+        return np.array([colour_count(tmp_path / "picture.png", colour) for colour in (RIGHT, WRONG, EYE)])
+
+    still = colours(answer_of(FREE, None))  # title in red, legend in all colours
+    solved = colours(answer_of(FREE, "DRRU"))
+    looking = colours(answer_of(FREE, "DRRU", looks=("D", "D", "DR")))
+    lost = colours(answer_of(BLOCKED, "DRR"))
+    assert (solved - still)[0] > 1500 and (lost - still)[1] > 1000
+    assert (lost - still)[0] <= 0
+    assert (looking - solved)[2] > 150 and (solved - still)[2] == 0
+
+
+def test_a_look_is_where_the_moves_told_before_it_lead():
+    panel = Figure().subplots()
+    draw_answer(panel, answer_of(FREE, "RR", looks=("R", "D", "DDDDR")))  # the last two are off the boxed path
+    cells = {text.get_text(): tuple(int(x // CELL_PIXELS) for x in text.get_position()) for text in panel.texts}
+    assert {number: cells[number] for number in "123"} == {"1": (1, 0), "2": (0, 1), "3": (1, 2)}
+
+
+def test_strange_answers_can_be_drawn(tmp_path):
+    answers = [
+        answer_of(FREE, "U" * 50, looks=("", "UUU", "D" * 99)),
+        answer_of(BLOCKED, "RRRR", looks=("R",) * 6),
+        answer_of(FREE, None, looks=("RR",)),
+    ]
+    draw_solutions(answers, tmp_path / "folder" / "picture.png")
+    assert colour_count(tmp_path / "folder" / "picture.png", WRONG) > 1000

@@ -1,0 +1,105 @@
+"""The base config as it ships: which programs it compiles, and that it never trains on what it is judged by."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from ilvr_jax.checkpoints.manager import build_model
+from ilvr_jax.data.tokenizer import special_tokens
+from ilvr_jax.evaluation.maps import evaluate
+from ilvr_jax.inference.decode import generate
+from ilvr_jax.method.layout import Layout
+from ilvr_jax.models.sharding import one_device
+from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source
+from ilvr_jax.training.configuration import REPOSITORY, evaluation_file, load_config, override
+from ilvr_jax.training.loop import make_step, open_evaluation_source
+from ilvr_jax.training.run import Run
+from ilvr_jax.training.state import first_state
+
+CONFIGS = REPOSITORY / "configs"
+BUCKETS_MET = {
+    "warm_up": {"small_short", "small_long", "large_short", "large_middle", "large_long"},
+    "stage1": {"small_short", "large_short", "small_looks", "large_looks", "many_looks"},
+    "stage2": {"small_short", "large_short", "small_looks", "large_looks", "many_looks"},
+}
+SMALLER = {
+    "model.num_hidden_layers": 1,
+    "model.intermediate_size": 16,
+    "model.remat_policy": "none",
+    "model.vision.depth": 1,
+    "model.vision.fullatt_block_indexes": (0,),
+    **{f"{stage}.batch_size": 2 for stage in BUCKETS_MET},
+    **{f"{stage}.optimizer": "adamw" for stage in BUCKETS_MET},
+    "eval.max_new_tokens": 8,
+}
+
+
+def open_run(path: Path, workdir: Path) -> Run:
+    """Returns a config's run with its data and layouts, but a smaller model and smaller batches."""
+    config = load_config(path)
+    for key, value in SMALLER.items():
+        override(config, key, str(value))
+    source = open_source(config)
+    tokenizer = make_tokenizer(config, source)
+    model = build_model(config, workdir, tokenizer)
+    mesh = one_device()
+    steps = {name: make_step(config, name, model, mesh) for name in config.stages}
+    evaluation_source = open_evaluation_source(config)
+    special = special_tokens(tokenizer)
+    return Run(config, workdir, source, evaluation_source, tokenizer, special, model, mesh, steps, progress=None)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    return open_run(CONFIGS / "base.py", tmp_path_factory.mktemp("run"))
+
+
+@pytest.mark.parametrize("path", [CONFIGS / f"{name}.py" for name in ("base", "frozen_lake", "frozen_lake_encoded")])
+def test_the_buckets_of_every_config_hold_its_data(path, tmp_path):
+    run = open_run(path, tmp_path)
+    for stage in run.config.stages:
+        with contextlib.closing(open_iterator(run, stage, seed=1, vision={})) as iterator:
+            rows = sum(len(batch.tokens) for batch in itertools.islice(iterator, 200))
+        assert rows == 200 * run.config[stage].batch_size
+
+
+@pytest.mark.parametrize("stage", BUCKETS_MET)
+def test_each_step_compiles_once_a_bucket(run, stage):
+    size = run.config.latents.latent_size
+    names = {}
+    for name, bucket in run.config.data.buckets.items():
+        layout = Layout(latent_size=size, **bucket)
+        names |= {layout: name, dataclasses.replace(layout, helper_windows=0): name}
+    optimizer, step = run.steps[stage]
+    state = first_state(run.model.init(jax.random.key(0)), optimizer, run.config[stage], jax.random.key(1), run.mesh)
+    met, repeated = set(), 0
+    with contextlib.closing(open_iterator(run, stage, seed=0, vision={})) as iterator:
+        for batch in itertools.islice(iterator, 600):
+            name = names[batch.layout]
+            if name not in met or repeated < 10:
+                repeated += name in met
+                met.add(name)
+                state, _ = step(state, batch)
+    assert met == BUCKETS_MET[stage]
+    assert step._cache_size() == len(met)
+
+
+def test_evaluation_compiles_decoding_once(run):
+    before = generate._cache_size()
+    params = run.model.init(jax.random.key(0))
+    evaluate(run.config, run.evaluation_source, run.model, params, run.tokenizer, run.special)
+    assert generate._cache_size() - before == 1
+
+
+def test_the_maps_of_the_evaluation_are_left_out_of_the_training_data(run):
+    data = run.config.data
+    path = evaluation_file(run.config)
+    assert [REPOSITORY / name for name in data.frozen_lake.exclude] == [path.absolute()]
+    lines = path.read_text().splitlines()
+    maps = {tuple(map(tuple, json.loads(line)["map_desc"])) for line in lines}
+    assert len(lines) == 200 and maps <= run.source.excluded
