@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
+from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.data.examples import ExampleSettings, build_example
-from ilvr_jax.data.frozen_lake.source import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.data.pipeline import make_iterator
 from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer
 from ilvr_jax.method.layout import collate, merge_layouts, required_layout
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     arguments = parser.parse_args()
 
-    source = FrozenLakeSource(FrozenLakeSettings(), seed=0, count=1_000_000)
+    source = FrozenLakeSource(FrozenLakeConfig(), seed=0, count=1_000_000)
     source[0]  # sprites are read once
     record_time, records = milliseconds(source.__getitem__, MEASURED)
     tokenizer = train_tokenizer(record_texts(records))

@@ -17,10 +17,10 @@ from rich.table import Table
 
 from benchmarks.machine import machine
 from ilvr_jax.checkpoints.manager import build_model
+from ilvr_jax.config.flags import read_config_flags
 from ilvr_jax.data.tokenizer import special_tokens
 from ilvr_jax.models.sharding import on_mesh, one_device, place_rows
 from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source
-from ilvr_jax.training.configuration import read_config_flags
 from ilvr_jax.training.loop import make_step, start_params
 from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.run import Run

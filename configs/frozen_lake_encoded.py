@@ -9,8 +9,7 @@ def get_config() -> ConfigDict:
     """Returns the configuration of the comparison."""
     config = base.get_config()
     config.warm_up.helper_images = "encode"
-    with config.unlocked():
-        config.data.buckets.small_encoded = {**base.bucket(144), "images": 3}
-        config.data.buckets.large_encoded = {**base.bucket(230, windows=9), "images": 3}
-        config.data.buckets.many_encoded = {**base.bucket(358, windows=9), "images": 6}
+    config.data.buckets.small_encoded = {**base.bucket(144), "images": 3}
+    config.data.buckets.large_encoded = {**base.bucket(230, windows=9), "images": 3}
+    config.data.buckets.many_encoded = {**base.bucket(358, windows=9), "images": 6}
     return config

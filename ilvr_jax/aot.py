@@ -4,7 +4,6 @@ python -m ilvr_jax.aot --config=configs/qwen2_5_vl_7b_stage1.py --topology=v5e:4
 python -m ilvr_jax.aot --sweep=docs/scale.jsonl
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
@@ -28,10 +26,14 @@ from ilvr_jax.analysis.compilation import (
     open_topology,
 )
 from ilvr_jax.command import ArgumentParser, command, path_flag
+from ilvr_jax.config.experiments import BASE, load_config, parse
+from ilvr_jax.config.fields import BadConfig
+from ilvr_jax.config.flags import read_config_flags
+from ilvr_jax.config.schema import RunConfig
+from ilvr_jax.data.sources import config_buckets
 from ilvr_jax.method.layout import padded_tokens
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
-from ilvr_jax.training.batches import config_buckets
-from ilvr_jax.training.configuration import REPOSITORY, BadConfig, blame, load_config, read_config_flags
+from ilvr_jax.training.run import check_choices
 
 SPARE = 0.05  # of a chip's memory, below which a program does not count as fitting
 # The cases of docs/scale.md: size, what learns and topology; a row a chip, everything divided over all.
@@ -62,11 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--bucket", help="of data.buckets (default: the one with the most tokens)")
     console = Console(highlight=False, soft_wrap=True)
-    options = read_config_flags(parser, arguments, REPOSITORY / "configs" / "base.py", without_data)
+    options = read_config_flags(parser, arguments, BASE)
     if options.sweep:
         return sweep(options.sweep, console)
     if options.config_file is None or options.topology is None:
         raise BadConfig("--config and --topology are needed, or --sweep; --topology=v5e:4x4 is one")
+    check_choices(options.config)
     config, model = options.config, open_model(options.config)
     stages = [options.stage] if options.stage else [*config.stages, "decoding"]
     known = (*config.stages, "decoding")
@@ -92,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compile_stage(
-    config: ConfigDict, stage: str, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]
+    config: RunConfig, stage: str, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]
 ) -> Report:
     """Compiles a stage's train step, or decoding; raises as these do."""
     if stage == "decoding":
@@ -117,10 +120,11 @@ def sweep(path: Path, console: Console) -> int:
 
 def sweep_case(size: str, learns: str, topology: str, stage: str) -> dict[str, Any]:
     """Returns what compiling a case found, as an object of JSON."""
-    lora = "lora_" if learns == "lora" else ""
-    config = load_config(REPOSITORY / "configs" / f"qwen2_5_vl_{size}_{lora}{stage}.py").unlock()
+    variant = "-".join([size, *["lora"] * (learns == "lora"), stage])
+    config = load_config(f"configs/qwen2_5_vl.py:{variant}")
     chip, devices = open_topology(topology)
     config[stage].batch_size = config[stage].accumulation = len(devices)  # a row a chip
+    config = parse(config)
     case = {"case": [size, learns, topology, stage], "chips": len(devices), "libtpu": version("libtpu")}
     try:
         report = compile_train_step(config, stage, SWEEP_BUCKET, open_model(config), chip, devices)
@@ -163,17 +167,11 @@ def sweep_table(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def largest_bucket(config: ConfigDict, model: Qwen2_5VL) -> str:
+def largest_bucket(config: RunConfig, model: Qwen2_5VL) -> str:
     """Returns the name of the bucket with the most columns and vision tokens."""
     units = model.config.vision.window_units
-    with blame("data"):
-        buckets = config_buckets(config, "latent", units)
+    buckets = config_buckets(config, "latent", units)
     return max(buckets, key=lambda name: padded_tokens(buckets[name], units))
-
-
-def without_data(options: argparse.Namespace) -> None:
-    """Names a data set, which every run needs: none is read."""
-    options.config.data.path = options.config.data.path or "not read"
 
 
 def show(report: Report, topology: str, console: Console) -> None:
@@ -198,7 +196,7 @@ def show(report: Report, topology: str, console: Console) -> None:
     )
 
 
-def advice(config: ConfigDict, stage: str) -> str:
+def advice(config: RunConfig, stage: str) -> str:
     """Returns what to change, most effective first."""
     if stage == "decoding":
         return "take more chips, divide weights further (mesh.fsdp, mesh.tensor) or lower eval.batch_size"

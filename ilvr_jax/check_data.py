@@ -5,36 +5,36 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from ilvr_jax.checkpoints.pretrained import open_checkpoint
 from ilvr_jax.command import ArgumentParser, command, path_flag
+from ilvr_jax.config.experiments import BASE, as_file, blame, load_config
+from ilvr_jax.config.fields import BadConfig
+from ilvr_jax.config.flags import read_config_flags
+from ilvr_jax.config.schema import RunConfig
 from ilvr_jax.data.examples import build_example, build_prompt
 from ilvr_jax.data.formats import FORMATS, find_format
 from ilvr_jax.data.pipeline import Source, find_bucket
+from ilvr_jax.data.sources import config_buckets, example_settings, make_tokenizer, open_source, prompt_settings
 from ilvr_jax.data.survey import Survey, View, measurements, suggest_buckets
 from ilvr_jax.data.tokenizer import special_tokens
-from ilvr_jax.evaluation.maps import prompt_settings
 from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.method.layout import Layout, required_layout
 from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.qwen2_5_vl.config import model_config
 from ilvr_jax.models.tensor_files import BadCheckpoint
 from ilvr_jax.reports.data_check import CONFIG_FILE, config_file, laid_out, sections, write_page
-from ilvr_jax.training.batches import config_buckets, example_settings, make_tokenizer, open_source
-from ilvr_jax.training.configuration import REPOSITORY, BadConfig, blame, flatten, load_config, read_config_flags
-from ilvr_jax.training.loop import open_checkpoint
+from ilvr_jax.training.run import check_choices
 
-DEFAULT_NAME = "configs/base.py"
-DEFAULT = REPOSITORY / DEFAULT_NAME
 TREATMENTS = ("latent", "encode", "slots", "omit")  # of helper images, those that show them first
 WITHOUT_CONFIG = (
     "Checked without a config: latent settings of configs/base.py, images in their own size, a tokenizer made from the "
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="look at the first N records (default: all)")
     parser.add_argument("--samples", type=int, default=4, help="samples on the page (default: 4)")
     parser.add_argument("--out", type=path_flag, help="where the page is written (default: <file>_check.html, here)")
-    options = read_config_flags(parser, arguments, DEFAULT, prepare)
+    options = read_config_flags(parser, arguments, BASE, prepare)
     with stop_sentence(lambda: "stopped; no page was written"):
         survey = check(options)
     if not survey.usable:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if survey.left_out else 0
 
 
-def prepare(options: argparse.Namespace) -> None:
+def prepare(options: argparse.Namespace, values: dict[str, Any]) -> None:
     """Puts the data set into the config; without --config, makes the default one fit any data."""
     for name, least in (("limit", 1), ("samples", 0)):
         value = getattr(options, name)
@@ -71,13 +71,12 @@ def prepare(options: argparse.Namespace) -> None:
     if options.format not in (None, *FORMATS):
         raise BadConfig(f"--format must be one of {', '.join(FORMATS)}, got {options.format!r}")
     options.out = options.out or Path(f"{Path(os.path.abspath(options.file)).stem}_check.html")
-    data = options.config.data
-    data.source = options.format or find_format(options.file)
-    data.path, data.root, data.on_bad_record = str(options.file), options.root, "skip"
+    source = options.format or find_format(options.file)
+    values["data"] |= {"source": source, "path": str(options.file), "root": options.root, "on_bad_record": "skip"}
     if options.config_file is None:
-        data.image_scale = 1.0
-        options.config.stages = ("stage1",)
-        options.config.eval.question = ""
+        values["data"]["image_scale"] = 1.0
+        values["stages"] = ("stage1",)
+        values["eval"]["question"] = ""
 
 
 def check(options: argparse.Namespace) -> Survey:
@@ -86,9 +85,10 @@ def check(options: argparse.Namespace) -> Survey:
     Raises BadConfig, BadRecord if nothing is usable at first sight, and OSError if the page cannot be written.
     """
     config = options.config
-    source = open_source(config)
+    check_choices(config)
+    source = open_source(config.data, config.seed)
     with blame("model", BadCheckpoint):
-        pretrained = open_checkpoint(config, weights=False) if config.model.init_from else None
+        pretrained = open_checkpoint(config.model.init_from, weights=False) if config.model.init_from else None
     tokenizer = pretrained.tokenizer if pretrained else make_tokenizer(config, source)
     with blame("model"):
         vision = model_config(config.model, len(tokenizer), pretrained and pretrained.published).vision
@@ -106,7 +106,7 @@ def check(options: argparse.Namespace) -> Survey:
     found = sections(survey, suggested, vision.window_units)
     written = ""
     if suggested:
-        written = config_file(str(options.config_file or DEFAULT_NAME), changes(options, survey), suggested)
+        written = config_file(str(options.config_file or BASE), changes(options, survey), suggested)
     console = Console()
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     remark = "\n".join([remark, *getattr(source, "remarks", ())])
@@ -129,30 +129,35 @@ def changes(options: argparse.Namespace, survey: Survey) -> dict[str, Any]:
     Bad records end a training unless `data.on_bad_record` is "skip", so that is among them if there are any; a record
     that only lacks a bucket has one in that config.
     """
-    before, kept = dict(flatten(load_config(options.config_file or DEFAULT))), ("data.on_bad_record", "data.buckets.")
-    changed = {
-        key: value
-        for key, value in flatten(options.config)
-        if not key.startswith(kept) and (key not in before or before[key] != value)
-    }
+    before = dict(leaves(load_config(options.config_file or BASE).to_dict()))
+    kept, now = ("data.on_bad_record", "data.buckets."), leaves(as_file(options.config))
+    changed = {key: value for key, value in now if not key.startswith(kept) and value != before.get(key)}
     return changed | ({"data.on_bad_record": "skip"} if survey.usable + survey.left_out > len(survey.samples) else {})
 
 
 def make_views(
-    config: ConfigDict, with_buckets: bool, tokenizer: PreTrainedTokenizerFast, special: SpecialTokens, units: int
+    config: RunConfig, with_buckets: bool, tokenizer: PreTrainedTokenizerFast, special: SpecialTokens, units: int
 ) -> list[View]:
     """Returns what stages make of records, those together that treat helper images alike; prompts alone for vsp."""
     build = {"tokenizer": tokenizer, "special": special}
-    with blame("data"):
-        if config.data.source == "vsp":
-            return [View("prompts", "", functools.partial(build_prompt, settings=prompt_settings(config), **build), {})]
-        views = []
-        for treatment in TREATMENTS:
-            if stages := [name for name in config.stages if config[name].helper_images == treatment]:
-                to_sample = functools.partial(build_example, settings=example_settings(config, treatment), **build)
-                buckets = config_buckets(config, treatment, units) if with_buckets else {}
-                views.append(View(", ".join(stages), treatment, to_sample, buckets))
-        return views
+    if config.data.source == "vsp":
+        return [View("prompts", "", functools.partial(build_prompt, settings=prompt_settings(config), **build), {})]
+    views = []
+    for treatment in TREATMENTS:
+        if stages := [name for name, stage in config.stages.items() if stage.helper_images == treatment]:
+            to_sample = functools.partial(build_example, settings=example_settings(config, treatment), **build)
+            buckets = config_buckets(config, treatment, units) if with_buckets else {}
+            views.append(View(", ".join(stages), treatment, to_sample, buckets))
+    return views
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested sections by dotted key."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def take(source: Source, views: Sequence[View], window_units: int, limit: int | None, workers: int) -> Survey:

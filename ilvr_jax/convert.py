@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ilvr_jax.checkpoints.export import export
 from ilvr_jax.checkpoints.pretrained import open_pretrained, save_converted
 from ilvr_jax.command import DONE, ArgumentParser, command, path_flag
-from ilvr_jax.models.qwen2_5_vl.config import DTYPES
+from ilvr_jax.config.schema import DTYPES
 
 
 @command

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.errors import InputError, quote
 from ilvr_jax.files import locked_folder
-from ilvr_jax.training.configuration import BadConfig
 
 TIMEOUT = 300  # seconds to wait for the others
 LONGEST_TIMEOUT = 7 * 24 * 3600

@@ -17,6 +17,8 @@ from rich.table import Table
 
 from ilvr_jax.checkpoints.trained import TrainedModel, open_trained
 from ilvr_jax.command import ArgumentParser, command, path_flag
+from ilvr_jax.config.experiments import evaluation_file
+from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.data.examples import ExampleSettings, build_prompt, read_image
 from ilvr_jax.data.pipeline import Source, fingerprint
 from ilvr_jax.data.records import BadRecord, Record
@@ -30,7 +32,6 @@ from ilvr_jax.inference.sampling import check_whole
 from ilvr_jax.inference.transcript import split_at_looks
 from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.tasks import TASKS
-from ilvr_jax.training.configuration import BadConfig, evaluation_file
 from ilvr_jax.training.progress import Progress
 
 REPORT_SECONDS = 10.0  # between two lines of progress
@@ -134,7 +135,7 @@ class Work:
 
     def _follow_links(self) -> bool:
         config = self.trained.config
-        of_run = True if config is None else config.data.get("follow_links", True)
+        of_run = True if config is None else config.data.follow_links
         return of_run if self.options.follow_links is None else self.options.follow_links
 
     def _default_out(self) -> Path:

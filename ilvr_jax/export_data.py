@@ -9,12 +9,14 @@ import rich.console
 import rich.progress
 
 from ilvr_jax.command import ArgumentParser, command, path_flag
+from ilvr_jax.config.experiments import resolve_path
+from ilvr_jax.config.fields import BadConfig
+from ilvr_jax.config.flags import read_config_flags
 from ilvr_jax.data.export import write_records
 from ilvr_jax.data.frozen_lake.drawing import CELL_PIXELS
-from ilvr_jax.data.frozen_lake.source import FrozenLakeSource, frozen_lake_settings
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.errors import InputError
 from ilvr_jax.interrupts import stop_sentence
-from ilvr_jax.training.configuration import BadConfig, read_config_flags, resolve_path
 
 
 @command
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _export_config(options: argparse.Namespace) -> None:
     config, seed = options.config, options.config.seed if options.seed is None else options.seed
-    settings = frozen_lake_settings(config.data.frozen_lake)
+    settings = config.data.frozen_lake
     settings = dataclasses.replace(
         settings, cell_pixels=CELL_PIXELS, exclude=tuple(str(resolve_path(path)) for path in settings.exclude)
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from ilvr_jax.checkpoints.trained import TrainedModel, open_trained
 from ilvr_jax.command import ArgumentParser, command, path_flag
+from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.records import Record
 from ilvr_jax.errors import quote
@@ -21,7 +22,6 @@ from ilvr_jax.inference.engine import Engine, fit_settings
 from ilvr_jax.inference.requests import Answer, Request
 from ilvr_jax.inference.transcript import show_look
 from ilvr_jax.tasks.final_answer import find_final_answer
-from ilvr_jax.training.configuration import BadConfig
 
 
 @command

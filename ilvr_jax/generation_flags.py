@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from ilvr_jax.config.schema import DTYPES
 from ilvr_jax.data.examples import ExampleSettings
 from ilvr_jax.errors import InputError
 from ilvr_jax.inference.decode import DecodeSettings
 from ilvr_jax.inference.requests import METHODS
 from ilvr_jax.inference.sampling import check_whole
 from ilvr_jax.method.layout import Sample
-from ilvr_jax.models.qwen2_5_vl.config import DTYPES
 
 LONGEST_PROMPT = 8192  # tokens
 LARGEST_IMAGE = 4096  # vision tokens

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from ilvr_jax.checkpoints.manager import DiskFull, NoCheckpoint
 from ilvr_jax.command import FAILED, ArgumentParser, command, fail
+from ilvr_jax.config.flags import read_command
 from ilvr_jax.distributed import add_flags, is_main, join
 from ilvr_jax.files import named_errors
 from ilvr_jax.interrupts import stop_sentence
-from ilvr_jax.training.configuration import read_command
 from ilvr_jax.training.divergence import Diverged
 from ilvr_jax.training.interruption import Interrupted
 from ilvr_jax.training.loop import train

@@ -9,8 +9,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ilvr_jax.checkpoints.manager import Checkpoints, stage_folder
+from ilvr_jax.config.experiments import load_config, parse
+from ilvr_jax.config.schema import FrozenLakeConfig
+from ilvr_jax.config.workdir import to_json
 from ilvr_jax.data.export import write_records
-from ilvr_jax.data.frozen_lake.source import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer
 from ilvr_jax.method.layout import Sample, build_sample
 from ilvr_jax.method.objectives import OBJECTIVES
@@ -18,8 +21,8 @@ from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, VisionConfig, model_config
 from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
-from ilvr_jax.training.configuration import REPOSITORY, load_config, to_json
 from ilvr_jax.training.state import TrainState
+from tests.paths import REPOSITORY
 
 SPECIAL = SpecialTokens(
     pad=0,
@@ -117,7 +120,7 @@ def poison_objective(monkeypatch, name: str) -> None:
 
 def tiny_config(eval_data: Path | None = None) -> ConfigDict:
     """Returns the base config with a model, batches and a bucket so small that a run takes seconds."""
-    config = load_config(REPOSITORY / "configs" / "base.py").unlock()
+    config = load_config(REPOSITORY / "configs" / "base.py")
     config.model.update(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
     )
@@ -132,25 +135,26 @@ def tiny_config(eval_data: Path | None = None) -> ConfigDict:
         config[name].update(steps=6, batch_size=4, accumulation=1)
     config.eval.update(data=str(eval_data or ""), max_new_tokens=8, batch_size=8)
     config.update(log_every=1, checkpoint_every=4, checkpoint_keep=2)
-    return config.lock()
+    return config
 
 
 def export_maps(folder: Path, count: int = 4) -> Path:
     """Returns a file of maps with plans and pictures, as `python -m ilvr_jax.export_data` writes them."""
-    maps = FrozenLakeSource(FrozenLakeSettings(levels=(3,), max_moves=4), seed=5, count=count)
+    maps = FrozenLakeSource(FrozenLakeConfig(levels=(3,), max_moves=4), seed=5, count=count)
     write_records([maps[index] for index in range(len(maps))], folder)
     return folder / "train.jsonl"
 
 
 def untrained_run(folder: Path, seed: int = 0) -> Path:
     """Returns a workdir of the base config with a small model that has learnt nothing, saved after stage 1."""
-    config = load_config(REPOSITORY / "configs" / "base.py").unlock()
+    config = load_config(REPOSITORY / "configs" / "base.py")
     config.model.update(hidden_size=32, intermediate_size=32, num_hidden_layers=1, mrope_section=(2, 1, 1))
     config.model.vision.update(depth=1, fullatt_block_indexes=(0,))
     config.eval.max_new_tokens = 12
     folder.mkdir()
+    config = parse(config)
     (folder / "config.json").write_text(to_json(config))
-    records = FrozenLakeSource(FrozenLakeSettings(), seed=0, count=30)
+    records = FrozenLakeSource(FrozenLakeConfig(), seed=0, count=30)
     tokenizer = train_tokenizer(record_texts(records[number] for number in range(30)))
     tokenizer.save_pretrained(folder / "tokenizer")
     params = Qwen2_5VL(model_config(config.model, len(tokenizer))).init(jax.random.key(seed))

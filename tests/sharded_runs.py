@@ -15,7 +15,6 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
-from ml_collections import ConfigDict  # noqa: E402
 
 from ilvr_jax.analysis.hlo import collectives  # noqa: E402
 from ilvr_jax.checkpoints.manager import Checkpoints  # noqa: E402
@@ -48,7 +47,7 @@ def open_stage(objective: str, mesh: Mesh, attention: str = "auto"):
     params = model.init(jax.random.key(0))
     params = jax.device_put(params, shardings(params, mesh))
     like = state_like(params, optimizer, settings, mesh)
-    train_step = make_train_step(model, settings, ConfigDict(vars(LATENTS)), optimizer, divisor("rows", mesh))
+    train_step = make_train_step(model, settings, LATENTS, optimizer, divisor("rows", mesh))
 
     def step(state):
         with on_mesh(mesh):

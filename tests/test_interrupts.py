@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ilvr_jax.training.configuration import REPOSITORY
+from tests.paths import REPOSITORY
 
 PREPARE = "import sys, time\nfrom ilvr_jax.interrupts import *\nfrom ilvr_jax import files\nfrom pathlib import Path\n"
 WAIT = "print('ready', flush=True)\nwhile True: time.sleep(9)\n"

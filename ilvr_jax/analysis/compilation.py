@@ -14,10 +14,14 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
 
 from ilvr_jax.analysis.hlo import Collective, collectives
 from ilvr_jax.checkpoints.manager import params_like
+from ilvr_jax.checkpoints.pretrained import open_checkpoint
+from ilvr_jax.config.experiments import blame
+from ilvr_jax.config.fields import BadConfig
+from ilvr_jax.config.schema import RunConfig
+from ilvr_jax.data.sources import config_buckets
 from ilvr_jax.evaluation.maps import decode_settings
 from ilvr_jax.inference.decode import generate
 from ilvr_jax.method.layout import NO_IMAGE, Batch, Layout, collate
@@ -26,9 +30,7 @@ from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, model_config
 from ilvr_jax.models.qwen2_5_vl.images import EncodedImage
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.sharding import ROWS, check_mesh, divisor, make_mesh, on_mesh
-from ilvr_jax.training.batches import config_buckets
-from ilvr_jax.training.configuration import BadConfig, blame
-from ilvr_jax.training.loop import make_step, open_checkpoint
+from ilvr_jax.training.loop import make_step
 from ilvr_jax.training.state import state_like
 
 GIB = 2**30
@@ -116,14 +118,14 @@ def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
         raise BadConfig(f"--topology must be one of {known}, got {name!r}") from error
 
 
-def open_model(config: ConfigDict) -> Qwen2_5VL:
+def open_model(config: RunConfig) -> Qwen2_5VL:
     """Returns the model of a config; of a published checkpoint its shape alone is asked for."""
     name = config.model.init_from
     with blame("model"):
         if name in SHAPES:
             return Qwen2_5VL(model_config(config.model, 0, published_description(name)))
         if name:
-            return Qwen2_5VL(model_config(config.model, 0, open_checkpoint(config, weights=False).published))
+            return Qwen2_5VL(model_config(config.model, 0, open_checkpoint(name, weights=False).published))
         # The tokenizer that a run makes for itself has some hundred tokens.
         return Qwen2_5VL(model_config(config.model, 256))
 
@@ -148,13 +150,13 @@ def published_description(name: str) -> dict[str, Any]:
 
 
 def compile_train_step(
-    config: ConfigDict, stage: str, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]
+    config: RunConfig, stage: str, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]
 ) -> Report:
     """Compiles the train step of a stage for a bucket of its batches, on the mesh of the config.
 
     Raises BadConfig if the mesh does not fit the devices, the batch or the model, DoesNotFit if it needs more memory.
     """
-    settings = config[stage]
+    settings = config.stages[stage]
     mesh = _mesh(config, model, devices)
     layout = config_buckets(config, settings.helper_images, model.config.vision.window_units)[bucket]
     cached = config.data.feature_cache and "vision" not in settings.train
@@ -173,9 +175,7 @@ def compile_train_step(
     return _compile(f"{stage}, {bucket}", step, (state, batch), mesh, chip, memory, flops, float(kept + written))
 
 
-def compile_decoding(
-    config: ConfigDict, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]
-) -> Report:
+def compile_decoding(config: RunConfig, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]) -> Report:
     """Compiles decoding as the config's `eval` section says, of prompts as long as a bucket's prefix."""
     mesh = _mesh(config, model, devices)
     layout = config_buckets(config, "slots", model.config.vision.window_units)[bucket]
@@ -195,9 +195,9 @@ def compile_decoding(
     return _compile(f"decoding, {bucket}", generate, call, mesh, chip, memory, flops, traffic)
 
 
-def _mesh(config: ConfigDict, model: Qwen2_5VL, devices: list[jax.Device]) -> Mesh:
+def _mesh(config: RunConfig, model: Qwen2_5VL, devices: list[jax.Device]) -> Mesh:
     with blame("mesh"):
-        mesh = make_mesh(config.mesh, devices)
+        mesh = make_mesh(vars(config.mesh), devices)
         check_mesh(mesh, model.config)
     return mesh
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from ilvr_jax.config.schema import LoraConfig
 from ilvr_jax.errors import listed, quote
 from ilvr_jax.files import read_json
-from ilvr_jax.models.lora import SUFFIX, LoraConfig
+from ilvr_jax.models.lora import SUFFIX
 from ilvr_jax.models.qwen2_5_vl.weights import (
     EMBEDDING,
     FLOATS,

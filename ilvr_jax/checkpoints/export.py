@@ -25,16 +25,19 @@ from ilvr_jax.checkpoints.pretrained import (
     read_published,
 )
 from ilvr_jax.checkpoints.stop_tokens import GENERATION, generation_config, read_generation_config, set_stop_tokens
+from ilvr_jax.config.experiments import resolve_path
+from ilvr_jax.config.fields import BadConfig
+from ilvr_jax.config.schema import LoraConfig
+from ilvr_jax.config.workdir import read_config
 from ilvr_jax.data.examples import chat_template
 from ilvr_jax.data.tokenizer import special_tokens
 from ilvr_jax.files import check_new_folder, copy, new_folder, read_object, write_json
 from ilvr_jax.method.tokens import SpecialTokens
-from ilvr_jax.models.lora import SUFFIX, LoraConfig, merge_adapters
+from ilvr_jax.models.lora import SUFFIX, merge_adapters
 from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl.published import described_scaling, published_dtype
 from ilvr_jax.models.qwen2_5_vl.weights import state_dict_from_params
 from ilvr_jax.models.tensor_files import BadCheckpoint, write_tensors
-from ilvr_jax.training.configuration import BadConfig, read_config, resolve_path
 
 
 def export(
@@ -64,7 +67,7 @@ def export(
         ends = pretrained.stop or special.ends
     else:
         run = read_config(source)
-        if (slot_input := run.model.get("slot_input", "hidden")) != "hidden":
+        if (slot_input := run.model.slot_input) != "hidden":
             raise BadConfig(
                 f"`model.slot_input` of {source} must be hidden for an export, since the published layout has no other "
                 f"rule, got {slot_input}"

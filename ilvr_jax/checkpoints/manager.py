@@ -17,11 +17,13 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.checkpoints.pretrained import read_published
 from ilvr_jax.checkpoints.stop_tokens import read_stop_tokens
+from ilvr_jax.config.experiments import blame
+from ilvr_jax.config.schema import RunConfig
+from ilvr_jax.config.workdir import is_checkpoint, read_config
 from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens
 from ilvr_jax.distributed import open_exchange, wait_for_all
 from ilvr_jax.errors import InputError, listed, quote
@@ -31,7 +33,6 @@ from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.qwen2_5_vl.config import model_config
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.sharding import one_device, placed_like
-from ilvr_jax.training.configuration import blame, is_checkpoint, read_config
 
 METADATA = "_CHECKPOINT_METADATA"  # in a checkpoint: times of its writing
 PRETRAINED = "pretrained"  # in a workdir: what describes the checkpoint that the run began from
@@ -247,7 +248,7 @@ def stages_with_checkpoints(workdir: Path, stages: Sequence[str]) -> list[str]:
 
 
 def restore_for_inference(
-    workdir: Path, config: ConfigDict | None = None, stage: str | None = None, mesh: Mesh | None = None
+    workdir: Path, config: RunConfig | None = None, stage: str | None = None, mesh: Mesh | None = None
 ) -> tuple[Qwen2_5VL, PyTree, PreTrainedTokenizerFast, SpecialTokens]:
     """Returns model, parameters, tokenizer and special tokens of a run, by default after the last stage it reached.
 
@@ -257,7 +258,7 @@ def restore_for_inference(
 
 
 def restore_step_for_inference(
-    workdir: Path, config: ConfigDict | None = None, stage: str | None = None, mesh: Mesh | None = None
+    workdir: Path, config: RunConfig | None = None, stage: str | None = None, mesh: Mesh | None = None
 ) -> tuple[int, Qwen2_5VL, PyTree, PreTrainedTokenizerFast, SpecialTokens]:
     """Returns the step of a run's checkpoint, and the model, parameters, tokenizer and special tokens of it.
 
@@ -275,9 +276,9 @@ def restore_step_for_inference(
     return step, model, params, tokenizer, answer_tokens(config, workdir / PRETRAINED, tokenizer, model)
 
 
-def choose_stage(workdir: Path, config: ConfigDict, stage: str | None) -> str:
+def choose_stage(workdir: Path, config: RunConfig, stage: str | None) -> str:
     """Returns `stage`, by default the last that has a checkpoint; raises NoCheckpoint if it has none."""
-    found = stages_with_checkpoints(workdir, config.stages)
+    found = stages_with_checkpoints(workdir, list(config.stages))
     if not found:
         raise NoCheckpoint(f"{workdir} has no complete checkpoint yet; train until the first is saved")
     stage = found[-1] if stage is None else stage
@@ -286,7 +287,7 @@ def choose_stage(workdir: Path, config: ConfigDict, stage: str | None) -> str:
     return stage
 
 
-def restore_teacher(workdir: Path, config: ConfigDict, stage: str | None = None) -> PyTree:
+def restore_teacher(workdir: Path, config: RunConfig, stage: str | None = None) -> PyTree:
     """Returns the parts that the teacher of a stage has of its own; raises NoCheckpoint if the stage has no teacher."""
     stage = choose_stage(workdir, config, stage)
     with Checkpoints(stage_folder(workdir, stage)) as checkpoints:
@@ -297,7 +298,7 @@ def restore_teacher(workdir: Path, config: ConfigDict, stage: str | None = None)
 
 
 def build_model(
-    config: ConfigDict, folder: Path, tokenizer: PreTrainedTokenizerFast, published: Mapping[str, Any] | None = None
+    config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast, published: Mapping[str, Any] | None = None
 ) -> Qwen2_5VL:
     """Returns the model of a run: of the shape in its config, or of the checkpoint that it begins from.
 
@@ -310,7 +311,7 @@ def build_model(
 
 
 def answer_tokens(
-    config: ConfigDict, folder: Path, tokenizer: PreTrainedTokenizerFast, model: Qwen2_5VL
+    config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast, model: Qwen2_5VL
 ) -> SpecialTokens:
     """Returns the special tokens of a run, those that end answers of the checkpoint in `folder`, its start, included.
 
@@ -320,7 +321,7 @@ def answer_tokens(
     return special_tokens(tokenizer, stop)
 
 
-def params_like(model: Qwen2_5VL, config: ConfigDict, mesh: Mesh) -> PyTree:
+def params_like(model: Qwen2_5VL, config: RunConfig, mesh: Mesh) -> PyTree:
     """Returns shapes, dtypes and places of a run's parameters: parts that no stage trains may be kept narrower."""
     dtypes = part_dtypes(config)
 
@@ -331,9 +332,9 @@ def params_like(model: Qwen2_5VL, config: ConfigDict, mesh: Mesh) -> PyTree:
     return placed_like({part: jax.tree.map(functools.partial(like, part), tree) for part, tree in shapes.items()}, mesh)
 
 
-def part_dtypes(config: ConfigDict) -> dict[str, str]:
+def part_dtypes(config: RunConfig) -> dict[str, str]:
     """Returns the dtype in which each part of the parameters is kept: float32 if a stage trains it."""
-    trained = {part for stage in config.stages for part in config[stage].train}
+    trained = {part for stage in config.stages.values() for part in stage.train}
     parts = ("vision", "decoder", "adapters")
     return {part: "float32" if part in trained else config.model.frozen_dtype for part in parts}
 

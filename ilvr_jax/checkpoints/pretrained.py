@@ -33,6 +33,8 @@ from ilvr_jax.checkpoints.adapters import (
     trained_matrices,
 )
 from ilvr_jax.checkpoints.stop_tokens import GENERATION, check_stop_tokens, read_stop_tokens
+from ilvr_jax.config.experiments import resolve_path
+from ilvr_jax.config.schema import CLIP_MEAN, CLIP_STD
 from ilvr_jax.data.images import image_processor_settings
 from ilvr_jax.data.tokenizer import LATENT_TOKENS, add_latent_tokens, read_tokenizer
 from ilvr_jax.errors import InputError, listed, quote
@@ -48,7 +50,7 @@ from ilvr_jax.files import (
     write_json,
 )
 from ilvr_jax.method.slots import with_slot_parameters
-from ilvr_jax.models.qwen2_5_vl.config import CLIP_MEAN, CLIP_STD, ModelConfig, model_config_from_hf
+from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.qwen2_5_vl.published import published_dtype
 from ilvr_jax.models.qwen2_5_vl.weights import (
@@ -115,6 +117,12 @@ class Pretrained:
             return name
         trained_on = self.adapter.continues(config.lora, config.num_hidden_layers) and not self.adapter.replaced
         return self.adapter.config["base_model_name_or_path"] if trained_on else ""
+
+
+def open_checkpoint(init_from: str, weights: bool = True) -> Pretrained:
+    """Return the checkpoint that `model.init_from` names; without `weights` the hub is asked for no tensors."""
+    path = resolve_path(init_from)
+    return open_pretrained(path if path.is_dir() else init_from, weights)
 
 
 def open_pretrained(name: str | Path, weights: bool = True) -> Pretrained:

@@ -7,25 +7,26 @@ from pathlib import Path
 import jax
 import numpy as np
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.checkpoints.adapters import is_adapter
 from ilvr_jax.checkpoints.manager import choose_stage, restore_step_for_inference
 from ilvr_jax.checkpoints.pretrained import IMAGE_PROCESSOR, load_params, open_pretrained
+from ilvr_jax.config.fields import BadConfig
+from ilvr_jax.config.schema import LatentsConfig, RunConfig
+from ilvr_jax.config.workdir import read_config
 from ilvr_jax.data.examples import ExampleSettings
 from ilvr_jax.data.images import image_processor_settings
+from ilvr_jax.data.sources import prompt_settings
 from ilvr_jax.data.tokenizer import special_tokens
-from ilvr_jax.evaluation.maps import prompt_settings
 from ilvr_jax.files import read_json
 from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.qwen2_5_vl.config import model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.tensor_files import BadCheckpoint
-from ilvr_jax.training.configuration import BadConfig, blame, read_config
 
 SYSTEM = "You are a helpful assistant."  # what Qwen2.5-VL's chat template begins with
-LATENT_SIZE, MAX_NEW_TOKENS = 8, 1024  # of a checkpoint that does not say
+MAX_NEW_TOKENS = 1024  # of an answer of a published checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class TrainedModel:
     prompts: ExampleSettings  # how prompts are made, latent_size included
     max_new_tokens: int
     looks: bool  # whether it came with latent tokens; without, it has never learnt to look
-    config: ConfigDict | None  # of a run of ours
+    config: RunConfig | None  # of a run of ours
     stage: str | None  # of that run
     step: int | None  # of that stage
 
@@ -65,10 +66,8 @@ def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = 
     if folder.is_dir() and not is_adapter(folder) and not is_published(folder):
         config = read_config(folder)
         if dtype:
-            with config.unlocked():
-                config.model.dtype = dtype
-        with blame("data"):
-            prompts = prompt_settings(config)
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+        prompts = prompt_settings(config)
         stage = choose_stage(folder, config, stage)
         step, *restored = restore_step_for_inference(folder, config, stage)
         return TrainedModel(*restored, prompts, config.eval.max_new_tokens, True, config, stage, step)
@@ -87,7 +86,7 @@ def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = 
         params,
         pretrained.tokenizer,
         special_tokens(pretrained.tokenizer, pretrained.stop),
-        ExampleSettings(latent_size=LATENT_SIZE, system=SYSTEM, **bounds),
+        ExampleSettings(latent_size=LatentsConfig().latent_size, system=SYSTEM, **bounds),
         MAX_NEW_TOKENS,
         not pretrained.missing,
         None,

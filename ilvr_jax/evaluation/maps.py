@@ -14,14 +14,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Int, PyTree
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerFast
 
+from ilvr_jax.config.schema import RunConfig
 from ilvr_jax.data.examples import ExampleSettings, build_prompt
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import MapDesc, Record
+from ilvr_jax.data.sources import prompt_settings
 from ilvr_jax.errors import InputError
 from ilvr_jax.files import read_object, read_text, write_json, written
 from ilvr_jax.inference.decode import Decoded, DecodeSettings, generate
@@ -157,7 +158,7 @@ def _read_answer(fields: dict[str, Any]) -> Answer:
 
 
 def evaluate(
-    config: ConfigDict,
+    config: RunConfig,
     source: Source,
     model: Qwen2_5VL,
     params: PyTree,
@@ -191,22 +192,8 @@ def evaluate(
     )
 
 
-def prompt_settings(config: ConfigDict) -> ExampleSettings:
-    """Returns how prompts are made, as `eval`, `data` and `latents` say; raises ValueError for a bad value."""
-    return ExampleSettings(
-        image_scale=config.data.image_scale,
-        min_pixels=config.data.min_pixels or None,
-        max_pixels=config.data.max_pixels or None,
-        question=config.eval.question or None,
-        latent_size=config.latents.latent_size,
-        system=config.data.system,
-    )
-
-
-def decode_settings(config: ConfigDict) -> DecodeSettings:
+def decode_settings(config: RunConfig) -> DecodeSettings:
     """Returns how answers are decoded from the config's `eval` and `latents`; raises ValueError for a bad value."""
-    if config.eval.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {config.eval.batch_size}")
     return DecodeSettings(
         max_new_tokens=config.eval.max_new_tokens,
         latent_size=config.latents.latent_size,

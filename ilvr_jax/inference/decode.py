@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
+from ilvr_jax.config.schema import MOST_NEW_TOKENS
 from ilvr_jax.inference.sampling import Sampling, check_sampling, check_whole, sample_tokens
 from ilvr_jax.method.layout import Batch
 from ilvr_jax.method.slots import fill_slots
 from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
-
-MOST_NEW_TOKENS = 2**17  # of an answer; published models have positions up to 128,000
 
 
 @dataclasses.dataclass(frozen=True)

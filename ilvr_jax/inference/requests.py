@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from jaxtyping import Float
 
+from ilvr_jax.config.schema import MOST_NEW_TOKENS
 from ilvr_jax.errors import quote
-from ilvr_jax.inference.decode import MOST_NEW_TOKENS
 from ilvr_jax.inference.sampling import check_sampling, check_whole
 from ilvr_jax.method.layout import Sample
 from ilvr_jax.method.tokens import SpecialTokens

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
+from ilvr_jax.config.schema import LatentsConfig
 from ilvr_jax.method.layout import Batch
 from ilvr_jax.method.rollout import roll_out
-from ilvr_jax.method.selection import LatentSettings, Selection, cosine, select
+from ilvr_jax.method.selection import Selection, cosine, select
 from ilvr_jax.method.slots import fill_slots
 from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
@@ -91,7 +92,7 @@ def cross_entropy(
 
 
 def text_loss(
-    model: Qwen2_5VL, params: PyTree, teacher: None, batch: Batch, settings: LatentSettings, key: PRNGKeyArray
+    model: Qwen2_5VL, params: PyTree, teacher: None, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
 ) -> Losses:
     """Supervised learning of the answer's tokens alone: the warm-up."""
     del teacher, settings
@@ -104,7 +105,7 @@ def text_loss(
 
 
 def alignment_loss(
-    model: Qwen2_5VL, params: PyTree, teacher: PyTree, batch: Batch, settings: LatentSettings, key: PRNGKeyArray
+    model: Qwen2_5VL, params: PyTree, teacher: PyTree, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
 ) -> Losses:
     """Stage 1: slots hold the teacher's targets, and hidden states learn to predict them.
 
@@ -154,7 +155,7 @@ def slot_noise(
 
 
 def autonomy_loss(
-    model: Qwen2_5VL, params: PyTree, teacher: None, batch: Batch, settings: LatentSettings, key: PRNGKeyArray
+    model: Qwen2_5VL, params: PyTree, teacher: None, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
 ) -> Losses:
     """Stage 2: slots are filled by the student itself, cross-entropy alone, gradient through every slot."""
     del teacher, settings
@@ -188,7 +189,7 @@ class Objective:
     trains, which `loss` gets (None without); the vision tower is shared with it, and stays as it is.
     """
 
-    loss: Callable[[Qwen2_5VL, PyTree, PyTree | None, Batch, LatentSettings, PRNGKeyArray], Losses]
+    loss: Callable[[Qwen2_5VL, PyTree, PyTree | None, Batch, LatentsConfig, PRNGKeyArray], Losses]
     helper_images: tuple[str, ...]
     teacher: bool = False
 

@@ -3,8 +3,6 @@
 To add a rule, write a function as `pick_coverage` and name it in SELECTORS.
 """
 
-import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,45 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
+from ilvr_jax.config.schema import LatentsConfig
 from ilvr_jax.method.layout import Batch
 from ilvr_jax.method.tokens import Role
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 
 NORM_FLOOR = 1e-8  # as torch.cosine_similarity
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentSettings:
-    """Settings of the method; the defaults are the published ones. Raises ValueError, naming the key, for a bad one."""
-
-    latent_size: int = 8  # K, slots a segment
-    coverage: float = 0.9  # p, the mass of the softmax that the targets cover
-    candidates: int = 256  # L, features are grouped to this many at most
-    temperature: float = 1.0  # of the softmax over candidates
-    grouping: str = "published"  # "published" drops the features that do not divide evenly, "complete" none
-    tau: float = 0.999  # the teacher's momentum; 1.0 freezes it
-    ce_weight: float = 1.0
-    sim_weight: float = 1.0
-    target_noise: float = 0.01  # deviation of the noise added to targets
-    selection: str = "coverage"  # the rule that picks targets, one of SELECTORS
-
-    def __post_init__(self):
-        if self.selection not in SELECTORS:
-            raise ValueError(f"`latents.selection` must be one of {', '.join(SELECTORS)}, got {self.selection!r}")
-        if self.grouping not in ("published", "complete"):
-            raise ValueError(f"`latents.grouping` must be published or complete, got {self.grouping!r}")
-        for name, wanted, good in (
-            ("latent_size", "at least 1", self.latent_size >= 1),
-            ("candidates", "at least 1", self.candidates >= 1),
-            ("coverage", "more than 0 and at most 1", 0 < self.coverage <= 1),
-            ("temperature", "more than 0", 0 < self.temperature < math.inf),
-            ("tau", "from 0 to 1", 0 <= self.tau <= 1),
-            ("ce_weight", "at least 0", 0 <= self.ce_weight < math.inf),
-            ("sim_weight", "at least 0", 0 <= self.sim_weight < math.inf),
-            ("target_noise", "at least 0", 0 <= self.target_noise < math.inf),
-        ):
-            if not good:
-                raise ValueError(f"`latents.{name}` must be a number {wanted}, got {getattr(self, name)!r}")
 
 
 @flax.struct.dataclass
@@ -139,7 +104,7 @@ Keys = Key[Array, " rows"]
 Picks = tuple[Int[Array, "rows slots"], Bool[Array, "rows slots"]]
 
 
-def pick_coverage(cosines: Scores, valid: Valid, slots: Slots, settings: LatentSettings, keys: Keys) -> Picks:
+def pick_coverage(cosines: Scores, valid: Valid, slots: Slots, settings: LatentsConfig, keys: Keys) -> Picks:
     """Picks the candidates of highest score that together cover the mass p, in descending order: the paper's rule."""
     chosen, keep = pick_top_k(cosines, valid, slots, settings, keys)
     scores = jnp.where(valid, cosines / settings.temperature, -jnp.inf)
@@ -150,7 +115,7 @@ def pick_coverage(cosines: Scores, valid: Valid, slots: Slots, settings: LatentS
     return jnp.where(keep, chosen, 0), keep
 
 
-def pick_top_k(cosines: Scores, valid: Valid, slots: Slots, settings: LatentSettings, keys: Keys) -> Picks:
+def pick_top_k(cosines: Scores, valid: Valid, slots: Slots, settings: LatentsConfig, keys: Keys) -> Picks:
     """Picks as many candidates as there are slots, those of highest score, in descending order."""
     del settings, keys
     missing = max(0, slots.shape[-1] - cosines.shape[-1])
@@ -160,7 +125,7 @@ def pick_top_k(cosines: Scores, valid: Valid, slots: Slots, settings: LatentSett
     return jnp.where(keep, order, 0), keep
 
 
-def pick_random(cosines: Scores, valid: Valid, slots: Slots, settings: LatentSettings, keys: Keys) -> Picks:
+def pick_random(cosines: Scores, valid: Valid, slots: Slots, settings: LatentsConfig, keys: Keys) -> Picks:
     """Picks any candidates, each as likely, whatever their scores: a control."""
 
     def draw(key: PRNGKeyArray) -> Array:  # by candidate, so that padding changes no draw
@@ -170,7 +135,7 @@ def pick_random(cosines: Scores, valid: Valid, slots: Slots, settings: LatentSet
     return pick_top_k(jax.vmap(draw)(keys), valid, slots, settings, keys)
 
 
-def pick_dense(cosines: Scores, valid: Valid, slots: Slots, settings: LatentSettings, keys: Keys) -> Picks:
+def pick_dense(cosines: Scores, valid: Valid, slots: Slots, settings: LatentsConfig, keys: Keys) -> Picks:
     """Picks all candidates in raster order; they are the whole image pooled to one for each slot."""
     in_order = -jnp.arange(cosines.shape[-1], dtype=jnp.float32)
     return pick_top_k(jnp.broadcast_to(in_order, cosines.shape), valid, slots, settings, keys)
@@ -183,7 +148,7 @@ class Selector(NamedTuple):
     `keys` are by record and segment. `pooled`: the candidates are the image pooled to as many as there are slots.
     """
 
-    pick: Callable[[Scores, Valid, Slots, LatentSettings, Keys], Picks]
+    pick: Callable[[Scores, Valid, Slots, LatentsConfig, Keys], Picks]
     pooled: bool = False
 
 
@@ -201,7 +166,7 @@ def select(
     batch: Batch,
     features: Float[Array, "rows images units channels"],
     helper_features: Float[Array, "rows segments units channels"],
-    settings: LatentSettings,
+    settings: LatentsConfig,
     key: PRNGKeyArray,
 ) -> Selection:
     """Returns the teacher's targets for every segment of a batch.

@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ilvr_jax.errors import InputError
 
-KERNELS = ("auto", "xla", "splash", "cudnn")
 CACHE_BLOCK = 256  # columns of a cache that are read at a time
 BLOCKS = (512, 384, 256)  # columns that a kernel takes at a time, multiples of a TPU's 128 lanes
 
@@ -129,9 +128,9 @@ def causal_attention(
 ) -> Float[Array, "rows columns heads head_dim"]:
     """Returns grouped-query attention of columns in order, as `causal_mask` says; padding gets meaningless numbers.
 
-    `kernel` is one of KERNELS: "splash" is JAX's for TPU (interpreted elsewhere, slowly), "cudnn" NVIDIA's for half
-    precision, "xla" is `attention`, and "auto" is the one of the platform that this is compiled for. Raises InputError
-    for "cudnn" where cuDNN does not compute it.
+    `kernel` is one of schema.KERNELS: "splash" is JAX's for TPU (interpreted elsewhere, slowly), "cudnn" NVIDIA's for
+    half precision, "xla" is `attention`, and "auto" is the one of the platform that this is compiled for. Raises
+    InputError for "cudnn" where cuDNN does not compute it.
     """
     platform = _platform()
     half = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0

@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from ilvr_jax.models.lora import LoraConfig, linear
+from ilvr_jax.config.schema import LoraConfig
+from ilvr_jax.models.lora import linear
 
 
 class RMSNorm(nn.Module):

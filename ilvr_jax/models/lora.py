@@ -4,40 +4,15 @@ Their parameters live apart from the decoder's, so that these stay frozen, and m
 params["adapters"] has the decoder's structure with `<layer>_lora` in place of each adapted layer.
 """
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, UInt32
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from ilvr_jax.config.schema import LORA_TARGETS, LoraConfig
+
 SUFFIX = "_lora"
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Shape and place of the adapters. Raises ValueError, naming the key, for a bad value."""
-
-    rank: int = 0  # 0: no adapters
-    alpha: float = 64.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = TARGETS
-
-    def __post_init__(self):
-        for name, good, wanted in (
-            ("rank", type(self.rank) is int and self.rank >= 0, "0 (no adapters) or a whole number above"),
-            ("alpha", self.alpha > 0, "a number above 0"),
-            ("dropout", 0 <= self.dropout < 1, "a number from 0 to below 1"),
-            ("targets", self.targets and set(self.targets) <= set(TARGETS), f"some of {', '.join(TARGETS)}"),
-        ):
-            if not good:
-                raise ValueError(f"`model.lora.{name}` must be {wanted}, got {getattr(self, name)!r}")
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
 
 class Adapter(nn.Module):
@@ -59,7 +34,7 @@ class Adapter(nn.Module):
         up = self.param("b", nn.initializers.zeros, (self.lora.rank, self.features))
         inputs = inputs.astype(self.dtype)
         if self.lora.dropout and dropout_keys is not None:
-            number = TARGETS.index(self.name.removesuffix(SUFFIX))
+            number = LORA_TARGETS.index(self.name.removesuffix(SUFFIX))
             of_layer = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(dropout_keys)
             kept = random_bits(of_layer, inputs.shape[-1]) >= np.uint32(self.lora.dropout * 2**32)
             inputs = jnp.where(kept, inputs / (1.0 - self.lora.dropout), 0.0).astype(self.dtype)

@@ -155,7 +155,7 @@ def config_file(base: str, changes: Mapping[str, Any], buckets: Mapping[str, Lay
     lines = [
         "from ml_collections import ConfigDict",
         "",
-        "from ilvr_jax.training.configuration import load_config",
+        "from ilvr_jax.config.experiments import load_config",
         "",
         "",
         "def get_config():",

@@ -1,7 +1,7 @@
 """The training run: the stages of the config in order, each resumable, evaluated at its end."""
 
 import contextlib
-import json
+import dataclasses
 import signal
 import time
 from collections.abc import Callable
@@ -12,7 +12,6 @@ import jax
 import optax
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
-from ml_collections import ConfigDict
 from rich.console import Console
 
 from ilvr_jax.checkpoints.manager import (
@@ -26,18 +25,21 @@ from ilvr_jax.checkpoints.manager import (
     stage_folder,
     stages_with_checkpoints,
 )
-from ilvr_jax.checkpoints.pretrained import Pretrained, keep_description, load_params, open_pretrained
+from ilvr_jax.checkpoints.pretrained import Pretrained, keep_description, load_params, open_checkpoint
+from ilvr_jax.config.experiments import blame, evaluation_file
+from ilvr_jax.config.schema import AUTO, RunConfig, StageConfig
+from ilvr_jax.config.workdir import check_resumable, has_begun, is_checkpoint, read_config, write_config
 from ilvr_jax.data.frozen_lake.source import NoMap
 from ilvr_jax.data.ilvr import IlvrSource
 from ilvr_jax.data.pipeline import Source, fingerprint, is_place, skipped_records
 from ilvr_jax.data.records import BadRecord
+from ilvr_jax.data.sources import make_tokenizer, open_source
 from ilvr_jax.data.tokenizer import load_tokenizer
 from ilvr_jax.distributed import is_main, locked_workdir, wait_for_all
 from ilvr_jax.errors import InputError
 from ilvr_jax.evaluation.maps import (
     decode_settings,
     evaluate,
-    prompt_settings,
     read_answers,
     read_evaluation,
 )
@@ -48,26 +50,14 @@ from ilvr_jax.models.sharding import check_mesh, divisor, make_mesh, on_mesh, pl
 from ilvr_jax.models.tensor_files import BadCheckpoint
 from ilvr_jax.reports.pictures import draw_solutions
 from ilvr_jax.reports.tables import success_table
-from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source, place_to_resume
+from ilvr_jax.training.batches import open_iterator, place_to_resume
 from ilvr_jax.training.clock import Clock
-from ilvr_jax.training.configuration import (
-    AUTO,
-    blame,
-    check_workdir,
-    evaluation_file,
-    has_begun,
-    is_checkpoint,
-    read_config,
-    resolve_path,
-    to_json,
-    write_config,
-)
 from ilvr_jax.training.divergence import SkippedUpdates
 from ilvr_jax.training.interruption import Interrupted, StopRequest, stop_request
 from ilvr_jax.training.metrics import Metrics
 from ilvr_jax.training.optimizer import make_optimizer
 from ilvr_jax.training.progress import Progress
-from ilvr_jax.training.run import Run
+from ilvr_jax.training.run import Run, check_choices
 from ilvr_jax.training.state import TrainState, first_state, state_like
 from ilvr_jax.training.step import make_train_step
 from ilvr_jax.training.watchdog import Watchdog
@@ -83,7 +73,7 @@ UNLOGGED = ("skipped_in_row", "offending_record")  # metrics that sentences tell
 
 
 @blame("data", NoMap)
-def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> dict[str, Any]:
+def train(config: RunConfig, workdir: Path, console: Console | None = None) -> dict[str, Any]:
     """Runs the stages of the config, in order, and returns the summary of the run.
 
     Everything is written under `workdir`: config.json, tokenizer/, checkpoints/<stage>/, metrics.jsonl,
@@ -97,10 +87,11 @@ def train(config: ConfigDict, workdir: Path, console: Console | None = None) -> 
         return _train(config, workdir, console)
 
 
-def _train(config: ConfigDict, workdir: Path, console: Console | None) -> dict[str, Any]:
-    source, evaluation_source = open_source(config), open_evaluation_source(config)
+def _train(config: RunConfig, workdir: Path, console: Console | None) -> dict[str, Any]:
+    check_choices(config)
+    source, evaluation_source = open_source(config.data, config.seed), open_evaluation_source(config)
     config = with_steps(config, len(source), workdir)
-    check_workdir(config, workdir)
+    check_resumable(config, workdir)
     with blame("model", BadCheckpoint):
         pretrained = open_start(config, workdir)
     begun = has_begun(workdir)
@@ -112,7 +103,7 @@ def _train(config: ConfigDict, workdir: Path, console: Console | None) -> dict[s
     model = build_model(config, described, tokenizer, pretrained and pretrained.published)
     special = answer_tokens(config, described, tokenizer, model)
     with blame("mesh"):
-        mesh = make_mesh(config.mesh)
+        mesh = make_mesh(vars(config.mesh))
         check_mesh(mesh, model.config)
     steps = {name: make_step(config, name, model, mesh) for name in config.stages}
     wait_for_all("the workdir is read")
@@ -147,41 +138,36 @@ def _train(config: ConfigDict, workdir: Path, console: Console | None) -> dict[s
         return finish(run)
 
 
-def with_steps(config: ConfigDict, records: int, workdir: Path) -> ConfigDict:
+def with_steps(config: RunConfig, records: int, workdir: Path) -> RunConfig:
     """Returns the config with the steps of each stage that counts in epochs; a stage that has begun keeps its own."""
-    config, begun = ConfigDict(config), stages_with_checkpoints(workdir, config.stages)
-    stored = read_config(workdir) if begun else config
-    with config.unlocked():
-        for name in config.stages:
-            if config[name].epochs:
-                config[name].steps = -(-config[name].epochs * records // config[name].batch_size)
-                if name in begun:
-                    config[name].steps = stored.get(name, config[name]).steps
-    return config.lock()
+    begun = stages_with_checkpoints(workdir, list(config.stages))
+    stored = read_config(workdir).stages if begun else {}
+
+    def steps(name: str, stage: StageConfig) -> int:
+        if not stage.epochs:
+            return stage.steps
+        return stored[name].steps if name in begun else -(-stage.epochs * records // stage.batch_size)
+
+    stages = {name: dataclasses.replace(stage, steps=steps(name, stage)) for name, stage in config.stages.items()}
+    return dataclasses.replace(config, stages=stages)
 
 
-def open_start(config: ConfigDict, workdir: Path) -> Pretrained | None:
+def open_start(config: RunConfig, workdir: Path) -> Pretrained | None:
     """Returns the checkpoint that the run begins from, None if there is none or the run is past its beginning."""
-    if not config.model.init_from or stages_with_checkpoints(workdir, config.stages[:1]):
+    if not config.model.init_from or stages_with_checkpoints(workdir, list(config.stages)[:1]):
         return None
-    return open_checkpoint(config)
-
-
-def open_checkpoint(config: ConfigDict, weights: bool = True) -> Pretrained:
-    """Returns the checkpoint that `model.init_from` names; without `weights` the hub is asked for no tensors."""
-    path = resolve_path(config.model.init_from)
-    return open_pretrained(path if path.is_dir() else config.model.init_from, weights)
+    return open_checkpoint(config.model.init_from)
 
 
 def start_params(
-    config: ConfigDict, workdir: Path, model: Qwen2_5VL, pretrained: Pretrained | None, mesh: Mesh
+    config: RunConfig, workdir: Path, model: Qwen2_5VL, pretrained: Pretrained | None, mesh: Mesh
 ) -> PyTree:
     """Returns the parameters before the first stage: fresh ones, or a published checkpoint's.
 
     Where the first stage has a checkpoint already only their shapes are of use, and are returned.
     """
     like = params_like(model, config, mesh)
-    if stages_with_checkpoints(workdir, config.stages[:1]):
+    if stages_with_checkpoints(workdir, list(config.stages)[:1]):
         return like
     key = jax.random.key(config.seed)
     if pretrained:
@@ -195,10 +181,11 @@ def start_params(
 
 def is_behind(run: Run, name: str) -> bool:
     """Returns whether nothing of a stage is needed any more: it is finished and evaluated, and the next has begun."""
-    place = run.config.stages.index(name)
+    names = list(run.config.stages)
+    place = names.index(name)
     return (
-        bool(stages_with_checkpoints(run.workdir, run.config.stages[place + 1 : place + 2]))
-        and is_checkpoint(stage_folder(run.workdir, name) / str(run.config[name].steps))
+        bool(stages_with_checkpoints(run.workdir, names[place + 1 : place + 2]))
+        and is_checkpoint(stage_folder(run.workdir, name) / str(run.config.stages[name].steps))
         and read_summary(run.workdir, name) is not None
         and is_evaluated(run, name)
     )
@@ -217,7 +204,7 @@ def read_summary(workdir: Path, name: str) -> dict[str, Any] | None:
 def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
     """Trains a stage from `params`, or from its newest whole checkpoint, and returns its parameters."""
     began = time.monotonic()
-    config, stage, number = run.config, run.config[name], run.config.stages.index(name)
+    config, stage, number = run.config, run.config.stages[name], list(run.config.stages).index(name)
     optimizer, train_step = run.steps[name]
     summary, figures = run.workdir / "stages" / f"{name}.json", read_summary(run.workdir, name)
     with Checkpoints(stage_folder(run.workdir, name), config.checkpoint_keep) as checkpoints:
@@ -314,23 +301,21 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
 
 
 def make_step(
-    config: ConfigDict, name: str, model: Qwen2_5VL, mesh: Mesh
+    config: RunConfig, name: str, model: Qwen2_5VL, mesh: Mesh
 ) -> tuple[optax.GradientTransformation, Callable]:
     """Returns a stage's optimizer and jitted train step."""
-    stage = config[name]
+    stage = config.stages[name]
     with blame(name):
         optimizer = make_optimizer(stage)
         train_step = make_train_step(model, stage, config.latents, optimizer, divisor("rows", mesh))
     return optimizer, train_step
 
 
-def open_evaluation_source(config: ConfigDict) -> Source | None:
+def open_evaluation_source(config: RunConfig) -> Source | None:
     """Returns the records that stages are evaluated on, None if there are none.
 
     Raises BadRecord for a record without a map.
     """
-    with blame("data"):
-        prompt_settings(config)
     with blame("eval"):
         decode_settings(config)
     path = evaluation_file(config)
@@ -379,15 +364,15 @@ def is_evaluated(run: Run, name: str) -> bool:
 
 def evaluation_settings(run: Run, name: str) -> dict[str, Any]:
     """Returns what a stage's evaluation follows from: `eval`, the fingerprint of its records and the stage's steps."""
-    follows = {"records": fingerprint(run.evaluation_source), "step": run.config[name].steps}
-    return json.loads(to_json(run.config.eval)) | follows
+    follows = {"records": fingerprint(run.evaluation_source), "step": run.config.stages[name].steps}
+    return vars(run.config.eval) | follows
 
 
 def finish(run: Run) -> dict[str, Any]:
     """Prints the table of success by stage, draws the picture, and returns the summary, written to summary.json."""
     stages: dict[str, Any] = {}
     for name in run.config.stages:
-        stages[name] = read_summary(run.workdir, name) or {"steps": run.config[name].steps}
+        stages[name] = read_summary(run.workdir, name) or {"steps": run.config.stages[name].steps}
         if run.evaluation_source is not None:
             stages[name]["evaluation"] = read_object(run.workdir / "evaluations" / f"{name}.json")
     evaluations = {name: stage["evaluation"] for name, stage in stages.items() if "evaluation" in stage}

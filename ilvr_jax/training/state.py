@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
-from ml_collections import ConfigDict
 
+from ilvr_jax.config.schema import StageConfig
 from ilvr_jax.method.objectives import OBJECTIVES
 from ilvr_jax.models.sharding import placed_like, places
 
@@ -44,22 +44,20 @@ def create_state(
 
 
 def first_state(
-    params: PyTree, optimizer: optax.GradientTransformation, stage: ConfigDict, key: PRNGKeyArray, mesh: Mesh
+    params: PyTree, optimizer: optax.GradientTransformation, stage: StageConfig, key: PRNGKeyArray, mesh: Mesh
 ) -> TrainState:
     """Returns `create_state` of a stage of the config, made where it belongs; it gives away the buffers of `params`."""
     like = state_like(params, optimizer, stage, mesh)
     return jax.jit(_creator(optimizer, stage, key), donate_argnums=0, out_shardings=places(like))(params)
 
 
-def state_like(params: PyTree, optimizer: optax.GradientTransformation, stage: ConfigDict, mesh: Mesh) -> TrainState:
+def state_like(params: PyTree, optimizer: optax.GradientTransformation, stage: StageConfig, mesh: Mesh) -> TrainState:
     """Returns shapes, dtypes and places of a stage's state; of `params` these are enough."""
     return placed_like(jax.eval_shape(_creator(optimizer, stage, jax.random.key(0)), params), mesh)
 
 
 def _creator(
-    optimizer: optax.GradientTransformation, stage: ConfigDict, key: PRNGKeyArray
+    optimizer: optax.GradientTransformation, stage: StageConfig, key: PRNGKeyArray
 ) -> Callable[[PyTree], TrainState]:
     with_teacher = OBJECTIVES[stage.objective].teacher
-    return functools.partial(
-        create_state, optimizer=optimizer, train=tuple(stage.train), with_teacher=with_teacher, key=key
-    )
+    return functools.partial(create_state, optimizer=optimizer, train=stage.train, with_teacher=with_teacher, key=key)

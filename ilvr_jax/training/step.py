@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
-from ml_collections import ConfigDict
 
+from ilvr_jax.config.fields import choose
+from ilvr_jax.config.schema import LatentsConfig, StageConfig
 from ilvr_jax.method.layout import Batch
 from ilvr_jax.method.objectives import OBJECTIVES, Losses, Metric
-from ilvr_jax.method.selection import LatentSettings
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.sharding import divide
 from ilvr_jax.training.state import TrainState
@@ -24,7 +24,7 @@ def loss_and_gradients(
     params: PyTree,
     teacher: PyTree | None,
     batch: Batch,
-    latents: LatentSettings,
+    latents: LatentsConfig,
     key: PRNGKeyArray,
 ) -> tuple[Losses, PyTree]:
     """Returns the losses of `objective` by row, and the gradient of their mean for the parts named in `train`.
@@ -86,8 +86,8 @@ def weighted_mean(metric: Metric) -> Float[Array, ""]:
 
 def make_train_step(
     model: Qwen2_5VL,
-    stage: ConfigDict,
-    latents: ConfigDict,
+    stage: StageConfig,
+    latents: LatentsConfig,
     optimizer: optax.GradientTransformation,
     devices: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
@@ -96,25 +96,22 @@ def make_train_step(
     A loss or gradient that is not finite leaves parameters, optimizer and teacher as they were and is counted; the
     metric `offending_record` is then the first record whose loss is at fault, -1 if none alone is.
 
-    Rows are shared out over `devices`. Raises ValueError for an unknown objective or a batch size that `accumulation`
-    or `devices` do not divide.
+    Rows are shared out over `devices`. Raises ValueError for a batch size that `accumulation` or `devices` do not
+    divide, and BadConfig for an unknown objective.
     """
-    settings, train = LatentSettings(**latents), tuple(stage.train)
-    if stage.objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {stage.objective!r}")
-    objective = OBJECTIVES[stage.objective].loss
+    objective, train = choose(OBJECTIVES, stage.objective, "objective").loss, stage.train
     parts = accumulation_parts(stage.batch_size, stage.accumulation, devices)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         key = jax.random.fold_in(state.rng, state.step)
         rows, gradients = loss_and_gradients(
-            objective, train, parts, model, state.params, state.teacher, batch, settings, key
+            objective, train, parts, model, state.params, state.teacher, batch, latents, key
         )
         trained = {part: state.params[part] for part in train}
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         student, teacher = optax.apply_updates(trained, updates), state.teacher
         if teacher is not None:
-            teacher = optax.incremental_update(student, teacher, 1.0 - settings.tau)
+            teacher = optax.incremental_update(student, teacher, 1.0 - latents.tau)
         metrics = {"loss": rows.loss.mean(), "cross_entropy": rows.cross_entropy.mean()}
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])

@@ -10,18 +10,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ilvr_jax import aot
 from ilvr_jax.analysis.compilation import SHAPES, decoder_flops, open_model, open_topology, train_flops, vision_flops
+from ilvr_jax.config.experiments import load_config, parse
 from ilvr_jax.method.layout import Layout
 from ilvr_jax.models.attention import causal_attention, causal_mask
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.sharding import ROWS, make_mesh, on_mesh
-from ilvr_jax.training.configuration import REPOSITORY, load_config
+from tests.paths import REPOSITORY
 from tests.samples import CONFIG
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="optional: libtpu, of requirements-tpu.txt, is not installed"
 )
 BASE = f"--config={REPOSITORY / 'configs' / 'base.py'}"
-STAGE1 = f"--config={REPOSITORY / 'configs' / 'qwen2_5_vl_7b_stage1.py'}"
+PUBLISHED = REPOSITORY / "configs" / "qwen2_5_vl.py"
+STAGE1 = f"--config={PUBLISHED}:7b-stage1"
 WIDE = dataclasses.replace(
     CONFIG, hidden_size=256, intermediate_size=512, num_hidden_layers=1, mrope_section=(8, 12, 12)
 )
@@ -67,7 +69,8 @@ def test_what_learns_costs_two_more_passes_and_what_does_not_one():
 
 @pytest.mark.parametrize(("size", "billions"), [("3B", 3.09), ("7B", 7.62), ("32B", 32.8), ("72B", 72.7)])
 def test_published_models_have_their_shapes_without_a_network(size, billions):
-    config = load_config(REPOSITORY / "configs" / f"qwen2_5_vl_{size.lower()}_stage1.py")
+    config = load_config(f"{PUBLISHED}:{size.lower()}-stage1")
+    config = parse(config)
     assert config.model.init_from in SHAPES
     shapes = jax.eval_shape(open_model(config).init, jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes["decoder"]))

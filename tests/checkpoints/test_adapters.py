@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from ilvr_jax import convert, generate
 from ilvr_jax.checkpoints.adapters import read_adapter
 from ilvr_jax.checkpoints.pretrained import load_params, open_pretrained
+from ilvr_jax.config.schema import LORA_TARGETS, LoraConfig
 from ilvr_jax.models.attention import causal_mask
-from ilvr_jax.models.lora import TARGETS, LoraConfig, decoder_params, merge_adapters
+from ilvr_jax.models.lora import decoder_params, merge_adapters
 from ilvr_jax.models.qwen2_5_vl.config import model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.qwen2_5_vl.weights import flat_name, state_dict_from_params
@@ -149,7 +150,7 @@ def test_a_tied_head_with_matrices_of_its_own_leaves_the_embedding_as_it_is(base
 def whole_decoder(base, tmp_path_factory):
     """An adapter of all linear layers of the decoder, as our own are, and PEFT's model with it."""
     folder = tmp_path_factory.mktemp("whole")
-    targets = rf".*language_model.*\.({'|'.join(TARGETS)})"
+    targets = rf".*language_model.*\.({'|'.join(LORA_TARGETS)})"
     return folder, save_adapter(base, folder, r=4, lora_alpha=8, target_modules=targets)
 
 
@@ -191,7 +192,7 @@ def test_an_adapter_is_trained_on_where_the_settings_fit(whole_decoder, capsys):
         _, config, params, tensors = ours(folder, lora)
         second = [leaf for keys, leaf in jax.tree.leaves_with_path(params["adapters"]) if keys[-1].key == "b"]
         trained_on = any(np.abs(leaf).max() > 0 for leaf in second)
-        assert trained_on == (lora.rank == 4 and lora.targets == TARGETS)
+        assert trained_on == (lora.rank == 4 and lora.targets == LORA_TARGETS)
         assert ("fresh ones are trained on top of it" in capsys.readouterr().err) != trained_on
         for name, tensor in tensors.items():
             np.testing.assert_allclose(tensor, merged[name], atol=1e-6)

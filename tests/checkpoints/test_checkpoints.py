@@ -21,7 +21,7 @@ from ilvr_jax.checkpoints.manager import (
     stage_folder,
     stages_with_checkpoints,
 )
-from ilvr_jax.training.configuration import is_checkpoint
+from ilvr_jax.config.workdir import is_checkpoint
 
 
 @flax.struct.dataclass

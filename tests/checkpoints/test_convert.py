@@ -23,17 +23,17 @@ from safetensors.numpy import load_file, save_file
 from ilvr_jax import convert
 from ilvr_jax.checkpoints.manager import build_model
 from ilvr_jax.checkpoints.pretrained import keep_description, load_params, open_pretrained
+from ilvr_jax.config.workdir import read_config, to_json
 from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.records import Record
+from ilvr_jax.data.sources import prompt_settings
 from ilvr_jax.data.tokenizer import LATENT_TOKENS, load_tokenizer, special_tokens
-from ilvr_jax.evaluation.maps import prompt_settings
 from ilvr_jax.files import locked_folder
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.qwen2_5_vl.config import model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.qwen2_5_vl.weights import nested_name
 from ilvr_jax.models.tensor_files import BadCheckpoint, TensorToWrite, weight_files, write_tensors
-from ilvr_jax.training.configuration import read_config, to_json
 from tests.published import VOCABULARY, read_all, save_published
 from tests.samples import tiny_config, untrained_run
 
@@ -153,11 +153,11 @@ def test_a_head_of_its_own_is_used_whatever_the_config_ties(tmp_path, capsys, ne
     np.testing.assert_allclose(their_logits(tmp_path / "back", ids)[..., :used], expected, atol=2e-4)
     assert "tie" not in capsys.readouterr().err
     # A run that begins from it is built with the head, and when it is opened again, from what it keeps.
-    config = tiny_config().unlock()
+    config = tiny_config()
     config.model = {"init_from": str(published), "frozen_dtype": "float32"}
     keep_description(pretrained, tmp_path / "kept")
     for folder, description in ((published, pretrained.published), (tmp_path / "kept", None)):
-        model = build_model(config, folder, pretrained.tokenizer, description)
+        model = build_model(parse(config), folder, pretrained.tokenizer, description)
         assert not model.config.tie_word_embeddings
     assert embedding in read_all(published)
 
@@ -436,8 +436,8 @@ def test_chat_templates_survive_both_ways(published, tmp_path, place):
 
 def test_a_run_from_nothing_goes_out_with_the_template_that_it_was_trained_on(tmp_path):
     workdir = untrained_run(tmp_path / "run")
-    config = read_config(workdir).unlock()
-    config.data.system = "Be brief."
+    config = read_config(workdir)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, system="Be brief."))
     (workdir / "config.json").write_text(to_json(config))
     assert convert.main(["to-hf", str(workdir), str(tmp_path / "out")]) == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -21,21 +21,23 @@ from PIL import Image
 
 from ilvr_jax import check_data as check
 from ilvr_jax.check_data import main
+from ilvr_jax.config.experiments import evaluation_file, load_config, parse
+from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.data import images
 from ilvr_jax.data.examples import ExampleSettings, build_example
 from ilvr_jax.data.export import write_records as export_records
 from ilvr_jax.data.formats import find_format
-from ilvr_jax.data.frozen_lake.source import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.data.images import load_image, patch_image, unpatch_image
 from ilvr_jax.data.mirage import MirageSource
 from ilvr_jax.data.pipeline import load_sample
+from ilvr_jax.data.sources import config_buckets, example_settings, make_tokenizer, open_source
 from ilvr_jax.data.survey import Survey, View, first_holding, measurements, reason_of, round_up, suggest_buckets
 from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer
 from ilvr_jax.method.layout import fits, merge_layouts, padded_tokens, required_layout
 from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
 from ilvr_jax.reports.data_check import bucket_table, config_file, histogram, laid_out, pieces, quantile
-from ilvr_jax.training.batches import config_buckets, example_settings, make_tokenizer, open_source
-from ilvr_jax.training.configuration import REPOSITORY, check_config, evaluation_file, load_config
+from tests.paths import REPOSITORY
 from tests.samples import WINDOW_UNITS, random_sample
 
 MIRAGE = REPOSITORY / "tests" / "data" / "mirage" / "sample.jsonl"
@@ -126,22 +128,22 @@ def test_quantiles_and_bars(values):
 
 
 def test_buckets_take_what_the_pipeline_puts_in_them(folder, capsys):
-    export_records(FrozenLakeSource(FrozenLakeSettings(levels=(3, 4, 5), max_moves=6), 0, 12), folder)
+    export_records(FrozenLakeSource(FrozenLakeConfig(levels=(3, 4, 5), max_moves=6), 0, 12), folder)
     flags = [f"--config={CONFIG}", "--config.data.image_scale=1", "--config.data.buckets.many_looks.images=0"]
     flags += ["--config.data.buckets.large_looks.prefix=60"]  # so that some fit none
     path = folder / "train.jsonl"
     status = main([str(path), *flags])
     printed, _ = capsys.readouterr()
     config = load_config(CONFIG)
-    with config.unlocked():
-        config.data.update(source="ilvr", image_scale=1.0)
-        config.data.buckets.many_looks.images, config.data.buckets.large_looks.prefix = 0, 60
+    config.data.update(source="ilvr", path="train.jsonl", image_scale=1.0)
+    config.data.buckets.many_looks.images, config.data.buckets.large_looks.prefix = 0, 60
+    config = parse(config)
     source = check.FORMATS["ilvr"](path, None, "error")
     texts = [config.data.system, config.eval.question, *record_texts(source)]
     tokenizer = train_tokenizer(texts)
     left_out = set()
     for stage in config.stages:
-        treatment = config[stage].helper_images
+        treatment = config.stages[stage].helper_images
         buckets = config_buckets(config, treatment, 2)
         examples = example_settings(config, treatment)
         build = functools.partial(
@@ -163,9 +165,9 @@ def test_buckets_take_what_the_pipeline_puts_in_them(folder, capsys):
     assert f"train.jsonl (ilvr): 12 records, {12 - len(left_out)} usable" in printed
     assert "fits no bucket: it takes … images; the largest bucket holds 0 images" in printed
     # What is suggested holds all, in every stage.
-    config = load_config(save_config(printed, folder))
+    config = parse(load_config(save_config(printed, folder)))
     for stage in config.stages:
-        treatment = config[stage].helper_images
+        treatment = config.stages[stage].helper_images
         buckets = list(config_buckets(config, treatment, 2).values())
         build = functools.partial(
             build_example,
@@ -419,7 +421,7 @@ def test_formats_are_found(folder, lines, format):
         ),
         (
             [str(MIRAGE), "--config.latents.latent_size=0"],
-            "config section data: latent_size and image_scale must be positive numbers, got 0 and 1.0",
+            "`latents.latent_size` must be from 1 to 1048576, got 0",
         ),
         ([str(MIRAGE), "--out=."], ". must be a regular file or a new one, but it is a folder"),
     ],
@@ -433,17 +435,16 @@ def test_bad_input_ends_the_command_with_one_sentence(capsys, flags, message):
 def test_the_printed_config_trains_on_the_data(folder, capsys, flags):
     path = write_records(folder, {}, {"image_input": "gone.png"}, {"text_input": "Long. " * 200})
     assert main([str(path), *flags, "--config.stages=warm_up,stage1,stage2"]) in (1, 2)
-    config = load_config(save_config(capsys.readouterr().out, folder))
-    check_config(config)
-    assert config.stages == ("warm_up", "stage1", "stage2") and evaluation_file(config) is None
+    config = parse(load_config(save_config(capsys.readouterr().out, folder)))
+    assert list(config.stages) == ["warm_up", "stage1", "stage2"] and evaluation_file(config) is None
     assert (config.data.source, config.data.path, config.data.on_bad_record) == ("mirage", str(path), "skip")
     assert (config.data.image_scale, config.seed) == ((2.0, 3) if flags else (1.0, 0))
-    source = open_source(config)
+    source = open_source(config.data, config.seed)
     tokenizer = make_tokenizer(config, source)
     for stage in config.stages:
-        settings, build = example_settings(config, config[stage].helper_images), special_tokens(tokenizer)
+        settings, build = example_settings(config, config.stages[stage].helper_images), special_tokens(tokenizer)
         to_sample = functools.partial(build_example, tokenizer=tokenizer, special=build, settings=settings)
-        buckets = list(config_buckets(config, config[stage].helper_images, 2).values())
+        buckets = list(config_buckets(config, config.stages[stage].helper_images, 2).values())
         loaded = [load_sample(number, source, to_sample, buckets, 2) for number in range(len(source))]
         assert len(loaded) == 2 and all(one.sample is not None for one in loaded)
 

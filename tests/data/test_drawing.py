@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.data.frozen_lake.drawing import draw_map
-from ilvr_jax.data.frozen_lake.source import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.data.records import Look, Text
 from tests.vectors import SHARED
 
@@ -52,7 +53,7 @@ def cells_of(picture: np.ndarray, cell_pixels: int) -> np.ndarray:
 
 
 def test_helper_images_differ_only_in_the_cells_the_elf_left_and_reached():
-    source = FrozenLakeSource(FrozenLakeSettings(read_out="none", moves_per_look=1), seed=4, count=40)
+    source = FrozenLakeSource(FrozenLakeConfig(read_out="none", moves_per_look=1), seed=4, count=40)
     looks = 0
     for record in source:
         start = tuple(np.argwhere(np.array(record.map_desc) == 1)[0].tolist())

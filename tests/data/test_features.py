@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from ilvr_jax.config.schema import LatentsConfig
 from ilvr_jax.data.examples import ExampleSettings, read_image
 from ilvr_jax.data.features import FeatureStore, image_key
 from ilvr_jax.data.mirage import MirageSource
 from ilvr_jax.data.pipeline import load_sample
 from ilvr_jax.data.records import Look, Record
 from ilvr_jax.method.layout import Layout, collate, merge_layouts, required_layout
-from ilvr_jax.method.selection import LatentSettings
 from ilvr_jax.models.qwen2_5_vl.images import EncodedImage, FeatureBatch, stack_images
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.progress import Progress
@@ -52,7 +52,7 @@ def samples():
 
 def losses(name, batch):
     """Returns a batch's losses and gradients, and the program that computed them."""
-    teacher, settings = {"decoder": PARAMS["decoder"]}, LatentSettings(latent_size=3, candidates=5)
+    teacher, settings = {"decoder": PARAMS["decoder"]}, LatentsConfig(latent_size=3, candidates=5)
     program = jax.jit(
         lambda params, batch: loss_and_gradients(
             OBJECTIVES[name].loss, ("decoder",), 2, MODEL, params, teacher, batch, settings, jax.random.key(0)

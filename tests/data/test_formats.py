@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ilvr_jax.config.experiments import load_config, parse
+from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.data.records import BadRecord, Look, Text
-from ilvr_jax.training.batches import open_source
-from ilvr_jax.training.configuration import BadConfig, check_config, load_config
+from ilvr_jax.data.sources import open_source
 
 REPOSITORY = Path(__file__).parents[2]
 BLOCK = re.compile(r"```(?:json|python)\n(.*?)```", re.DOTALL)
@@ -33,9 +34,8 @@ def folder(tmp_path, monkeypatch):
 
 def open_configured(source: str, path: Path, **changes):
     config = load_config(REPOSITORY / "configs" / "base.py")
-    with config.unlocked():
-        config.data.update({"source": source, "path": str(path), **changes})
-    return open_source(config)
+    config.data.update({"source": source, "path": str(path), **changes})
+    return open_source(parse(config).data, config.seed)
 
 
 def write_example(folder: Path, name: str, example: str) -> Path:
@@ -104,6 +104,6 @@ def test_a_root_for_images(folder, sections, name):
 
 def test_unknown_names():
     config = load_config(REPOSITORY / "configs" / "base.py")
-    config.data.source = "parquet"
+    config.data.update(source="parquet", path="train.parquet")
     with pytest.raises(BadConfig, match="`data.source` must be one of frozen_lake, ilvr, .*, got 'parquet'"):
-        check_config(config)
+        open_source(parse(config).data, 0)

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.data.examples import ExampleSettings, build_example
-from ilvr_jax.data.frozen_lake.source import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.data.ilvr import IlvrSource
 from ilvr_jax.data.pipeline import fingerprint, make_iterator, next_epoch, skipped_records
 from ilvr_jax.data.records import BadRecord, Look, Record, Text
@@ -221,7 +222,7 @@ def parquet(folder, lines=("one", "two", "three"), image=b"image"):
 
 def maps(folder, exclude=MAP, seed=0, count=20, **settings):
     (folder / "maps.jsonl").write_text(json.dumps({"map_desc": exclude}) + "\n")
-    return FrozenLakeSource(FrozenLakeSettings(**settings, exclude=(str(folder / "maps.jsonl"),)), seed, count)
+    return FrozenLakeSource(FrozenLakeConfig(**settings, exclude=(str(folder / "maps.jsonl"),)), seed, count)
 
 
 @pytest.mark.parametrize(

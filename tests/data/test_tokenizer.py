@@ -42,9 +42,10 @@ def test_words_digits_moves_and_line_breaks_are_single_tokens():
 
 
 def test_the_generators_text_takes_one_token_a_word():
-    from ilvr_jax.data.frozen_lake.source import FrozenLakeSettings, FrozenLakeSource
+    from ilvr_jax.config.schema import FrozenLakeConfig
+    from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 
-    source = FrozenLakeSource(FrozenLakeSettings(), seed=1, count=60)
+    source = FrozenLakeSource(FrozenLakeConfig(), seed=1, count=60)
     texts = list(record_texts(source[index] for index in range(40)))
     tokenizer = train_tokenizer(texts).backend_tokenizer
     for text in record_texts(source[index] for index in range(40, 60)):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.data.examples import ExampleSettings
 from ilvr_jax.data.frozen_lake.drawing import draw_map
-from ilvr_jax.data.frozen_lake.source import FrozenLakeSettings, FrozenLakeSource, shortest_path
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource, shortest_path
 from ilvr_jax.data.records import BadRecord, Record
 from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer
 from ilvr_jax.evaluation.maps import evaluate_maps, read_answers
@@ -30,7 +31,7 @@ def record_of(map_desc, name="", cell_pixels=28):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    records = [FrozenLakeSource(FrozenLakeSettings(), seed=0, count=30)[number] for number in range(30)]
+    records = [FrozenLakeSource(FrozenLakeConfig(), seed=0, count=30)[number] for number in range(30)]
     return train_tokenizer([*record_texts(records), "Which way?"])
 
 
@@ -123,7 +124,7 @@ def test_unparsed_answers_are_counted_apart(tokenizer):
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 50])
 def test_batches_have_one_shape_and_full_rows_count_once(tokenizer, batch_size):
-    source = FrozenLakeSource(FrozenLakeSettings(), seed=1, count=11)
+    source = FrozenLakeSource(FrozenLakeConfig(), seed=1, count=11)
     records = [dataclasses.replace(source[number], steps=()) for number in range(11)]
     player = Player(tokenizer, [record.map_desc for record in records], seeing)
     evaluation = evaluation_of(player, records, batch_size)

@@ -15,7 +15,7 @@ from PIL import Image
 from ilvr_jax import convert
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.generate import main
-from ilvr_jax.training.configuration import REPOSITORY
+from tests.paths import REPOSITORY
 from tests.published import save_published
 from tests.samples import untrained_run
 

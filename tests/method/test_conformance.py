@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
+from ilvr_jax.config.schema import LatentsConfig, StageConfig
 from ilvr_jax.inference.decode import DecodeSettings, generate
 from ilvr_jax.method.layout import collate, merge_layouts, required_layout, sample_columns
 from ilvr_jax.method.objectives import alignment_loss, autonomy_loss
-from ilvr_jax.method.selection import LatentSettings
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.qwen2_5_vl.weights import tensor_name
 from ilvr_jax.training.state import create_state
@@ -48,9 +47,9 @@ def lay_out(vectors: list[Vector]):
     return collate(samples, layout, vectors[0].special, units), [sample_columns(sample, layout) for sample in samples]
 
 
-def settings(vector: Vector) -> LatentSettings:
+def settings(vector: Vector) -> LatentsConfig:
     meta = vector.meta
-    return LatentSettings(meta["latent_size"], meta["coverage_p"], meta["helper_group_size"], target_noise=0.0)
+    return LatentsConfig(meta["latent_size"], meta["coverage_p"], meta["helper_group_size"], target_noise=0.0)
 
 
 def check_gradients(vector: Vector, gradients) -> None:
@@ -174,8 +173,8 @@ def check_train(vector: Vector, batch, row: int) -> None:
     meta, model, params = vector.meta, Qwen2_5VL(vector.config), vector.params()
     optimizer = optax.adamw(meta["learning_rate"], b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
     state = create_state(params, optimizer, ("decoder",), with_teacher=True, key=jax.random.key(0))
-    stage = ConfigDict({"objective": "alignment", "train": ("decoder",), "batch_size": 1, "accumulation": 1})
-    latents = ConfigDict({**dataclasses.asdict(settings(vector)), "tau": meta["ema_decay"]})
+    stage = StageConfig("alignment", batch_size=1)
+    latents = dataclasses.replace(settings(vector), tau=meta["ema_decay"])
     step = make_train_step(model, stage, latents, optimizer)
     select_jitted = jax.jit(
         lambda params, teacher, batch: (

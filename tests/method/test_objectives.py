@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ilvr_jax.config.schema import LatentsConfig
 from ilvr_jax.method.layout import collate, merge_layouts, required_layout, sample_columns
 from ilvr_jax.method.objectives import (
     OBJECTIVES,
@@ -18,7 +19,7 @@ from ilvr_jax.method.objectives import (
     cross_entropy,
     slot_noise,
 )
-from ilvr_jax.method.selection import SELECTORS, LatentSettings, group_neighbours, pick_coverage
+from ilvr_jax.method.selection import SELECTORS, group_neighbours, pick_coverage
 from ilvr_jax.method.slots import SLOT_INPUTS, SlotInput, fill_slots, init_params, with_slot_parameters
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
@@ -27,7 +28,7 @@ from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, random_sample
 MODEL = Qwen2_5VL(CONFIG)
 PARAMS = MODEL.init(jax.random.key(0))
 TEACHER = {"decoder": MODEL.init(jax.random.key(1))["decoder"]}
-SETTINGS = LatentSettings(latent_size=3, candidates=5, target_noise=0.01)
+SETTINGS = LatentsConfig(latent_size=3, candidates=5, target_noise=0.01)
 KEY = jax.random.key(2)
 
 
@@ -287,7 +288,7 @@ def test_grouping_takes_means_of_neighbours(count, candidates, seed):
     st.integers(0, 3),
 )
 def test_picks_cover_the_mass_with_as_few_as_possible(cosines, coverage, temperature, slots, padding):
-    how = LatentSettings(coverage=coverage, temperature=temperature)
+    how = LatentsConfig(coverage=coverage, temperature=temperature)
     padded = jnp.array([[*cosines, *[2.0] * padding]], jnp.float32)
     valid = jnp.arange(padded.shape[1])[None] < len(cosines)
     chosen, keep = pick_coverage(padded, valid, jnp.ones((1, slots), bool), how, None)

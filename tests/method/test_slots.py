@@ -5,12 +5,13 @@ import pytest
 
 from ilvr_jax.checkpoints.export import export
 from ilvr_jax.checkpoints.trained import open_trained
+from ilvr_jax.config.experiments import parse
+from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.data.examples import build_prompt
-from ilvr_jax.data.frozen_lake.source import FrozenLakeSource, frozen_lake_settings
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.inference.engine import Engine, Request, fit_settings
-from ilvr_jax.method.selection import LatentSettings
-from ilvr_jax.training.configuration import BadConfig, check_config
 from ilvr_jax.training.loop import train
+from ilvr_jax.training.run import check_choices
 from tests.samples import tiny_config
 
 
@@ -21,13 +22,13 @@ def test_a_run_with_pauses_trains_resumes_answers_and_is_not_exported(tmp_path):
     config.latents.selection = "random"
     for name in config.stages:
         config[name].steps = 2
-    summary = train(config, tmp_path / "run")
+    summary = train(parse(config), tmp_path / "run")
     assert [summary["stages"][name]["steps"] for name in config.stages] == [2, 2]
     trained = open_trained(str(tmp_path / "run"))
     constant = np.asarray(trained.params["decoder"]["slot_input"]["embedding"])
     before = open_trained(str(tmp_path / "run"), stage="stage1").params["decoder"]["slot_input"]["embedding"]
     assert np.abs(constant - np.asarray(before)).max() > 0  # it is learned
-    record = FrozenLakeSource(frozen_lake_settings(config.data.frozen_lake), 0, 1)[0]
+    record = FrozenLakeSource(parse(config).data.frozen_lake, 0, 1)[0]
     prompt = build_prompt(record, trained.tokenizer, trained.special, trained.prompts)
     look = (trained.special.latent_start,)
     request = Request(prompt, max_new_tokens=12, latent_size=3, forced_tokens=look)
@@ -42,8 +43,10 @@ def test_a_rule_that_does_not_exist_is_one_sentence_that_lists_those_that_do():
     config = tiny_config()
     config.model.slot_input = "hiden"
     with pytest.raises(BadConfig, match="`model.slot_input` .*hidden, projected, pause.*hiden"):
-        check_config(config)
+        check_choices(parse(config))
+    config = tiny_config()
+    config.latents.selection = "cover"
     with pytest.raises(
-        ValueError, match="`latents.selection` must be one of coverage, dense, top_k, random, got 'cover'"
+        BadConfig, match="`latents.selection` must be one of coverage, dense, top_k, random, got 'cover'"
     ):
-        LatentSettings(selection="cover")
+        check_choices(parse(config))

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
+from ilvr_jax.config.fields import BadConfig, read
+from ilvr_jax.config.schema import LatentsConfig, LoraConfig, StageConfig
 from ilvr_jax.method.layout import collate, merge_layouts, required_layout
 from ilvr_jax.method.objectives import autonomy_loss, text_loss
-from ilvr_jax.method.selection import LatentSettings
-from ilvr_jax.models.lora import LoraConfig, decoder_params, merge_adapters, random_bits, split_adapters
+from ilvr_jax.models.lora import decoder_params, merge_adapters, random_bits, split_adapters
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.optimizer import make_optimizer
 from ilvr_jax.training.state import create_state
@@ -21,7 +21,7 @@ from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, random_sample
 LORA = LoraConfig(rank=3, alpha=6.0)
 MODEL, PLAIN = Qwen2_5VL(dataclasses.replace(CONFIG, lora=LORA)), Qwen2_5VL(CONFIG)
 KEY = jax.random.key(3)
-LATENTS = dataclasses.asdict(LatentSettings(latent_size=2, tau=0.9))
+LATENTS = LatentsConfig(latent_size=2, tau=0.9)
 
 
 def batch():
@@ -68,21 +68,16 @@ def test_the_projections_of_the_selection_hold_the_adapters():
 
 
 def test_adapters_alone_learn_and_the_teacher_follows_them():
-    stage = ConfigDict(
-        {
-            "objective": "alignment",
-            "train": ("adapters",),
-            "batch_size": 3,
-            "accumulation": 1,
-            "steps": 5,
-            "optimizer": "adamw",
-            "learning_rate": 1e-2,
-            "schedule": "constant",
-            "warmup_steps": 0,
-            "weight_decay": 0.0,
-            "beta2": 0.99,
-            "clip": 1.0,
-        }
+    stage = StageConfig(
+        "alignment",
+        train=("adapters",),
+        batch_size=3,
+        steps=5,
+        optimizer="adamw",
+        learning_rate=1e-2,
+        schedule="constant",
+        warmup_steps=0,
+        weight_decay=0.0,
     )
     optimizer = make_optimizer(stage)
     params = MODEL.init(KEY)
@@ -90,7 +85,7 @@ def test_adapters_alone_learn_and_the_teacher_follows_them():
     before = jax.tree.map(np.asarray, params)
     state = create_state(params, optimizer, ("adapters",), with_teacher=True, key=jax.random.key(9))
     assert state.teacher.keys() == {"adapters"}
-    step = make_train_step(MODEL, stage, ConfigDict(LATENTS), optimizer)
+    step = make_train_step(MODEL, stage, LATENTS, optimizer)
     students = [before["adapters"]]
     for _ in range(4):
         state, metrics = step(state, batch())
@@ -99,7 +94,7 @@ def test_adapters_alone_learn_and_the_teacher_follows_them():
         for one, other in zip(*map(jax.tree.leaves, (before[part], state.params[part])), strict=True):
             assert one.dtype == other.dtype
             np.testing.assert_array_equal(one, other)
-    tau = LATENTS["tau"]
+    tau = LATENTS.tau
     expected = students[0]
     for student in students[1:]:
         expected = jax.tree.map(lambda old, new: tau * old + (1 - tau) * new, expected, student)
@@ -144,5 +139,5 @@ def test_random_bits_are_even_and_alike_in_nothing():
     ("key", "value"), [("rank", -1), ("alpha", 0.0), ("dropout", 1.0), ("targets", ("qkv",)), ("targets", ())]
 )
 def test_a_bad_value_is_named(key, value):
-    with pytest.raises(ValueError, match=f"`model.lora.{key}` must be .*, got"):
-        LoraConfig(**{key: value})
+    with pytest.raises(BadConfig, match=f"`model.lora.{key}` must .*, got"):
+        read(LoraConfig, {key: value}, "model.lora")

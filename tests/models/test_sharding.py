@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from ilvr_jax.models.lora import LoraConfig
+from ilvr_jax.config.schema import LoraConfig
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.sharding import AXES, check_mesh, fill_rows, make_mesh, shardings
 from ilvr_jax.training.step import OBJECTIVES, accumulation_parts

@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from ilvr_jax.data.frozen_lake.source import FrozenLakeSettings, FrozenLakeSource, shortest_path
+from ilvr_jax.config.schema import FrozenLakeConfig
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource, shortest_path
 from ilvr_jax.evaluation.maps import Answer, Evaluation
 from ilvr_jax.reports.pictures import CELL_PIXELS, EYE, RIGHT, WRONG, choose_answers, draw_answer, draw_solutions
 from ilvr_jax.reports.tables import success_markdown, success_table
@@ -20,7 +21,7 @@ def answer_of(map_desc, moves, looks=(), unholed=None, name=""):
 
 @pytest.fixture(scope="module")
 def maps():
-    source = FrozenLakeSource(FrozenLakeSettings(levels=(3, 4)), seed=2, count=40)
+    source = FrozenLakeSource(FrozenLakeConfig(levels=(3, 4)), seed=2, count=40)
     return [source[number].map_desc for number in range(40)]
 
 

@@ -11,14 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.data.frozen_lake.drawing import draw_map
-from ilvr_jax.data.frozen_lake.source import (
-    MOVE_WORDS,
-    FrozenLakeSettings,
-    FrozenLakeSource,
-    empty_map_distance,
-    shortest_path,
-)
+from ilvr_jax.data.frozen_lake.source import MOVE_WORDS, FrozenLakeSource, empty_map_distance, shortest_path
 from ilvr_jax.data.records import Look, Record
 from ilvr_jax.tasks.final_answer import answer_text
 from ilvr_jax.tasks.vsp_planning import (
@@ -131,7 +126,7 @@ def test_a_look_shows_the_map_after_the_moves_told(text, elf, last_move):
 
 @pytest.mark.parametrize("read_out", ["distances", "map", "none"])
 def test_looks_of_generated_records_are_drawn_as_they_are(read_out):
-    source = FrozenLakeSource(FrozenLakeSettings(read_out=read_out), seed=3, count=10)
+    source = FrozenLakeSource(FrozenLakeConfig(read_out=read_out), seed=3, count=10)
     looks = 0
     for record in (source[number] for number in range(10)):
         for number, step in enumerate(record.steps):

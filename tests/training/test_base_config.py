@@ -10,16 +10,19 @@ import jax
 import pytest
 
 from ilvr_jax.checkpoints.manager import build_model
+from ilvr_jax.config.experiments import evaluation_file, load_config, parse
+from ilvr_jax.config.flags import override
+from ilvr_jax.data.sources import make_tokenizer, open_source
 from ilvr_jax.data.tokenizer import special_tokens
 from ilvr_jax.evaluation.maps import evaluate
 from ilvr_jax.inference.decode import generate
 from ilvr_jax.method.layout import Layout
 from ilvr_jax.models.sharding import one_device
-from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source
-from ilvr_jax.training.configuration import REPOSITORY, evaluation_file, load_config, override
+from ilvr_jax.training.batches import open_iterator
 from ilvr_jax.training.loop import make_step, open_evaluation_source
 from ilvr_jax.training.run import Run
 from ilvr_jax.training.state import first_state
+from tests.paths import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
 BUCKETS_MET = {
@@ -41,10 +44,11 @@ SMALLER = {
 
 def open_run(path: Path, workdir: Path) -> Run:
     """Returns a config's run with its data and layouts, but a smaller model and smaller batches."""
-    config = load_config(path)
+    values = load_config(path).to_dict()
     for key, value in SMALLER.items():
-        override(config, key, str(value))
-    source = open_source(config)
+        override(values, key, str(value))
+    config = parse(values)
+    source = open_source(config.data, config.seed)
     tokenizer = make_tokenizer(config, source)
     model = build_model(config, workdir, tokenizer)
     mesh = one_device()
@@ -65,7 +69,7 @@ def test_the_buckets_of_every_config_hold_its_data(path, tmp_path):
     for stage in run.config.stages:
         with contextlib.closing(open_iterator(run, stage, seed=1, vision={})) as iterator:
             rows = sum(len(batch.tokens) for batch in itertools.islice(iterator, 200))
-        assert rows == 200 * run.config[stage].batch_size
+        assert rows == 200 * run.config.stages[stage].batch_size
 
 
 @pytest.mark.parametrize("stage", BUCKETS_MET)
@@ -76,7 +80,9 @@ def test_each_step_compiles_once_a_bucket(run, stage):
         layout = Layout(latent_size=size, **bucket)
         names |= {layout: name, dataclasses.replace(layout, helper_windows=0): name}
     optimizer, step = run.steps[stage]
-    state = first_state(run.model.init(jax.random.key(0)), optimizer, run.config[stage], jax.random.key(1), run.mesh)
+    state = first_state(
+        run.model.init(jax.random.key(0)), optimizer, run.config.stages[stage], jax.random.key(1), run.mesh
+    )
     met, repeated = set(), 0
     with contextlib.closing(open_iterator(run, stage, seed=0, vision={})) as iterator:
         for batch in itertools.islice(iterator, 600):

@@ -19,12 +19,12 @@ STAGES, STEPS, KILLS = ("stage1", "stage2"), 20, 10
 
 
 def tiny() -> ConfigDict:
-    config = tiny_config().unlock()
+    config = tiny_config()
     config.stages = STAGES
     for name in STAGES:
         config[name].steps = STEPS
     config.checkpoint_every = 2
-    return config.lock()
+    return config
 
 
 def run(folder: Path, name: str, file_size: int | None) -> None:

@@ -18,11 +18,13 @@ from ilvr_jax import convert
 from ilvr_jax.checkpoints.export import write_adapter
 from ilvr_jax.checkpoints.manager import build_model, restore_for_inference
 from ilvr_jax.checkpoints.trained import open_trained
+from ilvr_jax.config.experiments import load_config, parse
+from ilvr_jax.config.fields import BadConfig
+from ilvr_jax.config.schema import LoraConfig
 from ilvr_jax.data.mirage import MirageSource
 from ilvr_jax.data.tokenizer import read_tokenizer, record_texts
 from ilvr_jax.models.attention import causal_mask
-from ilvr_jax.models.lora import LoraConfig, decoder_params
-from ilvr_jax.training.configuration import BadConfig, load_config
+from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.training.interruption import Interrupted
 from ilvr_jax.training.loop import train
 from ilvr_jax.training.metrics import read_metrics
@@ -37,7 +39,7 @@ STAGES, STEPS = ("stage1", "stage2"), 10
 
 def tiny_run(checkpoint, examples, lora):
     """Returns the published settings on a tiny checkpoint, few records and few steps."""
-    config = load_config(CONFIGS / f"qwen2_5_vl_7b_{'lora_' if lora else ''}stage2.py").unlock()
+    config = load_config(f"{CONFIGS / 'qwen2_5_vl.py'}:7b{'-lora' * lora}-stage2")
     config.model.init_from = str(checkpoint)
     config.model.lora.dropout = 0.0
     config.model.dtype = "float32"  # of activations: bfloat16 is slow on a CPU
@@ -48,7 +50,7 @@ def tiny_run(checkpoint, examples, lora):
     for name in STAGES:
         config[name].update(epochs=0, steps=STEPS, batch_size=2, accumulation=2, learning_rate=1e-2, warmup_steps=2)
     config.update(log_every=1, checkpoint_every=4)
-    return config.lock()
+    return config
 
 
 def curve(workdir):
@@ -100,7 +102,7 @@ def checkpoint(small, tmp_path_factory):
 def finished(request, checkpoint, small, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     config = tiny_run(*(small if request.param else checkpoint), request.param)  # one pass with a large vocabulary
-    train(config, workdir)
+    train(parse(config), workdir)
     return config, workdir
 
 
@@ -127,22 +129,22 @@ def stop_after(stage, step, config, workdir):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Progress, "advance", advance_or_stop)
-        train(config, workdir)
+        train(parse(config), workdir)
 
 
 def test_a_stopped_run_goes_on_with_the_same_curve(finished, tmp_path):
     config, whole = finished
     stop_after("stage1", 6, config, tmp_path)
-    train(config, tmp_path)
+    train(parse(config), tmp_path)
     assert curve(tmp_path) == curve(whole)
 
 
 def test_a_run_that_encodes_images_in_every_step_has_the_same_losses(finished, tmp_path):
     config, whole = finished
     assert list(Path(config.data.feature_cache).glob("*/*.safetensors"))
-    config = config.copy_and_resolve_references().unlock()
+    config = config.copy_and_resolve_references()
     config.data.feature_cache = ""
-    stop_after("stage1", 3, config.lock(), tmp_path)
+    stop_after("stage1", 3, config, tmp_path)
     for line, expected in zip(curve(tmp_path), curve(whole), strict=False):
         assert line == pytest.approx(expected, abs=1e-4)
 
@@ -233,24 +235,23 @@ def test_stage_2_goes_on_in_the_workdir_of_stage_1(small, tmp_path):
     """Both begin from adapters, which are trained on, and are not asked for again."""
     config, workdir, adapter = tiny_run(*small, lora=True), tmp_path / "run", tmp_path / "adapter"
     base, settings = config.model.init_from, LoraConfig(config.model.lora.rank, config.model.lora.alpha)
-    model = build_model(config, small[0], read_tokenizer(small[0]))
+    model = build_model(parse(config), small[0], read_tokenizer(small[0]))
     begun = jax.tree.map(lambda leaf: 0.01 + jnp.abs(leaf), model.init(jax.random.key(5))["adapters"])
     adapter.mkdir()
     write_adapter(begun, settings, base, adapter)
-    config.unlock().model.init_from = str(adapter)
-    config.lock()
-    first = config.copy_and_resolve_references().unlock()
+    config.model.init_from = str(adapter)
+    first = config.copy_and_resolve_references()
     first.stages = ("stage1",)
     for stage in STAGES:
         first[stage].steps = config[stage].steps = 2
-    train(first.lock(), workdir)
+    train(parse(first), workdir)
     learnt = restore_for_inference(workdir)[1]["adapters"]
     for one, other in zip(jax.tree.leaves(learnt), jax.tree.leaves(begun), strict=True):
         assert 0 < np.abs(one - other).max() < 0.1  # two steps on from where it began
     shutil.rmtree(adapter)
-    train(config, workdir)
+    train(parse(config), workdir)
     assert [(line["stage"], line["step"]) for line in curve(workdir)] == [(s, n) for s in STAGES for n in (1, 2)]
     with pytest.raises(BadConfig, match="another config: stages"):
-        train(first.lock(), workdir)
+        train(parse(first), workdir)
     assert convert.main(["to-hf", str(workdir), str(tmp_path / "out"), "--adapter"]) == 0
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == base

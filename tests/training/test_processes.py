@@ -28,13 +28,13 @@ from tests.samples import tiny_config
 
 
 def get_config():
-    config = tiny_config(Path({data!r})).unlock()
+    config = tiny_config(Path({data!r}))
     config.data.update(source="ilvr", path={data!r}, image_scale=28 / 64)
     config.stages = ("stage1", "stage2")
     for name in config.stages:
         config[name].update(batch_size=8, accumulation=2)
     config.mesh.update(data=2, fsdp=-1)
-    return config.lock()
+    return config
 """
 
 

@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
+from ilvr_jax.config.fields import BadConfig, read
+from ilvr_jax.config.schema import LatentsConfig, StageConfig
 from ilvr_jax.method.layout import collate, merge_layouts, required_layout
 from ilvr_jax.method.objectives import OBJECTIVES
-from ilvr_jax.method.selection import LatentSettings
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from ilvr_jax.training.state import create_state
 from ilvr_jax.training.step import loss_and_gradients, make_train_step
 from tests.samples import CONFIG, POISON, SPECIAL, WINDOW_UNITS, poison_objective, random_sample
 
-LATENTS = LatentSettings(latent_size=3, candidates=5, tau=0.9)
+LATENTS = LatentsConfig(latent_size=3, candidates=5, tau=0.9)
 KEY = jax.random.key(5)
 
 
@@ -75,7 +75,7 @@ def test_rematerialisation_accumulation_and_batching_change_nothing(name):
     assert_same(whole, jax.tree.map(lambda *parts: sum(parts) / len(parts), *alone))
 
 
-def stage(**changes) -> ConfigDict:
+def stage(**changes) -> StageConfig:
     defaults = {
         "objective": "alignment",
         "train": ("decoder",),
@@ -90,7 +90,7 @@ def stage(**changes) -> ConfigDict:
         "beta2": 0.99,
         "clip": 1.0,
     }
-    return ConfigDict({**defaults, **changes})
+    return StageConfig(**{**defaults, **changes})
 
 
 def test_the_teacher_is_the_closed_form_average_of_the_students():
@@ -99,7 +99,7 @@ def test_the_teacher_is_the_closed_form_average_of_the_students():
     state = create_state(
         model.init(jax.random.key(0)), optimizer, ("decoder",), with_teacher=True, key=jax.random.key(5)
     )
-    step = make_train_step(model, stage(), ConfigDict(dataclasses.asdict(LATENTS)), optimizer)
+    step = make_train_step(model, stage(), LATENTS, optimizer)
     students = [jax.tree.map(np.asarray, state.params["decoder"])]
     vision = jax.tree.map(np.asarray, state.params["vision"])
     for _ in range(5):
@@ -126,7 +126,7 @@ def test_tau_one_freezes_the_teacher():
         model.init(jax.random.key(0)), optimizer, ("decoder",), with_teacher=True, key=jax.random.key(5)
     )
     first = jax.tree.map(np.asarray, state.teacher)
-    step = make_train_step(model, stage(), ConfigDict({**dataclasses.asdict(LATENTS), "tau": 1.0}), optimizer)
+    step = make_train_step(model, stage(), dataclasses.replace(LATENTS, tau=1.0), optimizer)
     state, _ = step(state, batch)
     for leaf, value in zip(jax.tree.leaves(state.teacher), jax.tree.leaves(first), strict=True):
         np.testing.assert_array_equal(leaf, value)
@@ -155,7 +155,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(at_fault, monk
     optimizer = make_optimizer(stage())
     key = jax.random.key(5)  # of its own: the step gives it away
     state = create_state(model.init(jax.random.key(0)), optimizer, ("decoder",), with_teacher=True, key=key)
-    step = make_train_step(model, stage(), ConfigDict(dataclasses.asdict(LATENTS)), optimizer)
+    step = make_train_step(model, stage(), LATENTS, optimizer)
     state, values = step(state, good)
     assert (int(values["skipped"]), int(values["skipped_in_row"]), int(values["offending_record"])) == (0, 0, -1)
     before = numbers(state)
@@ -203,18 +203,24 @@ def test_weight_decay_spares_biases_and_norms():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "alignement"}, "objective must be one of text, alignment, autonomy, got 'alignement'"),
-        ({"accumulation": 3}, r"accumulation must divide batch_size \(4\), got 3"),
-        ({"schedule": "cos"}, "schedule must be one of constant, linear, cosine, got 'cos'"),
-        ({"optimizer": "sgd"}, "optimizer must be adamw or muon, got 'sgd'"),
-        ({"clip": 0.0}, r"clip must be a number more than 0, got 0\.0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be a number more than 0, got nan"),
-        ({"warmup_steps": -1}, "warmup_steps must be a number at least 0, got -1"),
-        ({"beta2": 1.0}, r"beta2 must be a number between 0 and 1, got 1\.0"),
-        ({"weight_decay": -0.1}, r"weight_decay must be a number at least 0, got -0\.1"),
+        ({"accumulation": 3}, r"`stage1.accumulation` must be a divisor of batch_size \(4\), got 3"),
+        ({"schedule": "cos"}, "`stage1.schedule` must be one of constant, linear, cosine, got 'cos'"),
+        ({"optimizer": "sgd"}, "`stage1.optimizer` must be one of adamw, muon, got 'sgd'"),
+        ({"clip": 0.0}, r"`stage1.clip` must be above 0, got 0\.0"),
+        ({"learning_rate": float("nan")}, "`stage1.learning_rate` must be a finite number, got nan"),
+        ({"warmup_steps": -1}, "`stage1.warmup_steps` must be at least 0, got -1"),
+        ({"beta2": 1.0}, r"`stage1.beta2` must be above 0 and below 1, got 1\.0"),
+        ({"weight_decay": -0.1}, r"`stage1.weight_decay` must be at least 0, got -0\.1"),
     ],
 )
 def test_bad_settings_are_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        optimizer = make_optimizer(stage(**changes))
-        make_train_step(Qwen2_5VL(CONFIG), stage(**changes), ConfigDict(dataclasses.asdict(LATENTS)), optimizer)
+    with pytest.raises(BadConfig, match=message):
+        read(StageConfig, vars(stage()) | changes, "stage1")
+
+
+def test_an_objective_that_does_not_exist_and_parts_that_do_not_divide_are_named():
+    model, optimizer = Qwen2_5VL(CONFIG), make_optimizer(stage())
+    with pytest.raises(BadConfig, match="must be one of text, alignment, autonomy, got 'alignement'"):
+        make_train_step(model, stage(objective="alignement"), LATENTS, optimizer)
+    with pytest.raises(ValueError, match=r"accumulation must divide batch_size \(4\), got 3"):
+        make_train_step(model, stage(accumulation=3), LATENTS, optimizer)

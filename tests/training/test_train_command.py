@@ -13,14 +13,17 @@ import pytest
 
 from ilvr_jax.checkpoints.manager import NoCheckpoint, restore_for_inference
 from ilvr_jax.checkpoints.trained import open_trained
-from ilvr_jax.data.frozen_lake.source import FrozenLakeSettings, FrozenLakeSource
+from ilvr_jax.config.experiments import evaluation_file, parse
+from ilvr_jax.config.fields import BadConfig
+from ilvr_jax.config.schema import FrozenLakeConfig
+from ilvr_jax.config.workdir import check_resumable, write_config
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.data.records import BadRecord
 from ilvr_jax.files import locked_folder
 from ilvr_jax.method.layout import Layout, padded_tokens
 from ilvr_jax.train import main
 from ilvr_jax.training.batches import place_to_resume
 from ilvr_jax.training.clock import Clock
-from ilvr_jax.training.configuration import BadConfig, check_workdir, evaluation_file, write_config
 from ilvr_jax.training.divergence import Diverged
 from ilvr_jax.training.interruption import Interrupted
 from ilvr_jax.training.loop import is_evaluated, make_step, open_evaluation_source, train, with_steps
@@ -50,7 +53,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, train(config, workdir)
+    return workdir, train(parse(config), workdir)
 
 
 def losses(workdir):
@@ -90,7 +93,7 @@ def test_parts_that_a_stage_does_not_train_stay_as_they_are(finished):
 def test_a_finished_run_is_not_run_again(finished, config):
     workdir, summary = finished
     before = (workdir / "metrics.jsonl").read_bytes(), (workdir / "evaluations" / "stage1.json").stat().st_mtime_ns
-    again = train(config, workdir)
+    again = train(parse(config), workdir)
     assert before == (
         (workdir / "metrics.jsonl").read_bytes(),
         (workdir / "evaluations" / "stage1.json").stat().st_mtime_ns,
@@ -114,7 +117,7 @@ def test_stopped_and_killed_runs_end_as_one_that_was_not(finished, config, tmp_p
     handler = signal.getsignal(signal.SIGINT)  # a run in the background may have been started with another
     stop_at("stage1", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted, match="stopped in stage1 after step 3 of 6, saved in .*; the same") as stopped:
-        train(config, workdir)
+        train(parse(config), workdir)
     assert stopped.value.exit_status == 130
     assert signal.getsignal(signal.SIGINT) is handler
 
@@ -126,10 +129,10 @@ def test_stopped_and_killed_runs_end_as_one_that_was_not(finished, config, tmp_p
 
     stop_at("stage2", 6, crash)
     with pytest.raises(Crash):
-        train(config, workdir)
+        train(parse(config), workdir)
     assert read_metrics(workdir)[-1]["step"] == 5
     monkeypatch.setattr(Progress, "advance", advance)
-    train(config, workdir)
+    train(parse(config), workdir)
     log = (workdir / "train.log").read_text()
     assert "stage1: resumes after step 3" in log and "stage2: resumes after step 4" in log
     assert losses(workdir) == losses(finished[0])
@@ -139,7 +142,7 @@ def test_stopped_and_killed_runs_end_as_one_that_was_not(finished, config, tmp_p
 
 def test_a_run_stopped_at_the_last_step_of_a_stage_keeps_its_figures(config, tmp_path, monkeypatch):
     """The stage's file is there after a signal, made again if a kill lost it, and never that of other parameters."""
-    config = config.copy_and_resolve_references().unlock()
+    config = config.copy_and_resolve_references()
     config.stages = ("warm_up",)
     workdir = tmp_path / "run"
     advance = Progress.advance
@@ -158,18 +161,18 @@ def test_a_run_stopped_at_the_last_step_of_a_stage_keeps_its_figures(config, tmp
     for name in ("warm_up.json", "warm_up.settings.json", "warm_up_2.json"):
         (evaluations / name).write_text("{}")
     with pytest.raises(Interrupted, match="after step 4 of 6"):
-        train(config, workdir)
+        train(parse(config), workdir)
     assert not (workdir / "stages" / "warm_up.json").exists()
     assert [path.name for path in evaluations.iterdir()] == ["warm_up_2.json"]
     stop_at(STEPS)
     with pytest.raises(Interrupted, match="after step 6 of 6") as stopped:
-        train(config, workdir)
+        train(parse(config), workdir)
     assert stopped.value.exit_status == 128 + signal.SIGTERM
     before = json.loads((workdir / "stages" / "warm_up.json").read_text())
     assert before["seconds"] > 0 and before["skipped_records"] == []
     (workdir / "stages" / "warm_up.json").unlink()
     stop_at(None)
-    stage = train(config, workdir)["stages"]["warm_up"]
+    stage = train(parse(config), workdir)["stages"]["warm_up"]
     assert stage["seconds"] == before["seconds"] and stage["skipped_records"] == []
 
 
@@ -202,7 +205,7 @@ def poison(monkeypatch, calls):
 
 
 def warm_up_alone(config, **changes):
-    config = config.copy_and_resolve_references().unlock()
+    config = config.copy_and_resolve_references()
     config.stages = ("warm_up",)
     config.eval.data = ""
     config.update(changes)
@@ -214,7 +217,7 @@ def warm_up_alone(config, **changes):
     [("frozen_lake", "auto", 200), ("mirage", "auto", None), ("mirage", "", None), ("mirage", "maps", 4)],
 )
 def test_runs_on_files_are_evaluated_on_maps_that_eval_data_names_alone(config, tmp_path, source, data, count):
-    config = config.copy_and_resolve_references().unlock()
+    config = config.copy_and_resolve_references()
     config.data.update(source=source, path="train.jsonl")
     config.eval.data = str(export_maps(tmp_path)) if data == "maps" else data
     evaluated_on = open_evaluation_source(config)
@@ -223,7 +226,7 @@ def test_runs_on_files_are_evaluated_on_maps_that_eval_data_names_alone(config, 
 
 
 def test_a_record_of_eval_data_without_map_is_named(config):
-    config = config.copy_and_resolve_references().unlock()
+    config = config.copy_and_resolve_references()
     config.eval.data = "tests/data/mirage/sample.jsonl"
     with pytest.raises(BadRecord, match="^sample.jsonl line 1: must have a map_desc, since records of `eval.data` are"):
         open_evaluation_source(config)
@@ -232,7 +235,7 @@ def test_a_record_of_eval_data_without_map_is_named(config):
 def test_skipped_updates_are_said_and_counted(config, tmp_path, monkeypatch):
     """Two apart of six, with lines for every second step: each gets its sentence, none ends the run."""
     step = poison(monkeypatch, (3, 5))
-    summary = train(warm_up_alone(config, log_every=2, max_skipped=2), tmp_path / "run")
+    summary = train(parse(warm_up_alone(config, log_every=2, max_skipped=2)), tmp_path / "run")
     stage = summary["stages"]["warm_up"]
     assert stage["skipped_updates"] == 2 and 0 < stage["goodput"] < 1 and stage["compilations"] == 1
     assert [(line["step"], line["skipped"]) for line in read_metrics(tmp_path / "run")] == [(2, 0), (4, 1), (6, 2)]
@@ -248,7 +251,7 @@ def test_too_many_skipped_in_a_row_end_the_run_with_the_records(config, tmp_path
     workdir, config = tmp_path / "run", warm_up_alone(config, log_every=100, checkpoint_every=2, max_skipped=3)
     records = r"\(records at fault: \d+(, \d+){%d}\)"
     with pytest.raises(Diverged, match="warm_up, step 6: the updates of 3 steps in a row .* " + records % 2) as error:
-        train(config, workdir)
+        train(parse(config), workdir)
     assert f"records at fault: {', '.join(map(str, steps[0].records))})" in str(error.value)
     assert "\n" not in str(error.value) and str(workdir / "checkpoints" / "warm_up") in str(error.value)
     assert sorted(path.name for path in (workdir / "checkpoints" / "warm_up").iterdir()) == ["2", "4"]
@@ -256,23 +259,23 @@ def test_too_many_skipped_in_a_row_end_the_run_with_the_records(config, tmp_path
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     poison(monkeypatch, range(1, 100))  # goes on from step 4, where one in a row was skipped
     with pytest.raises(Diverged, match="warm_up, step 6: the updates of 3 steps in a row"):
-        train(config, workdir)
+        train(parse(config), workdir)
     poison(monkeypatch, ())
     config.max_skipped = 4  # it has no effect on what is learnt, so it may be another
-    assert train(config, workdir)["stages"]["warm_up"]["skipped_updates"] == 1
+    assert train(parse(config), workdir)["stages"]["warm_up"]["skipped_updates"] == 1
 
 
 def test_changed_records_are_refused_or_accepted(config, tmp_path):
     """Once accepted, they are those of the checkpoints from then on."""
     config, workdir, path = warm_up_alone(config), tmp_path / "run", export_maps(tmp_path / "data", 40)
     config.data.update(source="ilvr", path=str(path), image_scale=28 / 64)
-    train(config, workdir)
+    train(parse(config), workdir)
     shutil.rmtree(workdir / "checkpoints" / "warm_up" / "6")
     (workdir / "stages" / "warm_up.json").unlink()
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:10]))
     metrics = (workdir / "metrics.jsonl").read_bytes()
     with pytest.raises(BadConfig) as error:
-        train(config, workdir)
+        train(parse(config), workdir)
     for words in (
         f"{path} holds 10 records with",
         "warm_up was trained until step 4 on 40 records",
@@ -281,17 +284,17 @@ def test_changed_records_are_refused_or_accepted(config, tmp_path):
         assert words in str(error.value)
     assert (workdir / "metrics.jsonl").read_bytes() == metrics
     config.data.accept_change = True
-    train(config, workdir)
+    train(parse(config), workdir)
     assert "accepted, a new epoch begins" in (workdir / "train.log").read_text()
     config.data.accept_change = False
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:9]))
-    train(config, workdir)  # stages that are to come may have others
+    train(parse(config), workdir)  # stages that are to come may have others
     assert "warm_up: finished earlier" in (workdir / "train.log").read_text()
 
 
 def test_the_same_records_or_unknown_ones_resume_where_they_were(config):
     """Workdirs older than fingerprints have none to compare."""
-    said, source = [], FrozenLakeSource(FrozenLakeSettings(), 0, 200)
+    said, source = [], FrozenLakeSource(FrozenLakeConfig(), 0, 200)
     run = types.SimpleNamespace(config=config, source=source, progress=types.SimpleNamespace(say=said.append))
     place = {"position": 7, "pending": [5], "skipped": [], "records": source.fingerprint()}
     assert place_to_resume(run, "stage1", 3, place) == place and not said
@@ -305,14 +308,14 @@ def test_the_same_records_or_unknown_ones_resume_where_they_were(config):
 def test_a_stage_that_has_begun_keeps_the_steps_that_its_epochs_were(config, tmp_path):
     config = warm_up_alone(config)
     config.warm_up.epochs = 3
-    counted = with_steps(config, 8, tmp_path)
-    assert counted.warm_up.steps == 6
+    counted = with_steps(parse(config), 8, tmp_path)
+    assert counted.stages["warm_up"].steps == 6
     write_config(counted, tmp_path)
-    assert with_steps(config, 4, tmp_path).warm_up.steps == 3
+    assert with_steps(parse(config), 4, tmp_path).stages["warm_up"].steps == 3
     (tmp_path / "checkpoints" / "warm_up" / "4").mkdir(parents=True)
-    counted = with_steps(config, 4, tmp_path)
-    assert counted.warm_up.steps == 6
-    check_workdir(counted, tmp_path)
+    counted = with_steps(parse(config), 4, tmp_path)
+    assert counted.stages["warm_up"].steps == 6
+    check_resumable(counted, tmp_path)
 
 
 @pytest.fixture
@@ -324,18 +327,18 @@ def copied(finished, tmp_path):
 
 def test_a_stage_is_evaluated_again_on_other_records_or_after_other_steps(copied, config, tmp_path):
     """The figures of a run are never those of records or parameters that it no longer has."""
-    config = config.copy_and_resolve_references().unlock()
+    config = config.copy_and_resolve_references()
     lines = Path(config.eval.data).read_text().splitlines(keepends=True)
     shutil.copytree(Path(config.eval.data).parent / "images", tmp_path / "images")
     config.eval.data = str(tmp_path / "other.jsonl")
 
     def current(name):
-        source = open_evaluation_source(config)
-        return is_evaluated(types.SimpleNamespace(config=config, workdir=copied, evaluation_source=source), name)
+        source = open_evaluation_source(parse(config))
+        return is_evaluated(types.SimpleNamespace(config=parse(config), workdir=copied, evaluation_source=source), name)
 
     Path(config.eval.data).write_text("".join(lines[:3]))
     assert not current("warm_up")
-    summary = train(config, copied)
+    summary = train(parse(config), copied)
     assert [stage["evaluation"]["samples"] for stage in summary["stages"].values()] == [3, 3, 3]
     assert all(map(current, STAGES))
     Path(config.eval.data).write_text("".join(lines[2::-1]))
@@ -364,7 +367,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, cop
     said = capsys.readouterr().err
     assert f"the checkpoint {folder} is damaged (" in said and "the one before, of step 4, is used" in said
     assert not same(params, restore_for_inference(finished[0])[1])
-    train(config, copied)
+    train(parse(config), copied)
     log = (copied / "train.log").read_text()
     assert f"the checkpoint {folder} is damaged (" in log and "kept as 6.damaged; the one before, of step 4, is" in log
     assert log.count("stage2: resumes after step 4") == 1
@@ -384,7 +387,7 @@ def test_damage_to_all_checkpoints_of_a_stage_is_an_error_and_never_a_fresh_star
     assert sorted(path.name for path in folders[0].parent.iterdir()) == ["4", "6"]
     assert losses(copied) == losses(finished[0])  # still those of the run that was
     shutil.rmtree(folders[0].parent)  # as it says
-    train(config, copied)
+    train(parse(config), copied)
     assert losses(copied) == losses(finished[0])
     assert same(restore_for_inference(copied)[1], restore_for_inference(finished[0])[1])
 
@@ -509,21 +512,21 @@ def config_file(config, tmp_path):
     [
         (["--config.stage1.step=3"], "config.stage1.step must be a key of the config; the nearest is stage1.steps"),
         (["--config.stage1.steps=x"], "`stage1.steps` must be an integer, got 'x'"),
-        (["--config.stage1.optimizer=sgd"], "stage1: optimizer must be adamw or muon, got 'sgd'"),
-        (["--config.stage1.accumulation=7"], "stage1: accumulation must divide batch_size (4), got 7"),
-        (["--config.latents.grouping=x"], "`latents.grouping` must be published or complete, got 'x'"),
+        (["--config.stage1.optimizer=sgd"], "`stage1.optimizer` must be one of adamw, muon, got 'sgd'"),
+        (["--config.stage1.accumulation=7"], "`stage1.accumulation` must be a divisor of batch_size (4), got 7"),
+        (["--config.latents.grouping=x"], "`latents.grouping` must be one of published, complete, got 'x'"),
         (
             ["--config.data.source=ilvr", "--config.data.path=absent.jsonl"],
             "absent.jsonl must be a file of records, but cannot be read",
         ),
         (["--config.data.source=files"], "`data.source` must be one of frozen_lake, ilvr, mirage"),
         (["--config.eval.data=absent.jsonl"], "absent.jsonl must be a file of records, but cannot be read"),
-        (["--config.eval.max_new_tokens=0"], "eval: max_new_tokens must be a whole number from 1 to 131072, got 0"),
-        (["--config.latents.coverage=0"], "`latents.coverage` must be a number more than 0 and at most 1, got 0.0"),
+        (["--config.eval.max_new_tokens=0"], "`eval.max_new_tokens` must be from 1 to 131072, got 0"),
+        (["--config.latents.coverage=0"], "`latents.coverage` must be above 0 and at most 1, got 0.0"),
         (["--config.model.dtype=floot32"], "`model.dtype` must be one of float32"),
         (["--config.model.remat_policy=some"], "`model.remat_policy` must be one of none, full"),
         (["--config.max_skipped=0"], "`max_skipped` must be at least 1, got 0"),
-        (["--config.stage2.clip=0"], "stage2: clip must be a number more than 0, got 0.0"),
+        (["--config.stage2.clip=0"], "`stage2.clip` must be above 0, got 0.0"),
         (
             ["--config.data.frozen_lake.max_moves=0", "--config.data.on_bad_record=skip"],
             "`data.frozen_lake.max_moves` must be at least 1, got 0",

@@ -1,13 +1,13 @@
 """FrozenLake maps like those of VSP spatial planning: generated, solved, told in words and drawn."""
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.data.ilvr import check_map
 from ilvr_jax.data.json_lines import has_no_lines, open_records, read_object, read_pieces
@@ -20,64 +20,12 @@ MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 
 CELL_WORDS = {1: "elf", 2: "goal", -1: "hole", 0: "ice"}
 MOVE_WORDS = {"U": "up", "D": "down", "L": "left", "R": "right"}
-READ_OUTS = ("distances", "map", "none")
 FARTHEST = 9  # distances above it are told in one word
-CELL_NAMES = ("row_column", "none")
 ATTEMPTS = 20_000  # maps drawn before a record is given up: at the defaults, one in 25 to 120 has a detour
 
 
 class NoMap(ValueError):
     """No map meets the settings. No BadRecord: leaving the record out would hide what is wrong with them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FrozenLakeSettings:
-    """What maps are made and what is said about them. Raises ValueError, naming the config key, for a bad value."""
-
-    levels: tuple[int, ...] = (3, 4, 5, 6)  # sides of a map, equally likely; name one twice to see it twice as often
-    # Of each cell but start and goal, before maps without a way are dropped. The real maps look like 0.2; maps with
-    # a detour have more holes, and 0.18 brings the average with them to the real 0.14 to 0.18 of all cells.
-    hole_probability: float = 0.18
-    detour_share: float = 0.3  # maps that must need a longer path than the empty map does; the rest are as they come
-    max_moves: int = 16  # maps that need more are dropped
-    moves_per_look: int = 2
-    cell_pixels: int = 28  # one vision token a cell
-    question: str = "Find the shortest safe path."
-    # What the answer begins with, cell by cell: "distances" tells how many moves each cell is from the goal, "map"
-    # what is on it; "none".
-    read_out: str = "distances"
-    cell_names: str = "row_column"  # "row_column": each move is told with the cell it starts from; "none"
-    exclude: tuple[str, ...] = ()  # JSON-lines files with a map_desc a line: none of their maps, turned or mirrored
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            accepted = (int, float) if field.type is float else type(field.default)
-            if not isinstance(value, accepted) or isinstance(value, bool):
-                raise _bad(field.name, value, f"a {type(field.default).__name__} such as {field.default!r}")
-        if not self.levels or not all(isinstance(level, int) and 3 <= level <= 10 for level in self.levels):
-            raise _bad("levels", self.levels, "one or more whole numbers from 3 to 10")
-        if not all(isinstance(path, str) for path in self.exclude):
-            raise _bad("exclude", self.exclude, "a tuple of file names")
-        for name, least, most in (("hole_probability", 0, 0.9), ("detour_share", 0, 1)):
-            if not least <= getattr(self, name) <= most:
-                raise _bad(name, getattr(self, name), f"a number from {least} to {most}")
-        for name in ("max_moves", "moves_per_look", "cell_pixels"):
-            if getattr(self, name) < 1:
-                raise _bad(name, getattr(self, name), "at least 1")
-        for name, accepted in (("read_out", READ_OUTS), ("cell_names", CELL_NAMES)):
-            if getattr(self, name) not in accepted:
-                raise _bad(name, getattr(self, name), " or ".join(accepted))
-
-
-def frozen_lake_settings(section: Mapping[str, Any]) -> FrozenLakeSettings:
-    """Reads `config.data.frozen_lake`. Raises ValueError, naming the key, if one is unknown or its value is bad."""
-    names = [field.name for field in dataclasses.fields(FrozenLakeSettings)]
-    for key in section:
-        if key not in names:
-            nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-            raise ValueError(f"data.frozen_lake.{key} is not a key of the config; the nearest is {nearest}")
-    return FrozenLakeSettings(**section)
 
 
 class FrozenLakeSource:
@@ -86,7 +34,7 @@ class FrozenLakeSource:
     Raises BadRecord if a file of `settings.exclude` cannot be read.
     """
 
-    def __init__(self, settings: FrozenLakeSettings, seed: int, count: int):
+    def __init__(self, settings: FrozenLakeConfig, seed: int, count: int):
         self.settings = settings
         self.seed = seed
         self.count = count
@@ -193,7 +141,7 @@ def _step(cell: Cell, move: str) -> Cell:
     return cell[0] + MOVES[move][0], cell[1] + MOVES[move][1]
 
 
-def tell(map_desc: MapDesc, moves: str, settings: FrozenLakeSettings, name: str = "") -> Record:
+def tell(map_desc: MapDesc, moves: str, settings: FrozenLakeConfig, name: str = "") -> Record:
     r"""Makes the record of a map and its path: the map in words, then cell and move by turns, then `\boxed{moves}`.
 
     After every `moves_per_look` moves but the last comes a look at the map as it then is. Each word has a space

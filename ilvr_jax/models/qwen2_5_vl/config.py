@@ -1,36 +1,16 @@
 """The shape of a Qwen2.5-VL model."""
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from ml_collections import ConfigDict
 
+from ilvr_jax.config.schema import CLIP_MEAN, CLIP_STD, LoraConfig, ModelSettings, RopeScaling
 from ilvr_jax.errors import InputError, quote
-from ilvr_jax.models.attention import KERNELS
-from ilvr_jax.models.lora import LoraConfig
 from ilvr_jax.models.qwen2_5_vl.published import MROPE_SECTION, read_fields, rope_scaling
-from ilvr_jax.models.qwen2_5_vl.rotary import RopeScaling, decoder_frequencies
-
-# Mean and deviation of the pixels that Qwen2.5-VL's image processor assumes (CLIP's), in units of 0..1.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-DTYPES = ("float32", "bfloat16", "float16")
-# What of the decoder's layers is kept for the gradient: all, nothing, or as jax.checkpoint_policies say.
-REMAT_POLICIES = (
-    "none",
-    "full",
-    "everything_saveable",
-    "nothing_saveable",
-    "dots_saveable",
-    "dots_with_no_batch_dims_saveable",
-)
-# Keys of a config's `model` section about where parameters come from and how they are kept, not about their shape.
-STORAGE = ("init_from", "frozen_dtype")
+from ilvr_jax.models.qwen2_5_vl.rotary import decoder_frequencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +34,6 @@ class VisionConfig:
     patch_init_std: float | None = None
 
     def __post_init__(self):
-        sizes = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "window_size")
-        _check_sizes("model.vision", self, (*sizes, "patch_size", "temporal_patch_size", "in_channels"))
         unit = 2 * self.patch_size
         if self.window_size % unit:
             must_be = f"a multiple of {unit}, the pixels of a vision token"
@@ -63,7 +41,7 @@ class VisionConfig:
         if self.hidden_size % (4 * self.num_heads):  # a head's channels are halved for rows and columns, then paired
             must_be = f"a number whose fourfold divides hidden_size ({self.hidden_size})"
             raise _bad("model.vision.num_heads", self.num_heads, must_be)
-        if not all(type(block) is int and 0 <= block < self.depth for block in self.fullatt_block_indexes):
+        if not all(block < self.depth for block in self.fullatt_block_indexes):
             must_be = f"a tuple of numbers from 0 to {self.depth - 1}, below depth"
             raise _bad("model.vision.fullatt_block_indexes", self.fullatt_block_indexes, must_be)
         for name in ("image_mean", "image_std"):
@@ -99,16 +77,14 @@ class ModelConfig:
     vision: VisionConfig
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    dtype: str = "float32"  # of activations, one of DTYPES; parameters are float32
-    remat_policy: str = "none"  # one of REMAT_POLICIES
-    attention: str = "auto"  # over whole sequences, one of attention.KERNELS
+    dtype: str = "float32"  # of activations, one of schema.DTYPES; parameters are float32
+    remat_policy: str = "none"  # one of schema.REMAT_POLICIES
+    attention: str = "auto"  # over whole sequences, one of schema.KERNELS
     lora: LoraConfig = LoraConfig()
     rope_scaling: RopeScaling = RopeScaling()
-    slot_input: str = "hidden"  # the rule that fills slots, one of latents.slots.SLOT_INPUTS
+    slot_input: str = "hidden"  # the rule that fills slots, one of method.slots.SLOT_INPUTS
 
     def __post_init__(self):
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-        _check_sizes("model", self, (*sizes, "num_attention_heads", "num_key_value_heads"))
         if self.hidden_size % (2 * self.num_attention_heads):  # a head's channels are turned in pairs
             must_be = f"a number whose double divides hidden_size ({self.hidden_size})"
             raise _bad("model.num_attention_heads", self.num_attention_heads, must_be)
@@ -118,16 +94,6 @@ class ModelConfig:
         sections, half = self.mrope_section, self.head_dim // 2
         if [type(size) for size in sections] != [int] * 3 or min(sections) < 0 or sum(sections) != half:
             raise _bad("model.mrope_section", sections, f"three numbers with the sum {half}, half of a head's channels")
-        for name, least in (("rope_theta", 1), ("rms_norm_eps", 0)):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not least < value < math.inf:
-                raise _bad(f"model.{name}", value, f"a number above {least}")
-        if self.dtype not in DTYPES:
-            raise _bad("model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
-        if self.remat_policy not in REMAT_POLICIES:
-            raise _bad("model.remat_policy", self.remat_policy, f"one of {', '.join(REMAT_POLICIES)}")
-        if self.attention not in KERNELS:
-            raise _bad("model.attention", self.attention, f"one of {', '.join(KERNELS)}")
 
     @property
     def head_dim(self) -> int:
@@ -138,37 +104,23 @@ class ModelConfig:
         return decoder_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
 
 
-def _check_sizes(section: str, config: VisionConfig | ModelConfig, names: Sequence[str]) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise _bad(f"{section}.{name}", value, "a whole number from 1")
-
-
 def _bad(key: str, value: object, must_be: str) -> InputError:
     return InputError(f"`{key}` must be {must_be}, got {quote(value)}")
 
 
-def model_config(settings: ConfigDict, vocab_size: int, published: Mapping[str, Any] | None = None) -> ModelConfig:
-    """Returns the model's shape from the `model` section of a config and the tokenizer's size.
+def model_config(settings: ModelSettings, vocab_size: int, published: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Return the model's shape from the `model` section of a config and the tokenizer's size.
 
-    With `init_from` the shape is that of `published`, its config.json.
+    With `init_from` the shape is that of `published`, its config.json. Raises InputError, naming the key, if a model of
+    that shape cannot be built.
     """
-    fields = {name: _tuples(value) for name, value in settings.to_dict().items() if name not in STORAGE}
-    lora = LoraConfig(**fields.pop("lora", {}))
+    kept = {name: getattr(settings, name) for name in ("dtype", "remat_policy", "attention", "lora", "slot_input")}
     if published is not None:
-        config = model_config_from_hf(published, lora=lora, **fields)
+        config = model_config_from_hf(published, **kept)
         return dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size))
-    vision = VisionConfig(out_hidden_size=settings.hidden_size, **fields.pop("vision"))
-    scaling = RopeScaling(**fields.pop("rope_scaling", {}))
-    return ModelConfig(vocab_size=vocab_size, vision=vision, rope_scaling=scaling, lora=lora, **fields)
-
-
-def _tuples(value: Any) -> Any:
-    """Returns the value with tuples in place of lists."""
-    if isinstance(value, dict):
-        return {name: _tuples(item) for name, item in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+    shape = settings.shape()
+    vision = VisionConfig(out_hidden_size=settings.hidden_size, **vars(shape.pop("vision")))
+    return ModelConfig(vocab_size=vocab_size, vision=vision, **shape, **kept)
 
 
 def model_config_from_hf(published: Mapping[str, Any], **overrides) -> ModelConfig:

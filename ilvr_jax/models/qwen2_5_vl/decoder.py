@@ -12,7 +12,7 @@ from ilvr_jax.models.attention import Cache, attention, cached_attention, causal
 from ilvr_jax.models.layers import GatedMLP, RMSNorm
 from ilvr_jax.models.lora import SUFFIX, linear
 from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
-from ilvr_jax.models.qwen2_5_vl.rotary import rotary_angles, rotate
+from ilvr_jax.models.qwen2_5_vl.rotary import rope_magnitude, rotary_angles, rotate
 
 # Keys and values of some columns, each [layers, batch, columns, key_value_heads, head_dim].
 Heads = Float[Array, "layers batch columns heads head_dim"]
@@ -58,7 +58,7 @@ class DecoderLayer(nn.Module):
         rows, embed = ("few_rows", "embed") if few else ("rows", None)
         hidden = nn.with_logical_constraint(hidden, (rows, None, embed))
         normed = RMSNorm(config.rms_norm_eps, name="input_layernorm")(hidden)
-        magnitude = config.rope_scaling.magnitude
+        magnitude = rope_magnitude(config.rope_scaling)
         query = rotate(project("q_proj", config.num_attention_heads), angles, magnitude)
         key = rotate(project("k_proj", config.num_key_value_heads), angles, magnitude)
         value = project("v_proj", config.num_key_value_heads)

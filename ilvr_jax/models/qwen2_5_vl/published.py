@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 
+from ilvr_jax.config.schema import RopeScaling
 from ilvr_jax.errors import QUOTE_LENGTH, quote
-from ilvr_jax.models.qwen2_5_vl.rotary import RopeScaling, yarn_magnitude
+from ilvr_jax.models.qwen2_5_vl.rotary import yarn_magnitude
 from ilvr_jax.models.tensor_files import BadCheckpoint
 
 # Beyond these a model could not even be described; published ones have 29568 channels, 80 layers and windows of 112.

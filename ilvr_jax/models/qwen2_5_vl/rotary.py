@@ -1,52 +1,19 @@
 """Rotary position embeddings: two-dimensional in the vision tower, multimodal in the decoder."""
 
-import dataclasses
 import math
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ilvr_jax.errors import InputError, quote
-
-ROPE_TYPES = ("default", "linear", "yarn")
+from ilvr_jax.config.schema import RopeScaling
 
 
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How the decoder's rotary positions are stretched beyond the length of pretraining.
-
-    Names as in a published `rope_scaling`. Raises InputError, naming the key, for a bad value.
-    """
-
-    rope_type: str = "default"  # one of ROPE_TYPES: as they are, all slower (linear), or the slow ones alone (YaRN)
-    factor: float = 1.0  # how many times longer
-    # The others are YaRN's (arXiv 2309.00071).
-    original_max_position_embeddings: int = 32768  # positions of pretraining
-    beta_fast: float = 32.0  # channels that turn more often in that length keep their frequency
-    beta_slow: float = 1.0  # those that turn less often get it divided by `factor`
-    truncate: bool = True  # the bounds between the two are whole channels
-    attention_factor: float | None = None  # of rotated queries and keys; None: 0.1 ln(factor) + 1
-
-    def __post_init__(self):
-        if self.rope_type not in ROPE_TYPES:
-            raise InputError(
-                f"`model.rope_scaling.rope_type` must be one of {', '.join(ROPE_TYPES)}, got {quote(self.rope_type)}"
-            )
-        positive = ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow"]
-        for name in positive + ["attention_factor"] * (self.attention_factor is not None):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise InputError(f"`model.rope_scaling.{name}` must be a number above 0, got {quote(value)}")
-        if type(self.truncate) is not bool:
-            raise InputError(f"`model.rope_scaling.truncate` must be true or false, got {quote(self.truncate)}")
-
-    @property
-    def magnitude(self) -> float:
-        """The factor of rotated queries and keys."""
-        if self.rope_type != "yarn":
-            return 1.0
-        return self.attention_factor or yarn_magnitude(self.factor)
+def rope_magnitude(scaling: RopeScaling) -> float:
+    """Return the factor of rotated queries and keys."""
+    if scaling.rope_type != "yarn":
+        return 1.0
+    return scaling.attention_factor or yarn_magnitude(scaling.factor)
 
 
 def yarn_magnitude(factor: float, weight: float = 1.0) -> float:

@@ -1,0 +1,80 @@
+"""The config that a workdir holds, and whether a run may be resumed with another."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ilvr_jax.config.experiments import as_file, parse
+from ilvr_jax.config.fields import BadConfig, flatten
+from ilvr_jax.config.schema import RunConfig
+from ilvr_jax.errors import listed, quote
+from ilvr_jax.files import read_object, write_text
+
+ABSENT = "absent"
+
+
+def has_begun(workdir: Path) -> bool:
+    """Return whether a workdir holds a run that can be resumed: one that has saved a checkpoint."""
+    return any(is_checkpoint(path) for path in workdir.glob("checkpoints/*/*"))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a folder is a complete checkpoint: one being written has another name."""
+    return path.name.isascii() and path.name.isdigit() and str(int(path.name)) == path.name and path.is_dir()
+
+
+def check_resumable(config: RunConfig, workdir: Path) -> None:
+    """Raise BadConfig, naming the keys that differ, if the workdir holds a run of another config that has begun.
+
+    Keys whose schema says so may differ, and stages may be added after those that were there.
+    """
+    if not has_begun(workdir):
+        return
+    stored = read_config(workdir)
+    theirs, ours = dict(_compared(stored)), dict(_compared(config))
+    if list(config.stages)[: len(stored.stages)] != list(stored.stages):
+        theirs["stages"], ours["stages"] = tuple(stored.stages), tuple(config.stages)
+    added = tuple(f"stages.{name}." for name in config.stages if name not in stored.stages)
+    differing = [
+        f"{key.removeprefix('stages.')} ({quote(theirs.get(key, ABSENT))} there, {quote(ours.get(key, ABSENT))} here)"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key, ABSENT) != ours.get(key, ABSENT)
+        and not key.startswith(added)
+        and not (key.endswith(".steps") and ours.get(key.removesuffix("steps") + "epochs"))  # follow from records
+    ]
+    if differing:
+        raise BadConfig(
+            f"{workdir} was made with another config: {listed(differing)}; give these values, or another --workdir"
+        )
+
+
+def _compared(config: RunConfig) -> dict[str, Any]:
+    return {key: value for key, value, resumable in flatten(config) if not resumable}
+
+
+def write_config(config: RunConfig, workdir: Path) -> None:
+    """Write config.json into the workdir; raises as `files.write_text` does."""
+    write_text(workdir / "config.json", to_json(config))
+
+
+def to_json(config: RunConfig) -> str:
+    """Return the text of config.json."""
+    return json.dumps(as_file(config), indent=2) + "\n"
+
+
+def read_config(workdir: Path) -> RunConfig:
+    """Return the config that a workdir was made with.
+
+    Raises BadConfig if it is not the workdir of a run, or its config.json is damaged.
+    """
+    path = workdir / "config.json"
+    if not os.path.lexists(path) and not has_begun(workdir):
+        raise BadConfig(f"{workdir} must be the workdir of a training run, but has no config.json")
+    try:
+        return parse(read_object(path, BadConfig), complete=True)
+    except BadConfig as error:
+        named = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise BadConfig(
+            f"{named}; restore it: the training command and its flags print it with --config.print=true"
+        ) from error
