@@ -75,7 +75,7 @@ def make_ours(torch_model, description: dict, prompts: np.ndarray, new_tokens: i
     config = model_config_from_hf(description)
     params = params_from_state_dict({name: part.numpy() for name, part in torch_model.state_dict().items()}, config)
     requests = [Request(build_sample(row, (), (), special, 1), new_tokens, 1, method="text") for row in prompts]
-    settings = fit_settings(requests, len(requests), config.vision.window_units, share_prefixes=False)
+    settings = fit_settings(requests, len(requests), config.vision.geometry, share_prefixes=False)
     engine = Engine(Qwen2_5VL(config), params, special, settings)
     engine.warm_up()
 

@@ -19,9 +19,10 @@ from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.data.pipeline import make_iterator
 from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer
 from ilvr_jax.method.layout import collate, merge_layouts, required_layout
+from ilvr_jax.models.qwen2_5_vl.images import WindowGeometry
 
 MEASURED = 256  # records of which the stages are timed one by one, and which set the bucket's shape
-WINDOW_UNITS = 2  # merge units a side of an attention window, as in configs/base.py
+GEOMETRY = WindowGeometry(2)  # that of configs/base.py
 
 
 def milliseconds(make: Callable[[int], object], count: int) -> tuple[float, list]:
@@ -58,7 +59,7 @@ def main() -> None:
             build_example, tokenizer=tokenizer, special=special, settings=ExampleSettings(1.0, None, 4, kind)
         )
         build_time, samples = milliseconds(lambda index, make=to_sample: make(records[index]), MEASURED)
-        layout = merge_layouts([required_layout(sample, WINDOW_UNITS) for sample in samples])
+        layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in samples])
         # What 256 records do not show is rare, and has a bucket of its own.
         longest = dataclasses.replace(
             layout, prefix=layout.prefix + 64, segments=2 * layout.segments, text=2 * layout.text
@@ -67,12 +68,12 @@ def main() -> None:
         size = arguments.batch_size
         batches = [samples[start : start + size] for start in range(0, MEASURED - size + 1, size)] or [samples]
         collate_time, _ = milliseconds(
-            lambda index, rows=batches, shape=layout: collate(rows[index], shape, special, WINDOW_UNITS) and None,
+            lambda index, rows=batches, shape=layout: collate(rows[index], shape, special, GEOMETRY) and None,
             len(batches),
         )
         row(kind, f"collate ({layout.columns} columns)", "", collate_time / len(batches[0]))
         for workers in arguments.workers:
-            iterator = make_iterator(source, to_sample, [layout, longest], size, 0, special, WINDOW_UNITS, workers)
+            iterator = make_iterator(source, to_sample, [layout, longest], size, 0, special, GEOMETRY, workers)
             for _ in range(4):  # what was prefetched, and starting the workers, does not count
                 next(iterator)
             count, start = 0, time.perf_counter()

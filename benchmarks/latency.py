@@ -296,8 +296,7 @@ def measure(model: Qwen2_5VL, params: PyTree, case: Case, method: str, repeats: 
     """Serves a case's requests several times and returns the medians, in seconds for the batch as a whole."""
     pictures = Pictures(case.vision_tokens)
     requests = make_requests(case, method, pictures)
-    units = model.config.vision.window_units
-    settings = fit_settings(requests, case.batch, units, pictures=case.looks, share_prefixes=case.shared)
+    settings = fit_settings(requests, case.batch, model.geometry, pictures=case.looks, share_prefixes=case.shared)
     engine = Engine(model, params, SPECIAL, settings)
     start = time.perf_counter()
     engine.warm_up()

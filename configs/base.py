@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 from ilvr_jax.config.experiments import VSP_MAPS, default_config, stage_config
 
 
-def bucket(prefix: int, segments: int = 0, tail: int = 0, windows: int = 4) -> ConfigDict:
-    """Returns the columns of a batch of maps: up to 4 x 4 cells take 4 attention windows, up to 6 x 6 take 9."""
+def bucket(prefix: int, segments: int = 0, tail: int = 0, tokens: int = 16) -> ConfigDict:
+    """Returns the sizes of a batch of maps: up to 4 x 4 cells take 16 vision tokens, up to 6 x 6 take 36."""
     return ConfigDict(
         {
             "prefix": prefix,
@@ -17,8 +17,8 @@ def bucket(prefix: int, segments: int = 0, tail: int = 0, windows: int = 4) -> C
             "text": 8 if segments else 0,  # two moves told with their cells, and the markers around them
             "tail": tail,
             "images": 1,
-            "image_windows": windows,
-            "helper_windows": windows if segments else 0,
+            "image_tokens": tokens,
+            "helper_tokens": tokens if segments else 0,
         }
     )
 
@@ -61,12 +61,12 @@ def get_config() -> ConfigDict:
         {
             "small_short": bucket(66),
             "small_long": bucket(100),
-            "large_short": bucket(108, windows=9),
-            "large_middle": bucket(126, windows=9),
-            "large_long": bucket(148, windows=9),
+            "large_short": bucket(108, tokens=36),
+            "large_middle": bucket(126, tokens=36),
+            "large_long": bucket(148, tokens=36),
             "small_looks": bucket(66, segments=2, tail=10),
-            "large_looks": bucket(108, segments=2, tail=10, windows=9),
-            "many_looks": bucket(108, segments=5, tail=16, windows=9),
+            "large_looks": bucket(108, segments=2, tail=10, tokens=36),
+            "many_looks": bucket(108, segments=5, tail=16, tokens=36),
         }
     )
     config.latents.latent_size = 4

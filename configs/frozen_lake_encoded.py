@@ -10,6 +10,6 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.warm_up.helper_images = "encode"
     config.data.buckets.small_encoded = {**base.bucket(144), "images": 3}
-    config.data.buckets.large_encoded = {**base.bucket(230, windows=9), "images": 3}
-    config.data.buckets.many_encoded = {**base.bucket(358, windows=9), "images": 6}
+    config.data.buckets.large_encoded = {**base.bucket(230, tokens=36), "images": 3}
+    config.data.buckets.many_encoded = {**base.bucket(358, tokens=36), "images": 6}
     return config

@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 
 from ilvr_jax.config.experiments import default_config, stage_config
 
-MAX_PIXELS = 784 * 784  # as much as the 49 windows of the largest bucket hold
+MAX_PIXELS = 784 * 784  # as much as the 784 vision tokens of the largest bucket hold
 SIZES = ("3b", "7b", "32b", "72b")
 VARIANTS = ["-".join(filter(None, parts)) for parts in itertools.product(SIZES, ("", "lora"), ("", "stage1", "stage2"))]
 
 
-def bucket(prefix: int, segments: int, text: int, tail: int, images: int, windows: int) -> ConfigDict:
-    """Returns the columns of a batch; an image of 112 x 112 pixels takes one attention window."""
+def bucket(prefix: int, segments: int, text: int, tail: int, images: int, tokens: int) -> ConfigDict:
+    """Returns the columns of a batch; an image of 112 x 112 pixels takes 16 vision tokens."""
     return ConfigDict(
         {
             "prefix": prefix,
@@ -26,8 +26,8 @@ def bucket(prefix: int, segments: int, text: int, tail: int, images: int, window
             "text": text,
             "tail": tail,
             "images": images,
-            "image_windows": windows,
-            "helper_windows": windows if segments else 0,
+            "image_tokens": tokens,
+            "helper_tokens": tokens if segments else 0,
         }
     )
 
@@ -53,10 +53,10 @@ def get_config(variant: str = "7b") -> ConfigDict:
     config.data.update(system="You are a helpful assistant.", workers=4)
     config.data.buckets = ConfigDict(
         {
-            "plain": bucket(1536, segments=0, text=0, tail=0, images=1, windows=49),
-            "one_look": bucket(832, segments=1, text=0, tail=192, images=1, windows=16),
-            "few_looks": bucket(1280, segments=4, text=128, tail=256, images=2, windows=49),
-            "many_looks": bucket(2560, segments=8, text=256, tail=512, images=4, windows=49),
+            "plain": bucket(1536, segments=0, text=0, tail=0, images=1, tokens=784),
+            "one_look": bucket(832, segments=1, text=0, tail=192, images=1, tokens=256),
+            "few_looks": bucket(1280, segments=4, text=128, tail=256, images=2, tokens=784),
+            "many_looks": bucket(2560, segments=8, text=256, tail=512, images=4, tokens=784),
         }
     )
     published = {

@@ -169,9 +169,8 @@ def sweep_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def largest_bucket(config: RunConfig, model: Qwen2_5VL) -> str:
     """Returns the name of the bucket with the most columns and vision tokens."""
-    units = model.config.vision.window_units
-    buckets = config_buckets(config, "latent", units)
-    return max(buckets, key=lambda name: padded_tokens(buckets[name], units))
+    buckets = config_buckets(config, "latent")
+    return max(buckets, key=lambda name: padded_tokens(buckets[name]))
 
 
 def show(report: Report, topology: str, console: Console) -> None:

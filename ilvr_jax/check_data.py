@@ -30,6 +30,7 @@ from ilvr_jax.data.tokenizer import special_tokens
 from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.method.layout import Layout, required_layout
 from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.base import ImageGeometry
 from ilvr_jax.models.qwen2_5_vl.config import model_config
 from ilvr_jax.models.tensor_files import BadCheckpoint
 from ilvr_jax.reports.data_check import CONFIG_FILE, config_file, laid_out, sections, write_page
@@ -94,16 +95,16 @@ def check(options: argparse.Namespace) -> Survey:
         vision = model_config(config.model, len(tokenizer), pretrained and pretrained.published).vision
     with blame("tokenizer"):
         special = special_tokens(tokenizer)
-    views = make_views(config, options.config_file is not None, tokenizer, special, vision.window_units)
-    survey = take(source, views, vision.window_units, options.limit, config.data.workers)
+    views = make_views(config, options.config_file is not None, tokenizer, special)
+    survey = take(source, views, vision.geometry, options.limit, config.data.workers)
     needs = {need: int(samples) for need, (samples, _) in survey.needs().items()}
-    suggested = suggest_buckets(needs, vision.window_units)
+    suggested = suggest_buckets(needs)
     records = survey.usable + survey.left_out
     title = f"{options.file.name} ({config.data.source}): {records} records, {survey.usable} usable"
     remark = f"{config.latents.latent_size} slots a look, attention windows of {vision.window_size} pixels. " + (
         f"Checked with {options.config_file}." if options.config_file else WITHOUT_CONFIG
     )
-    found = sections(survey, suggested, vision.window_units)
+    found = sections(survey, suggested)
     written = ""
     if suggested:
         written = config_file(str(options.config_file or BASE), changes(options, survey), suggested)
@@ -117,7 +118,7 @@ def check(options: argparse.Namespace) -> Survey:
         say()
     if written:
         say(f"{CONFIG_FILE}\n\n{written}\n")
-    samples = choose_samples(survey, source, suggested, vision.window_units, options.samples, tokenizer, special)
+    samples = choose_samples(survey, source, suggested, vision.geometry, options.samples, tokenizer, special)
     write_page(options.out, title=title, remark=remark, sections=found, config=written, samples=samples)
     say(f"Written: {options.out}")
     return survey
@@ -136,7 +137,7 @@ def changes(options: argparse.Namespace, survey: Survey) -> dict[str, Any]:
 
 
 def make_views(
-    config: RunConfig, with_buckets: bool, tokenizer: PreTrainedTokenizerFast, special: SpecialTokens, units: int
+    config: RunConfig, with_buckets: bool, tokenizer: PreTrainedTokenizerFast, special: SpecialTokens
 ) -> list[View]:
     """Returns what stages make of records, those together that treat helper images alike; prompts alone for vsp."""
     build = {"tokenizer": tokenizer, "special": special}
@@ -146,7 +147,7 @@ def make_views(
     for treatment in TREATMENTS:
         if stages := [name for name, stage in config.stages.items() if stage.helper_images == treatment]:
             to_sample = functools.partial(build_example, settings=example_settings(config, treatment), **build)
-            buckets = config_buckets(config, treatment, units) if with_buckets else {}
+            buckets = config_buckets(config, treatment) if with_buckets else {}
             views.append(View(", ".join(stages), treatment, to_sample, buckets))
     return views
 
@@ -160,7 +161,7 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def take(source: Source, views: Sequence[View], window_units: int, limit: int | None, workers: int) -> Survey:
+def take(source: Source, views: Sequence[View], geometry: ImageGeometry, limit: int | None, workers: int) -> Survey:
     """Measures the records of a source, up to a limit, with a bar on stderr."""
     count = min(len(source), limit or len(source))
     survey = Survey(views)
@@ -168,7 +169,7 @@ def take(source: Source, views: Sequence[View], window_units: int, limit: int | 
     workers = workers if count >= ENOUGH_FOR_WORKERS else 0
     with (
         Progress(*columns, console=Console(stderr=True)) as bar,
-        contextlib.closing(measurements(source, views, window_units, count, workers)) as measured,
+        contextlib.closing(measurements(source, views, geometry, count, workers)) as measured,
     ):
         for number, one in enumerate(bar.track(measured, total=count)):
             survey.add(number, one)
@@ -189,7 +190,7 @@ def choose_samples(
     survey: Survey,
     source: Source,
     suggested: Mapping[str, Layout],
-    window_units: int,
+    geometry: ImageGeometry,
     count: int,
     tokenizer: PreTrainedTokenizerFast,
     special: SpecialTokens,
@@ -203,8 +204,8 @@ def choose_samples(
         record = source[numbers[place]]
         sample = view.to_sample(record, number=numbers[place])
         buckets = [*view.buckets.items(), *((f"the suggested {name}", layout) for name, layout in suggested.items())]
-        buckets.append(("no bucket", required_layout(sample, window_units)))
-        name, layout = buckets[find_bucket(sample, record.name, [layout for _, layout in buckets], window_units)]
+        buckets.append(("no bucket", required_layout(sample, geometry)))
+        name, layout = buckets[find_bucket(sample, record.name, [layout for _, layout in buckets], geometry)]
         chosen.append(laid_out(record.name, name, sample, layout, tokenizer, special))
     return chosen
 

@@ -183,7 +183,7 @@ class Work:
         if first_prompt is None:
             raise BadConfig(f"{self.data}: no record is left to ask")
         prompts = itertools.chain([first_prompt], prompts)
-        settings = fit_settings(prompts, self.options.batch_size, trained.model.config.vision.window_units)
+        settings = fit_settings(prompts, self.options.batch_size, trained.model.geometry)
         engine = Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer)
         asked: list[tuple[Key, Record]] = []
 

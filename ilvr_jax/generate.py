@@ -93,7 +93,7 @@ def prepare(options: argparse.Namespace, trained: TrainedModel) -> tuple[Engine,
         log_probabilities=options.log_probabilities,
         latent_vectors=options.latents is not None,
     )
-    settings = fit_settings([request], 1, trained.model.config.vision.window_units)
+    settings = fit_settings([request], 1, trained.model.geometry)
     engine = Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer)
     if refusal := engine.refusal(request):
         raise BadConfig(refusal)

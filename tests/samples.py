@@ -57,7 +57,7 @@ CONFIG = ModelConfig(
     mrope_section=(1, 1, 2),
     vision=VISION,
 )
-WINDOW_UNITS = VISION.window_units
+GEOMETRY = VISION.geometry
 
 
 def random_image(rng: np.random.Generator, rows: int, columns: int) -> PatchedImage:
@@ -129,7 +129,7 @@ def tiny_config(eval_data: Path | None = None) -> ConfigDict:
     exclude = (str(eval_data),) if eval_data else ()
     config.data.update(source="frozen_lake", image_scale=1.0, records=200, workers=0)
     config.data.frozen_lake = ConfigDict(dict(levels=(3,), max_moves=4, cell_pixels=28, exclude=exclude))
-    bucket = dict(prefix=120, segments=2, text=30, tail=30, images=1, image_windows=4, helper_windows=4)
+    bucket = dict(prefix=120, segments=2, text=30, tail=30, images=1, image_tokens=16, helper_tokens=16)
     config.data.buckets = ConfigDict(dict(small=bucket))
     for name in config.stages:
         config[name].update(steps=6, batch_size=4, accumulation=1)

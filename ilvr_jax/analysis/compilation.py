@@ -27,7 +27,7 @@ from ilvr_jax.inference.decode import generate
 from ilvr_jax.method.layout import NO_IMAGE, Batch, Layout, collate
 from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, model_config
-from ilvr_jax.models.qwen2_5_vl.images import EncodedImage
+from ilvr_jax.models.qwen2_5_vl.images import MERGE, EncodedImage
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.sharding import ROWS, check_mesh, divisor, make_mesh, on_mesh
 from ilvr_jax.training.loop import make_step
@@ -158,7 +158,7 @@ def compile_train_step(
     """
     settings = config.stages[stage]
     mesh = _mesh(config, model, devices)
-    layout = config_buckets(config, settings.helper_images, model.config.vision.window_units)[bucket]
+    layout = config_buckets(config, settings.helper_images)[bucket]
     cached = config.data.feature_cache and "vision" not in settings.train
     optimizer, step = make_step(config, stage, model, mesh)
     state = state_like(params_like(model, config, mesh), optimizer, settings, mesh)
@@ -178,8 +178,8 @@ def compile_train_step(
 def compile_decoding(config: RunConfig, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]) -> Report:
     """Compiles decoding as the config's `eval` section says, of prompts as long as a bucket's prefix."""
     mesh = _mesh(config, model, devices)
-    layout = config_buckets(config, "slots", model.config.vision.window_units)[bucket]
-    layout = Layout(prefix=layout.prefix, images=layout.images, image_windows=layout.image_windows, helper_windows=0)
+    layout = config_buckets(config, "slots")[bucket]
+    layout = Layout(prefix=layout.prefix, images=layout.images, image_tokens=layout.image_tokens, helper_tokens=0)
     settings = decode_settings(config)
     shards = divisor("rows", mesh)
     rows = -(-config.eval.batch_size // shards) * shards
@@ -247,7 +247,7 @@ def _communication(compiled: jax.stages.Compiled) -> list[Collective] | None:
 def batch_like(layout: Layout, rows: int, model: Qwen2_5VL, mesh: Mesh, cached: bool) -> Batch:
     """Returns shapes, dtypes and places of a batch, with images' features if they are `cached`."""
     features = EncodedImage(np.zeros((0, 0, model.config.hidden_size), jax.numpy.dtype(model.config.dtype)))
-    none = collate([], layout, SPECIAL, model.config.vision.window_units, features if cached else NO_IMAGE)
+    none = collate([], layout, SPECIAL, model.geometry, features if cached else NO_IMAGE)
     place = NamedSharding(mesh, PartitionSpec(ROWS))
     return jax.tree.map(lambda array: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=place), none)
 
@@ -277,8 +277,8 @@ def train_flops(
     if objective == "alignment":
         total += decoder_flops(config, layout.columns, labelled=0)
     if encodes:
-        windows = layout.images * layout.image_windows + layout.segments * layout.helper_windows
-        total += vision_flops(config, windows) * (3 if "vision" in train else 1)
+        tokens = layout.images * layout.image_tokens + layout.segments * layout.helper_tokens
+        total += vision_flops(config, tokens) * (3 if "vision" in train else 1)
     return float(rows * total)
 
 
@@ -291,10 +291,10 @@ def decoder_flops(config: ModelConfig, columns: int, labelled: int) -> float:
     return 2.0 * (weights * columns + attention + labelled * config.hidden_size * config.vocab_size)
 
 
-def vision_flops(config: ModelConfig, windows: int) -> float:
-    """Returns the multiplications and additions of the vision tower on one sample's windows of attention."""
+def vision_flops(config: ModelConfig, tokens: int) -> float:
+    """Returns the multiplications and additions of the vision tower on a sample's vision tokens, padding counted."""
     vision = config.vision
-    patches = windows * (2 * vision.window_units) ** 2
+    patches = MERGE**2 * tokens
     per_block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
     full = len(vision.fullatt_block_indexes)
     window_patches = (2 * vision.window_units) ** 2

@@ -152,8 +152,8 @@ class BucketConfig:
     text: int = setting("columns of the text after each look", 0, least=0, most=LONGEST)
     tail: int = setting("further columns for the last text", 0, least=0, most=LONGEST)
     images: int = setting("user images a sample", 1, least=0, most=LONGEST)
-    image_windows: int = setting("attention windows a user image", 1, least=0, most=LONGEST)
-    helper_windows: int = setting("attention windows a helper image", 1, least=0, most=LONGEST)
+    image_tokens: int = setting("vision tokens a user image, whole attention windows counted", 1, least=0, most=LONGEST)
+    helper_tokens: int = setting("vision tokens a helper image", 1, least=0, most=LONGEST)
 
 
 @dataclasses.dataclass(frozen=True)

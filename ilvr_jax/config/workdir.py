@@ -72,9 +72,29 @@ def read_config(workdir: Path) -> RunConfig:
     if not os.path.lexists(path) and not has_begun(workdir):
         raise BadConfig(f"{workdir} must be the workdir of a training run, but has no config.json")
     try:
-        return parse(read_object(path, BadConfig), complete=True)
+        return parse(_in_tokens(read_object(path, BadConfig), workdir), complete=True)
     except BadConfig as error:
         named = str(error) if str(path) in str(error) else f"{path}: {error}"
         raise BadConfig(
             f"{named}; restore it: the training command and its flags print it with --config.print=true"
         ) from error
+
+
+def _in_tokens(values: dict[str, Any], workdir: Path) -> dict[str, Any]:
+    """Return a config with the vision tokens of buckets, which earlier versions counted in attention windows."""
+    buckets = values.get("data", {}).get("buckets", {}) if isinstance(values.get("data"), dict) else {}
+    sections = [bucket for bucket in buckets.values() if isinstance(bucket, dict)] if isinstance(buckets, dict) else []
+    for bucket in sections:
+        for kind in ("image", "helper"):
+            windows = bucket.pop(f"{kind}_windows", None)
+            if isinstance(windows, int):
+                bucket[f"{kind}_tokens"] = windows * _window_tokens(values, workdir)
+    return values
+
+
+def _window_tokens(values: dict[str, Any], workdir: Path) -> int:
+    """Return the vision tokens of an attention window, of 28 pixels a side each."""
+    published = workdir / "pretrained" / "config.json"
+    vision = read_object(published, BadConfig).get("vision_config") if published.is_file() else None
+    vision = vision or values.get("model", {}).get("vision", {})
+    return (vision.get("window_size", 112) // 28) ** 2

@@ -15,6 +15,7 @@ from absl import flags
 from ilvr_jax.data.records import BadRecord, Record
 from ilvr_jax.method.layout import NO_IMAGE, Batch, Layout, Sample, collate, fits, required_layout
 from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.base import ImageGeometry
 from ilvr_jax.models.qwen2_5_vl.images import EncodedImage, PatchedImage
 
 PREFETCHED_BATCHES = 2
@@ -67,7 +68,7 @@ def make_iterator(
     batch_size: int,
     seed: int,
     special: SpecialTokens,
-    window_units: int,
+    geometry: ImageGeometry,
     workers: int = 0,
     on_bad_record: str = "error",
     no_image: PatchedImage | EncodedImage = NO_IMAGE,
@@ -97,14 +98,14 @@ def make_iterator(
         source=source,
         to_sample=to_sample,
         buckets=tuple(buckets),
-        window_units=window_units,
+        geometry=geometry,
         no_image=no_image,
     )
     records = shuffled_numbers(source, seed).map(load)
     grain.config.update("py_traceback_filtering", "off")  # it would add lines of its own to an error's sentence
     batches = BatchIterator(
         records,
-        functools.partial(collate, special=special, window_units=window_units, no_image=no_image),
+        functools.partial(collate, special=special, geometry=geometry, no_image=no_image),
         buckets,
         batch_size,
         workers,
@@ -162,14 +163,14 @@ def load_sample(
     source: Source,
     to_sample: Callable[..., Sample],
     buckets: Sequence[Layout],
-    window_units: int,
+    geometry: ImageGeometry,
     no_image: PatchedImage | EncodedImage = NO_IMAGE,
 ) -> Loaded:
     """Loads one record and finds its bucket; a bad record is returned as such, to be judged in the main process."""
     try:
         record = source[number]
         sample = to_sample(record, number=number)
-        bucket = find_bucket(sample, record.name, buckets, window_units)
+        bucket = find_bucket(sample, record.name, buckets, geometry)
         if any(type(image) is not type(no_image) for image in (*sample.images, *sample.helper_images)):
             raise BadRecord(
                 f"{record.name}: an image has no features, since it was another or unreadable when they were computed; "
@@ -180,12 +181,12 @@ def load_sample(
         return Loaded(number, problem=str(error))
 
 
-def find_bucket(sample: Sample, name: str, buckets: Sequence[Layout], window_units: int) -> int:
+def find_bucket(sample: Sample, name: str, buckets: Sequence[Layout], geometry: ImageGeometry) -> int:
     """Returns which of `buckets` a sample goes to, the first that holds it; raises BadRecord, naming it, if none."""
     for bucket, layout in enumerate(buckets):
-        if fits(sample, layout, window_units):
+        if fits(sample, layout, geometry):
             return bucket
-    raise BadRecord(f"{name}: {_too_large(required_layout(sample, window_units), buckets[-1])}")
+    raise BadRecord(f"{name}: {_too_large(required_layout(sample, geometry), buckets[-1])}")
 
 
 def stream(items: grain.MapDataset, workers: int) -> grain.DatasetIterator:
@@ -208,7 +209,7 @@ def _too_large(need: Layout, largest: Layout) -> str:
     """Says what of a sample does not fit; all its sizes where only their combination is too large."""
     rooms = {
         "images": (need.images, largest.images),
-        "attention windows an image": (need.image_windows, largest.image_windows),
+        "vision tokens an image": (need.image_tokens, largest.image_tokens),
     }
     if need.segments:
         last = max(0, largest.segments - need.segments + 1) * largest.text + largest.tail
@@ -218,7 +219,7 @@ def _too_large(need: Layout, largest: Layout) -> str:
             "slots a segment": (need.latent_size, largest.latent_size),
             "tokens between segments": (need.text, largest.text),
             "tokens after the last segment": (need.text + need.tail, last),
-            "attention windows a helper image": (need.helper_windows, largest.helper_windows),
+            "vision tokens a helper image": (need.helper_tokens, largest.helper_tokens),
         }
     else:
         rooms["tokens"] = (need.prefix, len(largest.text_columns))

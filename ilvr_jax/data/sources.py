@@ -75,14 +75,14 @@ def prompt_settings(config: RunConfig) -> ExampleSettings:
     )
 
 
-def config_buckets(config: RunConfig, helper_images: str, window_units: int) -> dict[str, Layout]:
+def config_buckets(config: RunConfig, helper_images: str) -> dict[str, Layout]:
     """Return the config's buckets by name for a stage's `helper_images`, the cheapest first.
 
     A sample goes to the first bucket that holds it.
     """
     size = config.latents.latent_size
     buckets = {name: Layout(latent_size=size, **vars(bucket)) for name, bucket in config.data.buckets.items()}
-    buckets = dict(sorted(buckets.items(), key=lambda item: (padded_tokens(item[1], window_units), item[0])))
+    buckets = dict(sorted(buckets.items(), key=lambda item: (padded_tokens(item[1]), item[0])))
     if helper_images != "latent":
-        return {name: dataclasses.replace(bucket, helper_windows=0) for name, bucket in buckets.items()}
+        return {name: dataclasses.replace(bucket, helper_tokens=0) for name, bucket in buckets.items()}
     return buckets

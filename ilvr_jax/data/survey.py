@@ -18,6 +18,7 @@ from ilvr_jax.data.pipeline import Source, find_bucket, stream
 from ilvr_jax.data.records import BadRecord, Record, Text
 from ilvr_jax.method.layout import Layout, Sample, merge_layouts, padded_tokens, required_layout
 from ilvr_jax.method.tokens import Role
+from ilvr_jax.models.base import ImageGeometry
 
 QUOTED = 3  # sentences of each reason
 MOST_REASONS = 1000  # that are counted apart
@@ -47,22 +48,24 @@ class Measured(NamedTuple):
 
 
 def measurements(
-    source: Source, views: Sequence[View], window_units: int, count: int, workers: int
+    source: Source, views: Sequence[View], geometry: ImageGeometry, count: int, workers: int
 ) -> grain.DatasetIterator[tuple[Measured, ...]]:
     """Returns what the first `count` records are under each view, worked out in `workers` processes or here."""
-    work = functools.partial(_measure_record, source=source, views=tuple(views), window_units=window_units)
+    work = functools.partial(_measure_record, source=source, views=tuple(views), geometry=geometry)
     return stream(grain.MapDataset.range(count).map(work), workers)
 
 
-def _measure_record(number: int, source: Source, views: Sequence[View], window_units: int) -> tuple[Measured, ...]:
+def _measure_record(
+    number: int, source: Source, views: Sequence[View], geometry: ImageGeometry
+) -> tuple[Measured, ...]:
     try:
         record = source[number]
     except BadRecord as error:
         return (Measured(str(error)),) * len(views)
-    return tuple(_measure(record, number, view, window_units) for view in views)
+    return tuple(_measure(record, number, view, geometry) for view in views)
 
 
-def _measure(record: Record, number: int, view: View, window_units: int) -> Measured:
+def _measure(record: Record, number: int, view: View, geometry: ImageGeometry) -> Measured:
     try:
         sample = view.to_sample(record, number=number)
     except BadRecord as error:
@@ -70,14 +73,14 @@ def _measure(record: Record, number: int, view: View, window_units: int) -> Meas
     bucket = problem = ""
     if view.buckets:
         try:
-            bucket = list(view.buckets)[find_bucket(sample, record.name, list(view.buckets.values()), window_units)]
+            bucket = list(view.buckets)[find_bucket(sample, record.name, list(view.buckets.values()), geometry)]
         except BadRecord as error:
             problem = str(error)
     images = [(image, position >= len(record.images)) for position, image in enumerate(sample.images)]
     images += [(image, True) for image in sample.helper_images]
     return Measured(
         problem,
-        required_layout(sample, window_units),
+        required_layout(sample, geometry),
         len(sample.tokens) + sum(image.vision_tokens for image, _ in images),
         bucket,
         _counts(record, sample, bool(view.helper_images)),
@@ -195,14 +198,14 @@ def round_up(need: Layout) -> Layout:
     return dataclasses.replace(need, **{side: rounded(getattr(need, side)) for side in ("prefix", "text", "tail")})
 
 
-def suggest_buckets(needs: Mapping[Layout, int], window_units: int, most: int = MOST_BUCKETS) -> dict[str, Layout]:
+def suggest_buckets(needs: Mapping[Layout, int], most: int = MOST_BUCKETS) -> dict[str, Layout]:
     """Returns up to `most` layouts with names, the cheapest first, that together hold all `needs` (samples by layout).
 
     The two whose union adds the least padding are merged, again and again.
     """
     groups: Counter[Layout] = Counter()
     members: defaultdict[Layout, list[Layout]] = defaultdict(list)
-    union, cost = functools.cache(merge_layouts), functools.cache(lambda layout: padded_tokens(layout, window_units))
+    union, cost = functools.cache(merge_layouts), functools.cache(padded_tokens)
 
     def padding(pair: tuple[Layout, Layout]) -> int:
         return sum(groups[layout] * (cost(union(pair)) - cost(layout)) for layout in pair)

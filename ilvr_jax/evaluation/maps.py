@@ -29,6 +29,7 @@ from ilvr_jax.inference.decode import Decoded, DecodeSettings, generate
 from ilvr_jax.inference.transcript import show_text, split_at_looks
 from ilvr_jax.method.layout import Batch, Sample, collate, merge_layouts, required_layout
 from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.base import ImageGeometry
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.sharding import divisor, fill_rows, place_rows
 from ilvr_jax.tasks.vsp_planning import (
@@ -185,7 +186,7 @@ def evaluate(
         tokenizer,
         special,
         prompt_settings(config),
-        model.config.vision.window_units,
+        model.geometry,
         config.eval.batch_size,
         config.seed,
         console,
@@ -210,7 +211,7 @@ def evaluate_maps(
     tokenizer: PreTrainedTokenizerFast,
     special: SpecialTokens,
     settings: ExampleSettings,
-    window_units: int,
+    geometry: ImageGeometry,
     batch_size: int,
     seed: int = 0,
     console: Console | None = None,
@@ -230,7 +231,7 @@ def evaluate_maps(
     samples = [build(record, number=number) for number, record in enumerate(records)]
     samples += [build(paint_holes_over(record), number=number) for number, record in enumerate(records)]
     tokens: dict[int, Int[np.ndarray, " time"]] = {}
-    batches = list(prompt_batches(samples, batch_size, special, window_units))
+    batches = list(prompt_batches(samples, batch_size, special, geometry))
     hidden = console is None or not console.is_terminal
     for members, batch in track(batches, "evaluating", console=console, disable=hidden, transient=True):
         seeds = np.array([_seed(seed, number) for number in batch.record], np.uint32)
@@ -246,7 +247,7 @@ def evaluate_maps(
 
 
 def prompt_batches(
-    samples: Sequence[Sample], batch_size: int, special: SpecialTokens, window_units: int
+    samples: Sequence[Sample], batch_size: int, special: SpecialTokens, geometry: ImageGeometry
 ) -> Iterator[tuple[list[int], Batch]]:
     """Yields batches of prompts, each with the indices of the samples in its rows.
 
@@ -259,12 +260,12 @@ def prompt_batches(
         buckets[max(SMALLEST_BUCKET, 1 << (len(sample.tokens) - 1).bit_length())].append(index)
     for _, members in sorted(buckets.items()):
         members.sort(key=lambda index: len(samples[index].tokens))
-        layout = merge_layouts([required_layout(samples[index], window_units) for index in members])
+        layout = merge_layouts([required_layout(samples[index], geometry) for index in members])
         rows = min(batch_size, len(members))
         for first in range(0, len(members), rows):
             here = members[first : first + rows]
             filled = [samples[index] for index in here + here[-1:] * (rows - len(here))]
-            yield here, collate(filled, layout, special, window_units)
+            yield here, collate(filled, layout, special, geometry)
 
 
 def _seed(seed: int, number: int) -> int:

@@ -49,9 +49,10 @@ from ilvr_jax.inference.sampling import Sampling, check_whole
 from ilvr_jax.inference.transcript import show_look, show_text, split_at_looks
 from ilvr_jax.method.layout import NO_IMAGE, Sample
 from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.base import ImageGeometry
 from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.qwen2_5_vl.decoder import split_layers
-from ilvr_jax.models.qwen2_5_vl.images import MERGE, EncodedImage, stack_images, window_count
+from ilvr_jax.models.qwen2_5_vl.images import MERGE, EncodedImage
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.qwen2_5_vl.positions import mrope_positions
 
@@ -59,7 +60,7 @@ UNLIMITED = np.iinfo(np.int32).max
 STEPS = 32  # tokens that rows write between two looks at them from the host, if none of them stops
 WIDEST_CHUNK = 512  # prompt tokens prefilled at a time
 COLUMN_STEP = 16  # sizes that are chosen from data are rounded up to multiples of this
-MOST_SIZES = 3  # chunk sizes, and numbers of windows an image: each is compiled
+MOST_SIZES = 3  # chunk sizes, and rooms of images: each is compiled
 IMAGES_KEPT = 64  # images whose vision tokens are kept for requests to come
 PICTURES = 6  # of one answer, that room is made for if nothing else is said
 
@@ -76,7 +77,7 @@ class EngineSettings:
     columns: int  # tokens of a request, prompt, new ones and pictures together
     max_new_tokens: int  # of any request
     chunks: tuple[int, ...]  # prompt tokens prefilled at a time, ascending
-    image_windows: tuple[int, ...]  # attention windows that images are padded to, ascending
+    image_tokens: tuple[int, ...]  # vision tokens that images are padded to, ascending
     latent_vectors: bool = False  # whether the inputs of slots are kept, for requests that ask for them
     share_prefixes: bool = True  # whether prompts take over what others begin with, too
 
@@ -84,7 +85,7 @@ class EngineSettings:
         for name in ("rows", "columns", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("chunks", "image_windows"):
+        for name in ("chunks", "image_tokens"):
             sizes = getattr(self, name)
             if list(sizes) != sorted(set(sizes)) or not all(size >= 1 for size in sizes):
                 raise ValueError(f"{name} must be ascending numbers from 1, got {sizes}")
@@ -132,7 +133,7 @@ class Engine:
         self._vision = jax.tree_util.tree_map_with_path(self._in_dtype, params["vision"])
         decoder = jax.tree_util.tree_map_with_path(self._in_dtype, decoder_params(params))
         self._decoder = split_layers(decoder, outputs_first=settings.rows > 1)
-        self._window_units = model.config.vision.window_units
+        self._geometry = model.geometry
         self._in_use = threading.Lock()
         self._features: dict[bytes, Array] = {}  # of images, the longest unused first
         self._empty()
@@ -142,7 +143,7 @@ class Engine:
         model, settings = self._model, self.settings
         self._rows = empty_rows(model, settings.rows, settings.max_new_tokens, settings.latent_vectors)
         self._cache = empty_cache(model, settings.rows, settings.columns)
-        units = max(settings.image_windows, default=0) * self._window_units**2
+        units = max(settings.image_tokens, default=0)
         places = settings.columns + max(units, settings.chunks[-1])  # nothing is pushed back from the end
         self._vision_inputs = jnp.zeros((places, model.config.hidden_size), model.config.dtype)
         self._served: list[_Served | None] = [None] * settings.rows
@@ -184,8 +185,8 @@ class Engine:
         """Compiles all that requests can need. Rows forget the prompts they hold. Raises EngineInUse."""
         row = np.int32(0)
         with self._held():
-            for windows in self.settings.image_windows:
-                self._place(self._encode(NO_IMAGE, windows), 0)
+            for tokens in self.settings.image_tokens:
+                self._place(self._encode(NO_IMAGE, tokens), 0)
             for size in self.settings.chunks:
                 hidden = self._prefill(0, 0, np.zeros(1, np.int32), np.zeros((3, 1), np.int32), size)
             self._cache = copy_row(self._cache, row, row)
@@ -254,15 +255,15 @@ class Engine:
                 f"the prompt must have at most {room} tokens beside {request.max_new_tokens} new ones, got {length}"
             )
         for image in request.prompt.images:
-            self._check_windows(image)
+            self._check_size(image)
 
-    def _check_windows(self, image: Picture) -> None:
+    def _check_size(self, image: Picture) -> None:
         """Raises ValueError, one sentence, for an image that is larger than the engine was made for."""
-        largest, side = max(self.settings.image_windows, default=0), self._window_units
-        if window_count(image, side) > largest:
+        largest, room = max(self.settings.image_tokens, default=0), self._geometry.room(image)
+        if room > largest:
             raise ValueError(
-                f"an image must take at most {largest} windows of {side}x{side} vision tokens, got "
-                f"{window_count(image, side)} for {image.width // MERGE}x{image.height // MERGE}"
+                f"an image must take at most {largest} vision tokens, whole attention windows counted, got {room} for "
+                f"{image.width // MERGE}x{image.height // MERGE}"
             )
 
     def _admit(self, number: int, request: Request, taken: float) -> None:
@@ -314,21 +315,17 @@ class Engine:
         digest = image_digest(image)
         features = self._features.pop(digest, None)
         if features is None:
-            needed = window_count(image, self._window_units)
-            features = self._encode(image, next(size for size in self.settings.image_windows if size >= needed))
+            needed = self._geometry.room(image)
+            features = self._encode(image, next(size for size in self.settings.image_tokens if size >= needed))
         self._features[digest] = features
         if len(self._features) > IMAGES_KEPT:
             self._features.pop(next(iter(self._features)))
         return features
 
-    def _encode(self, image: Picture, windows: int) -> Float[Array, "units channels"]:
+    def _encode(self, image: Picture, tokens: int) -> Float[Array, "units channels"]:
+        batch = self._geometry.stack([[image]], 1, tokens, image)
         if isinstance(image, EncodedImage):
-            units = windows * self._window_units**2
-            rows = image.features.reshape(image.vision_tokens, -1)
-            padded = np.pad(rows, [(0, units - len(rows)), (0, 0)])
-            return jnp.asarray(padded, self._model.config.dtype)
-        patch_dim = image.pixels.shape[-1]
-        batch = stack_images([[image]], 1, windows, self._window_units, patch_dim, image.pixels.dtype)
+            return jnp.asarray(batch.features[0, 0], self._model.config.dtype)
         return encode_image(self._model, self._vision, batch)
 
     def _place(self, features: Float[Array, "units channels"], column: int) -> None:
@@ -454,7 +451,7 @@ class Engine:
         tokens = np.array(tokens, np.int32)
         room = self.settings.columns - length - (served.request.max_new_tokens - count)
         try:
-            self._check_windows(image)
+            self._check_size(image)
             if len(tokens) > room:
                 raise ValueError(
                     f"picture {len(served.looks) + 1} must take at most {room} tokens here, got {len(tokens)}"
@@ -549,14 +546,14 @@ def image_digest(image: Picture) -> bytes:
 
 
 def fit_settings(
-    requests: Iterable[Request], rows: int, window_units: int, pictures: int = PICTURES, **changes
+    requests: Iterable[Request], rows: int, geometry: ImageGeometry, pictures: int = PICTURES, **changes
 ) -> EngineSettings:
     """Returns settings that hold all `requests`, with few sizes that leave little padding; `changes` go on top.
 
     An answer by "pixels" gets room for so many `pictures` of the size of its prompt's largest image. Requests that no
     engine can serve are skipped. Raises ValueError if there are no others.
     """
-    lengths, windows, columns, most, count, latents = [], [], 0, 0, 0, False
+    lengths, rooms, columns, most, count, latents = [], [], 0, 0, 0, False
     for request in requests:
         try:
             check_request(request)
@@ -566,7 +563,7 @@ def fit_settings(
         sizes = [len(request.prompt.tokens)]
         if request.method == "pixels":
             sizes += [4 + max((image.vision_tokens for image in images), default=0)] * pictures
-        windows += [window_count(image, window_units) for image in images]
+        rooms += map(geometry.room, images)
         lengths += sizes[:2]
         columns = max(columns, sum(sizes) + request.max_new_tokens)
         most, count = max(most, request.max_new_tokens), count + 1
@@ -580,7 +577,7 @@ def fit_settings(
         "columns": _rounded(columns),
         "max_new_tokens": most,
         "chunks": few_sizes([*rests, widest]),
-        "image_windows": few_sizes(windows),
+        "image_tokens": few_sizes(rooms),
         "latent_vectors": latents,
     }
     return EngineSettings(**settings | changes)

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int8
 
 from ilvr_jax.method.tokens import Role, SpecialTokens, answer_labels, token_roles
+from ilvr_jax.models.base import ImageGeometry, PositionIds
 from ilvr_jax.models.qwen2_5_vl.images import (
     MERGE,
     STILL_PATCH_DIM,
@@ -24,9 +25,6 @@ from ilvr_jax.models.qwen2_5_vl.images import (
     FeatureBatch,
     ImageBatch,
     PatchedImage,
-    stack_features,
-    stack_images,
-    window_count,
 )
 from ilvr_jax.models.qwen2_5_vl.positions import mrope_positions
 
@@ -41,8 +39,8 @@ class Layout:
     tail: int = 0  # further columns for the last text
     latent_size: int = 0  # K, slots a segment; a sample may use fewer
     images: int = 1  # user images a sample
-    image_windows: int = 1  # attention windows a user image
-    helper_windows: int = 1  # attention windows a helper image
+    image_tokens: int = 1  # vision tokens a user image, the padding of the backbone's layout included
+    helper_tokens: int = 1  # vision tokens a helper image
 
     @property
     def columns(self) -> int:
@@ -65,10 +63,9 @@ class Layout:
         return np.searchsorted(self.slot_columns[:, -1], np.arange(self.columns)).astype(np.int32)
 
 
-def padded_tokens(layout: Layout, window_units: int) -> int:
-    """Returns what a row of the layout costs: its columns and the vision tokens that its images have room for."""
-    windows = layout.images * layout.image_windows + layout.segments * layout.helper_windows
-    return layout.columns + windows * window_units**2
+def padded_tokens(layout: Layout) -> int:
+    """Return what a row of the layout costs: its columns and the vision tokens that its images have room for."""
+    return layout.columns + layout.images * layout.image_tokens + layout.segments * layout.helper_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Sample:
     tokens: Int[np.ndarray, " time"]
     labels: Int[np.ndarray, " time"]  # the token itself where it carries loss, else -100
     roles: Int8[np.ndarray, " time"]
-    positions: Int[np.ndarray, "3 time"]
+    positions: Int[np.ndarray, "axes time"]
     images: tuple[PatchedImage, ...] | tuple[EncodedImage, ...]
     helper_images: tuple[PatchedImage, ...] | tuple[EncodedImage, ...]
     slot_starts: tuple[int, ...]  # index of each segment's first slot
@@ -93,7 +90,7 @@ class Batch:
     tokens: Int[jax.Array, "rows columns"]
     targets: Int[jax.Array, "rows columns"]  # the token that follows, -100 where it carries no loss
     roles: Int8[jax.Array, "rows columns"]
-    positions: Int[jax.Array, "rows 3 columns"]
+    positions: Int[jax.Array, "rows axes columns"]
     image_index: Int[jax.Array, "rows columns"]  # which of the row's vision features stands here, -1 for none
     images: ImageBatch | FeatureBatch  # leading axes [rows, images]
     helper_images: ImageBatch | FeatureBatch  # leading axes [rows, segments]
@@ -112,6 +109,7 @@ def build_sample(
     special: SpecialTokens,
     latent_size: int,
     record: int = 0,
+    position_ids: PositionIds = mrope_positions,
 ) -> Sample:
     """Works out roles, labels, positions and slots of a token sequence.
 
@@ -138,7 +136,7 @@ def build_sample(
         tokens=tokens,
         labels=answer_labels(tokens, special),
         roles=token_roles(tokens, special),
-        positions=mrope_positions(tokens, grids, special.image_pad),
+        positions=position_ids(tokens, grids, special.image_pad),
         images=tuple(images),
         helper_images=tuple(helper_images),
         slot_starts=slot_starts,
@@ -147,7 +145,7 @@ def build_sample(
     )
 
 
-def required_layout(sample: Sample, window_units: int) -> Layout:
+def required_layout(sample: Sample, geometry: ImageGeometry) -> Layout:
     """Returns the smallest layout that holds the sample."""
     size, starts = sample.latent_size, sample.slot_starts
     ends = [start + size for start in starts]
@@ -161,8 +159,8 @@ def required_layout(sample: Sample, window_units: int) -> Layout:
         tail=max(0, last - text),
         latent_size=size,
         images=len(sample.images),
-        image_windows=max((window_count(image, window_units) for image in sample.images), default=0),
-        helper_windows=max((window_count(image, window_units) for image in sample.helper_images), default=0),
+        image_tokens=max(map(geometry.room, sample.images), default=0),
+        helper_tokens=max(map(geometry.room, sample.helper_images), default=0),
     )
 
 
@@ -184,10 +182,10 @@ def merge_layouts(layouts: Sequence[Layout]) -> Layout:
     return Layout(**{**widest, "prefix": prefix}, tail=tail)
 
 
-def fits(sample: Sample, layout: Layout, window_units: int) -> bool:
+def fits(sample: Sample, layout: Layout, geometry: ImageGeometry) -> bool:
     """Says whether the layout holds the sample."""
-    need = required_layout(sample, window_units)
-    if need.images > layout.images or need.image_windows > layout.image_windows:
+    need = required_layout(sample, geometry)
+    if need.images > layout.images or need.image_tokens > layout.image_tokens:
         return False
     if not need.segments:
         return need.prefix <= len(layout.text_columns)
@@ -196,7 +194,7 @@ def fits(sample: Sample, layout: Layout, window_units: int) -> bool:
     return (
         need.latent_size <= layout.latent_size
         and need.segments <= layout.segments
-        and need.helper_windows <= layout.helper_windows
+        and need.helper_tokens <= layout.helper_tokens
         and need.prefix <= layout.prefix
         and between <= layout.text
         and last <= (layout.segments - need.segments + 1) * layout.text + layout.tail
@@ -237,7 +235,7 @@ def collate(
     samples: Sequence[Sample],
     layout: Layout,
     special: SpecialTokens,
-    window_units: int,
+    geometry: ImageGeometry,
     no_image: PatchedImage | EncodedImage = NO_IMAGE,
 ) -> Batch:
     """Lays samples out as one batch of numpy arrays.
@@ -250,7 +248,8 @@ def collate(
     tokens = np.full((rows, columns), special.pad, np.int32)
     targets = np.full((rows, columns), -100, np.int32)
     roles = np.zeros((rows, columns), np.int8)
-    positions = np.zeros((rows, 3, columns), np.int32)
+    axes = samples[0].positions.shape[0] if samples else 3
+    positions = np.zeros((rows, axes, columns), np.int32)
     image_index = np.full((rows, columns), -1, np.int32)
     for row, sample in enumerate(samples):
         place = sample_columns(sample, layout)
@@ -258,16 +257,14 @@ def collate(
         targets[row, place[:-1]] = sample.labels[1:]
         roles[row, place] = sample.roles
         positions[row][:, place] = sample.positions
-        capacity = layout.image_windows * window_units**2
-        features = [number * capacity + np.arange(image.vision_tokens) for number, image in enumerate(sample.images)]
+        features = [
+            number * layout.image_tokens + np.arange(image.vision_tokens) for number, image in enumerate(sample.images)
+        ]
         image_index[row, place[sample.roles == Role.IMAGE]] = np.concatenate([np.zeros(0, int), *features])
     kind = next((image for sample in samples for image in (*sample.images, *sample.helper_images)), no_image)
-    stack_kind = stack_features if isinstance(kind, EncodedImage) else stack_images
-    channels, dtype = kind[0].shape[-1], kind[0].dtype
 
-    def stack(name: str, per_row: int, windows: int) -> ImageBatch | FeatureBatch:
-        images = [list(getattr(sample, name)) for sample in samples]
-        return stack_kind(images, per_row, windows, window_units, channels, dtype)
+    def stack(name: str, per_row: int, room: int) -> ImageBatch | FeatureBatch:
+        return geometry.stack([getattr(sample, name) for sample in samples], per_row, room, kind)
 
     return Batch(
         tokens=tokens,
@@ -275,8 +272,8 @@ def collate(
         roles=roles,
         positions=positions,
         image_index=image_index,
-        images=stack("images", layout.images, layout.image_windows),
-        helper_images=stack("helper_images", layout.segments, layout.helper_windows),
+        images=stack("images", layout.images, layout.image_tokens),
+        helper_images=stack("helper_images", layout.segments, layout.helper_tokens),
         record=np.array([sample.record for sample in samples], np.int32),
         layout=layout,
     )

@@ -35,7 +35,7 @@ REASONS = 20
 SHOWN_TOKENS = 2000  # of a run of text in a sample
 SHOWN_PIXELS = 560  # a side of a picture in a sample
 QUANTILES = {"least": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "most": 1.0}
-SIDES = ("prefix", "segments", "text", "tail", "images", "image_windows", "helper_windows")
+SIDES = ("prefix", "segments", "text", "tail", "images", "image_tokens", "helper_tokens")
 KINDS = {Role.PADDING: "padding", Role.PROMPT: "prompt", Role.IMAGE: "image", Role.MARKER: "marker"}
 KINDS |= {Role.ANSWER: "answer"}
 
@@ -62,15 +62,15 @@ class Section(NamedTuple):
         return table
 
 
-def sections(survey: Survey, suggested: Mapping[str, Layout], window_units: int) -> list[Section]:
+def sections(survey: Survey, suggested: Mapping[str, Layout]) -> list[Section]:
     """Returns the tables of a survey; what there is nothing to say about is left out."""
     found = [quantities(view, tally) for view, tally in survey.distinct()]
     found.append(image_sizes(survey.tallies[0].images))
     for view, tally in zip(survey.views, survey.tallies, strict=True):
         filled = ((bucket, pair) for (bucket, _), pair in tally.filled.items())
-        found.append(bucket_table(f"Buckets of the config in {view.stages}", view.buckets, filled, window_units))
+        found.append(bucket_table(f"Buckets of the config in {view.stages}", view.buckets, filled))
     filled = ((first_holding(need, suggested), pair) for need, pair in survey.needs().items())
-    found.append(bucket_table("Suggested buckets", suggested, filled, window_units))
+    found.append(bucket_table("Suggested buckets", suggested, filled))
     reasons = []
     for why, count in survey.reasons.most_common(REASONS):
         reasons += [(str(count), why), *(("", f"- {sentence}") for sentence in survey.sentences[why])]
@@ -124,7 +124,7 @@ def image_sizes(images: Counter[tuple[int, int, bool]]) -> Section:
 
 
 def bucket_table(
-    title: str, buckets: Mapping[str, Layout], filled: Iterable[tuple[str, Int[np.ndarray, " pair"]]], window_units: int
+    title: str, buckets: Mapping[str, Layout], filled: Iterable[tuple[str, Int[np.ndarray, " pair"]]]
 ) -> Section:
     """Returns the table of buckets with their samples, and the share of the batches that their tokens do not fill.
 
@@ -135,7 +135,7 @@ def bucket_table(
         sums[name] += pair
 
     def share(names: Iterable[str]) -> str:
-        padded = sum(sums[name][0] * padded_tokens(buckets[name], window_units) for name in names)
+        padded = sum(sums[name][0] * padded_tokens(buckets[name]) for name in names)
         return f"{1 - sum(sums[name][1] for name in names) / padded:.0%}" if padded else "–"
 
     rows = [

@@ -27,10 +27,10 @@ from ilvr_jax.training.vision_features import complete_features, open_features
 def open_iterator(run: Run, stage: str, seed: int, vision: PyTree) -> grain.DatasetIterator:
     """Returns the endless batches of a stage, with kept features of images if it has them; see `with_features`."""
     data, helper_images = run.config.data, run.config.stages[stage].helper_images
-    window_units = run.model.config.vision.window_units
+    geometry = run.model.geometry
     settings = example_settings(run.config, helper_images)
     with blame("data"):
-        buckets = list(config_buckets(run.config, helper_images, window_units).values())
+        buckets = list(config_buckets(run.config, helper_images).values())
     if data.feature_cache and "vision" not in run.config.stages[stage].train:
         settings = with_features(run, stage, settings, buckets, vision)
     with blame("data"):
@@ -41,7 +41,7 @@ def open_iterator(run: Run, stage: str, seed: int, vision: PyTree) -> grain.Data
             run.config.stages[stage].batch_size,
             seed,
             run.special,
-            window_units,
+            geometry,
             data.workers,
             data.on_bad_record,
             settings.features.no_image if settings.features else NO_IMAGE,

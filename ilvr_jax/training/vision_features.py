@@ -18,12 +18,12 @@ from ilvr_jax.data.features import FeatureStore, image_key
 from ilvr_jax.data.pipeline import Source, stream
 from ilvr_jax.data.records import BadRecord, Text
 from ilvr_jax.method.layout import Layout
-from ilvr_jax.models.qwen2_5_vl.images import PatchedImage, stack_images, window_count
+from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.progress import Progress
 
 VERSION = 1  # of what is computed and how it is stored
-BATCH_WINDOWS = 64  # attention windows that are encoded at a time, or those of one image
+BATCH_TOKENS = 1024  # vision tokens that are encoded at a time, or those of one image
 FILE_BYTES = 2**28  # of features that one file holds; a process that dies loses no more than these
 
 
@@ -64,12 +64,12 @@ def complete_features(
     """Adds to the store what it lacks of the source's images, and returns how many that were.
 
     Images that cannot be read, or are too large for every bucket, stay out: training says so. The vision tower is
-    compiled once for each number of attention windows that `buckets` have room for.
+    compiled once for each size of an image that `buckets` have room for.
     """
     for name in store.repair():
         progress.say(f"features: {store.folder / name} was damaged, its images are encoded again")
-    rooms = sorted({room for bucket in buckets for room in (bucket.image_windows, bucket.helper_windows) if room})
-    encode, window_units = jax.jit(model.encode_images), model.config.vision.window_units
+    rooms = sorted({room for bucket in buckets for room in (bucket.image_tokens, bucket.helper_tokens) if room})
+    encode, geometry = jax.jit(model.encode_images), model.geometry
     pending: dict[int, dict[str, PatchedImage]] = {room: {} for room in rooms}
     features: dict[str, np.ndarray] = {}
     added: set[str] = set()
@@ -78,9 +78,7 @@ def complete_features(
         images, pending[room] = pending[room], {}
         rows = [[image] for image in images.values()]
         rows += [[]] * (batch_size(room) - len(rows))  # one shape, so one compilation
-        encoded = np.asarray(
-            encode(vision, stack_images(rows, 1, room, window_units, rows[0][0].pixels.shape[1], np.uint8))
-        )
+        encoded = np.asarray(encode(vision, geometry.stack(rows, 1, room, rows[0][0])))
         for (key, image), units in zip(images.items(), encoded[:, 0], strict=False):
             shape = image.height // 2, image.width // 2, -1
             features[key] = units[: image.vision_tokens].reshape(shape).copy()
@@ -89,7 +87,7 @@ def complete_features(
             features.clear()
 
     for key, image in new_images(store, source, settings, workers, progress):
-        room = next((room for room in rooms if window_count(image, window_units) <= room), None)
+        room = next((room for room in rooms if geometry.room(image) <= room), None)
         if room is None or key in added:
             continue
         added.add(key)
@@ -105,8 +103,8 @@ def complete_features(
 
 
 def batch_size(room: int) -> int:
-    """Returns how many images of so many attention windows are encoded at a time."""
-    return max(1, BATCH_WINDOWS // room)
+    """Return how many images of `room` vision tokens are encoded at a time."""
+    return max(1, BATCH_TOKENS // room)
 
 
 def new_images(

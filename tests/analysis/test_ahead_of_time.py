@@ -56,7 +56,7 @@ def test_a_pass_costs_what_the_compiler_counts():
 
 
 def test_what_learns_costs_two_more_passes_and_what_does_not_one():
-    layout = Layout(prefix=128, images=1, image_windows=4)
+    layout = Layout(prefix=128, images=1, image_tokens=16)
     full = train_flops(WIDE, "text", ("decoder",), layout, 2, encodes=False)
     forward = 2 * decoder_flops(WIDE, 128, 128)
     assert full == 3 * forward

@@ -57,12 +57,12 @@ def answers(folder):
     trained = open_trained(str(folder))
     prompt = build_prompt(Record(QUESTION, (), ()), trained.tokenizer, trained.special, trained.prompts)
     request = Request(prompt, NEW_TOKENS, 4, method="text")
-    units = trained.model.config.vision.window_units
+    geometry = trained.model.geometry
     engine = Engine(
-        trained.model, trained.params, trained.special, fit_settings([request], 1, units), trained.tokenizer
+        trained.model, trained.params, trained.special, fit_settings([request], 1, geometry), trained.tokenizer
     )
     (answer,) = engine.answer([request])
-    batch = collate([prompt], required_layout(prompt, units), trained.special, units)
+    batch = collate([prompt], required_layout(prompt, geometry), trained.special, geometry)
     how = DecodeSettings(NEW_TOKENS, 4)
     tokens, lengths = generate(trained.model, trained.params, batch, np.zeros(1, np.uint32), how, trained.special)
     return trained, answer, tokens[0, : int(lengths[0])].tolist(), prompt.tokens

@@ -38,7 +38,7 @@ from ilvr_jax.method.layout import fits, merge_layouts, padded_tokens, required_
 from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
 from ilvr_jax.reports.data_check import bucket_table, config_file, histogram, laid_out, pieces, quantile
 from tests.paths import REPOSITORY
-from tests.samples import WINDOW_UNITS, random_sample
+from tests.samples import GEOMETRY, random_sample
 
 MIRAGE = REPOSITORY / "tests" / "data" / "mirage" / "sample.jsonl"
 MAPS = REPOSITORY / "tests" / "data" / "vsp_planning" / "test.jsonl"
@@ -144,12 +144,12 @@ def test_buckets_take_what_the_pipeline_puts_in_them(folder, capsys):
     left_out = set()
     for stage in config.stages:
         treatment = config.stages[stage].helper_images
-        buckets = config_buckets(config, treatment, 2)
+        buckets = config_buckets(config, treatment)
         examples = example_settings(config, treatment)
         build = functools.partial(
             build_example, tokenizer=tokenizer, special=special_tokens(tokenizer), settings=examples
         )
-        loaded = [load_sample(number, source, build, list(buckets.values()), 2) for number in range(12)]
+        loaded = [load_sample(number, source, build, list(buckets.values()), GEOMETRY) for number in range(12)]
         left_out |= {one.number for one in loaded if one.sample is None}
         table = cells(printed, f"Buckets of the config in {stage}")
         for place, (name, bucket) in enumerate(buckets.items()):
@@ -157,7 +157,7 @@ def test_buckets_take_what_the_pipeline_puts_in_them(folder, capsys):
             real = sum(
                 len(one.tokens) + sum(i.vision_tokens for i in one.images + one.helper_images) for one in members
             )
-            share = f"{1 - real / (len(members) * padded_tokens(bucket, 2)):.0%}" if members else "–"
+            share = f"{1 - real / (len(members) * padded_tokens(bucket)):.0%}" if members else "–"
             assert table[name][-2:] == [str(len(members)), share], (stage, name)
         missing = sum(one.sample is None for one in loaded)
         assert table.get("none", ["0"])[-1] == str(missing) and table["all"][-2] == "12"
@@ -168,14 +168,14 @@ def test_buckets_take_what_the_pipeline_puts_in_them(folder, capsys):
     config = parse(load_config(save_config(printed, folder)))
     for stage in config.stages:
         treatment = config.stages[stage].helper_images
-        buckets = list(config_buckets(config, treatment, 2).values())
+        buckets = list(config_buckets(config, treatment).values())
         build = functools.partial(
             build_example,
             tokenizer=tokenizer,
             special=special_tokens(tokenizer),
             settings=example_settings(config, treatment),
         )
-        assert all(load_sample(number, source, build, buckets, 2).sample is not None for number in range(12))
+        assert all(load_sample(number, source, build, buckets, GEOMETRY).sample is not None for number in range(12))
 
 
 SHAPES = st.tuples(
@@ -194,30 +194,30 @@ def test_suggested_buckets_hold_every_sample(shapes, most):
         random_sample(rng, tuple(texts), 3, tuple(images), (helper,) * (len(texts) - 1))
         for texts, images, helper in shapes
     ]
-    needs = Counter(round_up(required_layout(sample, WINDOW_UNITS)) for sample in samples)
-    buckets = suggest_buckets(needs, WINDOW_UNITS, most)
+    needs = Counter(round_up(required_layout(sample, GEOMETRY)) for sample in samples)
+    buckets = suggest_buckets(needs, most)
     assert 1 <= len(buckets) <= most
-    costs = [padded_tokens(bucket, WINDOW_UNITS) for bucket in buckets.values()]
+    costs = [padded_tokens(bucket) for bucket in buckets.values()]
     assert costs == sorted(costs)
     for sample in samples:
-        name = first_holding(round_up(required_layout(sample, WINDOW_UNITS)), buckets)
-        assert fits(sample, buckets[name], WINDOW_UNITS)
+        name = first_holding(round_up(required_layout(sample, GEOMETRY)), buckets)
+        assert fits(sample, buckets[name], GEOMETRY)
     for bucket in buckets.values():
         assert all(getattr(bucket, side) % 8 == 0 for side in ("prefix", "text", "tail"))
     # No worse than one bucket for all.
     one = merge_layouts(list(needs))
     padded = sum(count * costs[list(buckets).index(first_holding(need, buckets))] for need, count in needs.items())
-    assert padded <= needs.total() * padded_tokens(one, WINDOW_UNITS)
+    assert padded <= needs.total() * padded_tokens(one)
 
 
 def test_more_buckets_for_samples_that_differ(monkeypatch):
     rng = np.random.default_rng(0)
     sizes = ((100,), (5, 5, 5), (5, 5, 5))
-    needs = Counter(round_up(required_layout(random_sample(rng, texts), WINDOW_UNITS)) for texts in sizes)
-    buckets = suggest_buckets(needs, WINDOW_UNITS)
+    needs = Counter(round_up(required_layout(random_sample(rng, texts), GEOMETRY)) for texts in sizes)
+    buckets = suggest_buckets(needs)
     assert sorted(bucket.segments for bucket in buckets.values()) == [0, 2]
     assert config_file("configs/base.py", {}, buckets).count("dict(prefix=") == 2
-    assert suggest_buckets({}, WINDOW_UNITS) == {} and len(suggest_buckets(needs, WINDOW_UNITS, most=1)) == 1
+    assert suggest_buckets({}) == {} and len(suggest_buckets(needs, most=1)) == 1
 
 
 def test_what_is_wrong_is_counted_by_kind(folder, capsys, monkeypatch):
@@ -314,7 +314,7 @@ def test_a_sample_is_laid_out_in_the_order_of_its_columns():
     tokenizer = train_tokenizer(record_texts(source))
     special = special_tokens(tokenizer)
     sample = build_example(source[1], tokenizer, special, ExampleSettings(latent_size=4))
-    layout = dataclasses.replace(required_layout(sample, 2), segments=2, text=8, latent_size=6)
+    layout = dataclasses.replace(required_layout(sample, GEOMETRY), segments=2, text=8, latent_size=6)
     shown = laid_out("name", "bucket", sample, layout, tokenizer, special)
     runs = shown["runs"]
     assert [run["first"] for run in runs] == list(np.cumsum([0, *(run["count"] for run in runs)])[:-1])
@@ -444,8 +444,8 @@ def test_the_printed_config_trains_on_the_data(folder, capsys, flags):
     for stage in config.stages:
         settings, build = example_settings(config, config.stages[stage].helper_images), special_tokens(tokenizer)
         to_sample = functools.partial(build_example, tokenizer=tokenizer, special=build, settings=settings)
-        buckets = list(config_buckets(config, config.stages[stage].helper_images, 2).values())
-        loaded = [load_sample(number, source, to_sample, buckets, 2) for number in range(len(source))]
+        buckets = list(config_buckets(config, config.stages[stage].helper_images).values())
+        loaded = [load_sample(number, source, to_sample, buckets, GEOMETRY) for number in range(len(source))]
         assert len(loaded) == 2 and all(one.sample is not None for one in loaded)
 
 
@@ -511,7 +511,7 @@ def test_the_settings_of_a_config_are_used(folder, capsys):
     path = write_records(folder, *[{}] * 3)
     flags = [f"--config={CONFIG}", "--config.data.image_scale=2", "--config.latents.latent_size=3"]
     flags += ["--config.data.system=Be brief.", "--config.stages=warm_up", "--config.warm_up.helper_images=encode"]
-    flags += [f"--config.data.buckets.many_looks.{side}" for side in ("images=2", "image_windows=16")]
+    flags += [f"--config.data.buckets.many_looks.{side}" for side in ("images=2", "image_tokens=64")]
     assert main([str(path), *flags]) == 0
     printed, _ = capsys.readouterr()
     assert "3 slots a look" in printed and f"Checked with {CONFIG}." in printed
@@ -543,8 +543,10 @@ def test_what_goes_to_a_process_and_back_counts_the_same(folder):
         build_example, tokenizer=tokenizer, special=special_tokens(tokenizer), settings=ExampleSettings()
     )
     views = [View("stage1", "latent", to_sample, {})]
-    there = pickle.loads(pickle.dumps(list(measurements(source, pickle.loads(pickle.dumps(views)), 2, 4, workers=0))))
-    here = [one for one in measurements(source, views, 2, 4, workers=0)]
+    there = pickle.loads(
+        pickle.dumps(list(measurements(source, pickle.loads(pickle.dumps(views)), GEOMETRY, 4, workers=0)))
+    )
+    here = [one for one in measurements(source, views, GEOMETRY, 4, workers=0)]
     assert here == there and [bool(one.problem) for (one,) in here] == [False, False, False, True]
     survey = Survey(views)
     for number, measured in enumerate(there):
@@ -554,7 +556,7 @@ def test_what_goes_to_a_process_and_back_counts_the_same(folder):
         and (survey.usable, survey.left_out) == (3, 1)
         and sum(survey.needs().values())[0] == 3
     )
-    assert bucket_table("", {}, [], 2).rows == []
+    assert bucket_table("", {}, []).rows == []
 
 
 def test_markers_that_stay_as_text_are_remarked(folder, capsys):

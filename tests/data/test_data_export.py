@@ -27,6 +27,7 @@ from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenize
 from ilvr_jax.export_data import main
 from ilvr_jax.files import locked_folder
 from ilvr_jax.method.layout import Layout
+from ilvr_jax.models.qwen2_5_vl.images import WindowGeometry
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = REPOSITORY / "configs" / "base.py"
@@ -83,7 +84,7 @@ def test_training_batches_are_the_same_from_files(exported, generated):
     def batches(source, image_scale):
         settings = ExampleSettings(image_scale=image_scale, latent_size=size)
         to_sample = functools.partial(build_example, tokenizer=tokenizer, special=special, settings=settings)
-        iterator = make_iterator(source, to_sample, buckets, 4, 7, special, window_units=2)
+        iterator = make_iterator(source, to_sample, buckets, 4, 7, special, geometry=WindowGeometry(2))
         return itertools.islice(iterator, 8)
 
     from_files = batches(IlvrSource(exported / "train.jsonl"), SCALE)

@@ -18,17 +18,17 @@ from ilvr_jax.data.mirage import MirageSource
 from ilvr_jax.data.pipeline import load_sample
 from ilvr_jax.data.records import Look, Record
 from ilvr_jax.method.layout import Layout, collate, merge_layouts, required_layout
-from ilvr_jax.models.qwen2_5_vl.images import EncodedImage, FeatureBatch, stack_images
+from ilvr_jax.models.qwen2_5_vl.images import EncodedImage, FeatureBatch
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.step import OBJECTIVES, loss_and_gradients
 from ilvr_jax.training.vision_features import complete_features, open_features
-from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, random_sample
+from tests.samples import CONFIG, GEOMETRY, SPECIAL, random_sample
 
 MODEL = Qwen2_5VL(CONFIG)
 PARAMS = MODEL.init(jax.random.key(0))
 SETTINGS = ExampleSettings(latent_size=3, max_pixels=8 * 784)
-BUCKETS = [Layout(64, 1, 0, 8, 3, image_windows=2, helper_windows=4), Layout(64, images=1, image_windows=2)]
+BUCKETS = [Layout(64, 1, 0, 8, 3, image_tokens=8, helper_tokens=16), Layout(64, images=1, image_tokens=8)]
 FILES = Path(__file__).parent / "mirage"
 
 
@@ -39,7 +39,7 @@ def encoder():
 
 def encode(image) -> EncodedImage:
     """Returns the features that the tower makes of an image by itself."""
-    features = encoder()(PARAMS["vision"], stack_images([[image]], 1, 4, WINDOW_UNITS, 588, np.uint8))[0, 0]
+    features = encoder()(PARAMS["vision"], GEOMETRY.stack([[image]], 1, 16, image))[0, 0]
     shape = image.height // 2, image.width // 2, -1
     return EncodedImage(np.asarray(features[: image.vision_tokens]).reshape(shape))
 
@@ -67,10 +67,10 @@ def test_features_in_place_of_pixels_give_the_same_losses_without_a_vision_layer
     for sample in patched:
         images = {kind: tuple(map(encode, getattr(sample, kind))) for kind in ("images", "helper_images")}
         encoded.append(dataclasses.replace(sample, **images))
-    layout = merge_layouts([required_layout(sample, WINDOW_UNITS) for sample in patched])
-    assert layout == merge_layouts([required_layout(sample, WINDOW_UNITS) for sample in encoded])
+    layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in patched])
+    assert layout == merge_layouts([required_layout(sample, GEOMETRY) for sample in encoded])
     (pixels, pixels_program), (features, features_program) = (
-        losses(name, collate(rows, layout, SPECIAL, WINDOW_UNITS)) for rows in (patched, encoded)
+        losses(name, collate(rows, layout, SPECIAL, GEOMETRY)) for rows in (patched, encoded)
     )
     assert "VisionTower" in pixels_program and "VisionTower" not in features_program
     for one, other in zip(jax.tree.leaves(pixels), jax.tree.leaves(features), strict=True):
@@ -79,7 +79,9 @@ def test_features_in_place_of_pixels_give_the_same_losses_without_a_vision_layer
 
 def test_a_batch_without_images_has_the_kind_that_is_asked_for():
     sample = random_sample(np.random.default_rng(0), (3,), images=())
-    batch = collate([sample], Layout(32), SPECIAL, WINDOW_UNITS, EncodedImage(np.zeros((0, 0, 32), np.float32)))
+    batch = collate(
+        [sample], Layout(32, image_tokens=4), SPECIAL, GEOMETRY, EncodedImage(np.zeros((0, 0, 32), np.float32))
+    )
     assert isinstance(batch.images, FeatureBatch) and batch.images.features.shape == (1, 1, 4, 32)
     assert not batch.images.unit_valid.any() and not batch.helper_images.features.size
 
@@ -149,7 +151,7 @@ def test_stage_2_needs_the_users_images_alone(source, complete):
 
 def test_half_a_store_is_completed(source, complete, monkeypatch):
     monkeypatch.setattr("ilvr_jax.training.vision_features.FILE_BYTES", 1)
-    monkeypatch.setattr("ilvr_jax.training.vision_features.BATCH_WINDOWS", 1)
+    monkeypatch.setattr("ilvr_jax.training.vision_features.BATCH_TOKENS", 4)
     add, added = FeatureStore.add, []
 
     def add_or_die(store, features):
@@ -172,7 +174,7 @@ def test_half_a_store_is_completed(source, complete, monkeypatch):
 
 
 def test_images_too_large_and_unreadable_stay_out(source, complete, tmp_path):
-    small = [Layout(64, 1, 0, 8, 3, image_windows=1, helper_windows=1)]
+    small = [Layout(64, 1, 0, 8, 3, image_tokens=4, helper_tokens=4)]
     settings = dataclasses.replace(SETTINGS, max_pixels=None)
     assert complete(settings=settings, buckets=small)[1] == 0
     source[0].images[0].write_bytes(b"no image")
@@ -188,7 +190,7 @@ def load(source, number, store):
         sample = random_sample(np.random.default_rng(0), (3,), images=[(1, 1)] * len(images))
         return dataclasses.replace(sample, images=tuple(images))
 
-    return load_sample(number, source, to_sample, BUCKETS, WINDOW_UNITS, store.no_image)
+    return load_sample(number, source, to_sample, BUCKETS, GEOMETRY, store.no_image)
 
 
 def test_an_image_that_changes_while_training_is_named(source, complete):

@@ -25,6 +25,7 @@ from ilvr_jax.data.records import BadRecord, Look, Record, Text
 from ilvr_jax.data.tokenizer import special_tokens, train_tokenizer
 from ilvr_jax.data.zebra_cot import ZebraCotSource
 from ilvr_jax.method.layout import Layout
+from ilvr_jax.models.qwen2_5_vl.images import WindowGeometry
 
 TOKENIZER = train_tokenizer(["go on look there"])
 SPECIAL = special_tokens(TOKENIZER)
@@ -32,7 +33,7 @@ TO_SAMPLE = functools.partial(
     build_example, tokenizer=TOKENIZER, special=SPECIAL, settings=ExampleSettings(latent_size=2)
 )
 BUCKETS = [
-    Layout(prefix=24, segments=segments, text=4, tail=6, latent_size=2, images=1, image_windows=1, helper_windows=1)
+    Layout(prefix=24, segments=segments, text=4, tail=6, latent_size=2, images=1, image_tokens=4, helper_tokens=4)
     for segments in (1, 3)
 ]
 STEP = {"type": "text", "content": "so"}
@@ -66,7 +67,7 @@ class BlockSource(LookSource):
 
 def iterator(source=None, buckets=BUCKETS, batch_size=4, seed=3, **settings):
     source = LookSource(23) if source is None else source
-    return make_iterator(source, TO_SAMPLE, buckets, batch_size, seed, SPECIAL, window_units=2, **settings)
+    return make_iterator(source, TO_SAMPLE, buckets, batch_size, seed, SPECIAL, geometry=WindowGeometry(2), **settings)
 
 
 def records(batches, count: int) -> list[list[int]]:

@@ -17,9 +17,10 @@ from ilvr_jax.evaluation.maps import evaluate_maps, read_answers
 from ilvr_jax.inference.decode import Decoded
 from ilvr_jax.inference.transcript import split_at_looks
 from ilvr_jax.method.tokens import Role
+from ilvr_jax.models.qwen2_5_vl.images import WindowGeometry
 from ilvr_jax.tasks.vsp_planning import Outcome, paint_holes_over, play, without_holes
 
-WINDOW_UNITS = 2
+GEOMETRY = WindowGeometry(2)
 FREE = ((1, 0, 2), (0, 0, 0), (0, 0, 0))
 BLOCKED = ((1, -1, 2), (0, 0, 0), (0, 0, 0))
 BENDING = ((1, -1, 0, 0), (0, 0, 2, 0), (0, 0, 0, 0), (0, 0, 0, 0))
@@ -64,7 +65,7 @@ class Player:
 
 def evaluation_of(player, records, batch_size=4, **changes):
     settings = ExampleSettings(latent_size=2, **changes)
-    return evaluate_maps(records, player, player.tokenizer, player.special, settings, WINDOW_UNITS, batch_size)
+    return evaluate_maps(records, player, player.tokenizer, player.special, settings, GEOMETRY, batch_size)
 
 
 LOOK = "<|latent_start|><|latent_pad|><|latent_pad|><|latent_end|>"

@@ -12,7 +12,7 @@ from ilvr_jax.inference.sampling import Sampling, sample_tokens
 from ilvr_jax.method.layout import collate, merge_layouts, required_layout
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
-from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, prompt_of, random_sample
+from tests.samples import CONFIG, GEOMETRY, SPECIAL, prompt_of, random_sample
 
 MODEL = Qwen2_5VL(CONFIG)
 
@@ -34,8 +34,8 @@ def prompts():
 
 
 def lay_out(rows, extra=0):
-    layout = merge_layouts([required_layout(sample, WINDOW_UNITS) for sample in rows])
-    return collate(rows, dataclasses.replace(layout, prefix=layout.prefix + extra), SPECIAL, WINDOW_UNITS)
+    layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in rows])
+    return collate(rows, dataclasses.replace(layout, prefix=layout.prefix + extra), SPECIAL, GEOMETRY)
 
 
 def decode(rows, seeds, how, extra=0, params=None):

@@ -28,10 +28,10 @@ from ilvr_jax.models.qwen2_5_vl.images import EncodedImage
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from tests.inference.test_decode import PARAMS
 from tests.method.test_conformance import of_kind
-from tests.samples import CONFIG, FIRST_WORD, SPECIAL, VOCABULARY, WINDOW_UNITS, prompt_of, random_image, random_sample
+from tests.samples import CONFIG, FIRST_WORD, GEOMETRY, SPECIAL, VOCABULARY, prompt_of, random_image, random_sample
 
 MODEL = Qwen2_5VL(CONFIG)
-SETTINGS = EngineSettings(rows=4, columns=96, max_new_tokens=24, chunks=(8, 16), image_windows=(2, 4))
+SETTINGS = EngineSettings(rows=4, columns=96, max_new_tokens=24, chunks=(8, 16), image_tokens=(8, 16))
 IMAGES = (((2, 3),), ((1, 1), (3, 2)), (), ((4, 1),), ((1, 2),))
 
 
@@ -87,9 +87,9 @@ def test_published_tokens_alone_and_in_one_batch(request):
     vectors = of_kind(request.config.getoption("vectors"), "generate")
     for vector in vectors:
         group = [other for other in vectors if other.config == vector.config]
-        units, special = vector.config.vision.window_units, vector.special
+        geometry, special = vector.config.vision.geometry, vector.special
         requests = [Request(other.sample(), other.meta["max_new_tokens"], other.meta["latent_size"]) for other in group]
-        settings = fit_settings(requests, len(requests), units)
+        settings = fit_settings(requests, len(requests), geometry)
         engine = Engine(Qwen2_5VL(vector.config), vector.params(), special, settings)
         expected, number = vector["expect_tokens"], group.index(vector)
         for answer in (engine.answer(requests)[number], engine.answer([requests[number]])[0]):
@@ -99,7 +99,7 @@ def test_published_tokens_alone_and_in_one_batch(request):
 def test_it_decodes_as_the_loop_over_a_batch_does(engine):
     for number, how in enumerate(({}, {"temperature": 0.8, "top_k": 20, "top_p": 0.95})):
         prompt = make_prompt(number, IMAGES[number])
-        batch = collate([prompt], required_layout(prompt, WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
+        batch = collate([prompt], required_layout(prompt, GEOMETRY), SPECIAL, GEOMETRY)
         seeds = np.array([7], np.uint32)
         tokens, lengths = generate(MODEL, PARAMS, batch, seeds, DecodeSettings(24, 3, **how), SPECIAL)
         (answer,) = engine.answer([Request(prompt, 24, 3, seed=7, **how)])
@@ -205,7 +205,7 @@ def test_log_probabilities_are_the_models():
     prompt, decoder = make_prompt(0), PARAMS["decoder"]
     first_look = answer.looks[0].position if answer.looks else len(answer.tokens)
     assert first_look > 1
-    batch = collate([prompt], required_layout(prompt, WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
+    batch = collate([prompt], required_layout(prompt, GEOMETRY), SPECIAL, GEOMETRY)
     features = MODEL.encode_images(PARAMS["vision"], batch.images)
     inputs = MODEL.embed(decoder, batch.tokens, batch.image_index, features)
     hidden, _ = MODEL.decode(decoder, inputs, batch.positions, batch.valid)
@@ -223,7 +223,7 @@ def test_vectors_of_slots_are_the_hidden_states_before_them(engine):
     (answer,) = engine.answer([Request(prompt, 12, 3, forced_tokens=given_tokens, latent_vectors=True)])
     assert answer.latent_vectors.shape == (answer.slots, CONFIG.hidden_size) and answer.looks[0].position == 1
     tokens = np.concatenate([prompt.tokens, given_tokens])
-    batch = collate([prompt], dataclasses.replace(required_layout(prompt, WINDOW_UNITS)), SPECIAL, WINDOW_UNITS)
+    batch = collate([prompt], dataclasses.replace(required_layout(prompt, GEOMETRY)), SPECIAL, GEOMETRY)
     features = MODEL.encode_images(PARAMS["vision"], batch.images)
     before = MODEL.embed(PARAMS["decoder"], batch.tokens, batch.image_index, features)
     inputs = np.concatenate([before, MODEL.embed(PARAMS["decoder"], np.array([given_tokens]))], axis=1)
@@ -235,7 +235,7 @@ def test_vectors_of_slots_are_the_hidden_states_before_them(engine):
 
 def test_encoded_images_serve_as_well():
     prompt = make_prompt(0)
-    batch = collate([prompt], required_layout(prompt, WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
+    batch = collate([prompt], required_layout(prompt, GEOMETRY), SPECIAL, GEOMETRY)
     features = np.asarray(MODEL.encode_images(PARAMS["vision"], batch.images))[0, 0, :6].reshape(2, 3, -1)
     encoded = dataclasses.replace(prompt, images=(EncodedImage(features),))
     engine = make_engine()
@@ -335,7 +335,7 @@ def test_what_cannot_be_served_is_answered_with_a_sentence_and_the_rest_as_witho
 def test_sizes_are_chosen_from_the_requests_that_can_be_served():
     bad = [request for request, sentence in REFUSALS if sentence in ("max_new_tokens", "prompt") or request is None]
     bad = [request for request in bad if getattr(request, "max_new_tokens", 0) != 25]
-    assert fit_settings([*bad, GOOD], 4, WINDOW_UNITS) == fit_settings([GOOD], 4, WINDOW_UNITS)
+    assert fit_settings([*bad, GOOD], 4, GEOMETRY) == fit_settings([GOOD], 4, GEOMETRY)
 
 
 def raise_error(tokens):
@@ -484,12 +484,12 @@ def test_few_sizes_hold_all_that_is_needed(needed):
 
 def test_settings_fit_the_requests():
     requests = mixed_requests(12)
-    settings = fit_settings(requests, 4, WINDOW_UNITS)
+    settings = fit_settings(requests, 4, GEOMETRY)
     engine = Engine(MODEL, PARAMS, SPECIAL, settings)
     assert not any(engine.refusal(request) for request in requests)
     assert settings.rows == 4 and len(settings.chunks) <= 3
     with pytest.raises(ValueError, match="there are no requests"):
-        fit_settings([], 4, WINDOW_UNITS)
+        fit_settings([], 4, GEOMETRY)
     with pytest.raises(ValueError, match="ascending numbers"):
         dataclasses.replace(SETTINGS, chunks=(16, 8))
     assert VOCABULARY > FIRST_WORD

@@ -41,10 +41,12 @@ def pytest_generate_tests(metafunc):
 
 def lay_out(vectors: list[Vector]):
     """Returns the batch of the vectors' samples, and each sample's columns."""
-    units = vectors[0].config.vision.window_units
+    geometry = vectors[0].config.vision.geometry
     samples = [vector.sample(record) for record, vector in enumerate(vectors)]
-    layout = merge_layouts([required_layout(sample, units) for sample in samples])
-    return collate(samples, layout, vectors[0].special, units), [sample_columns(sample, layout) for sample in samples]
+    layout = merge_layouts([required_layout(sample, geometry) for sample in samples])
+    return collate(samples, layout, vectors[0].special, geometry), [
+        sample_columns(sample, layout) for sample in samples
+    ]
 
 
 def settings(vector: Vector) -> LatentsConfig:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ilvr_jax.method.layout import Layout, build_sample, collate, fits, merge_layouts, required_layout, sample_columns
 from ilvr_jax.method.tokens import Role
-from tests.samples import SPECIAL, WINDOW_UNITS, random_image, random_sample
+from tests.samples import GEOMETRY, SPECIAL, random_image, random_sample
 
 samples = st.builds(
     lambda seed, texts, size, images: random_sample(np.random.default_rng(seed), tuple(texts), size, tuple(images)),
@@ -23,11 +23,11 @@ samples = st.builds(
 @settings(max_examples=150, deadline=None)
 @given(st.lists(samples, min_size=1, max_size=4))
 def test_a_merged_layout_holds_every_sample_whole(batch_samples):
-    layout = merge_layouts([required_layout(sample, WINDOW_UNITS) for sample in batch_samples])
-    batch = collate(batch_samples, layout, SPECIAL, WINDOW_UNITS)
+    layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in batch_samples])
+    batch = collate(batch_samples, layout, SPECIAL, GEOMETRY)
     assert batch.tokens.shape == (len(batch_samples), layout.columns)
     for row, sample in enumerate(batch_samples):
-        assert fits(sample, layout, WINDOW_UNITS)
+        assert fits(sample, layout, GEOMETRY)
         columns = sample_columns(sample, layout)
         assert (np.diff(columns) > 0).all()
         np.testing.assert_array_equal(batch.tokens[row, batch.valid[row]], sample.tokens)
@@ -47,8 +47,8 @@ def test_a_merged_layout_holds_every_sample_whole(batch_samples):
 @settings(max_examples=100, deadline=None)
 @given(samples)
 def test_targets_are_the_next_labelled_tokens(sample):
-    layout = dataclasses.replace(required_layout(sample, WINDOW_UNITS), tail=20)
-    batch = collate([sample], layout, SPECIAL, WINDOW_UNITS)
+    layout = dataclasses.replace(required_layout(sample, GEOMETRY), tail=20)
+    batch = collate([sample], layout, SPECIAL, GEOMETRY)
     columns = sample_columns(sample, layout)
     np.testing.assert_array_equal(batch.targets[0, columns[:-1]], sample.labels[1:])
     assert (batch.targets >= 0).sum() == (sample.labels >= 0).sum()
@@ -60,15 +60,15 @@ def test_targets_are_the_next_labelled_tokens(sample):
 @settings(max_examples=100, deadline=None)
 @given(samples, st.data())
 def test_fits_says_whether_collate_can(sample, data):
-    need = required_layout(sample, WINDOW_UNITS)
-    field = data.draw(st.sampled_from(["prefix", "segments", "text", "tail", "latent_size", "images", "image_windows"]))
+    need = required_layout(sample, GEOMETRY)
+    field = data.draw(st.sampled_from(["prefix", "segments", "text", "tail", "latent_size", "images", "image_tokens"]))
     layout = dataclasses.replace(need, **{field: max(0, getattr(need, field) + data.draw(st.integers(-2, 2)))})
-    if fits(sample, layout, WINDOW_UNITS):
-        batch = collate([sample], layout, SPECIAL, WINDOW_UNITS)
+    if fits(sample, layout, GEOMETRY):
+        batch = collate([sample], layout, SPECIAL, GEOMETRY)
         np.testing.assert_array_equal(batch.tokens[0, batch.valid[0]], sample.tokens)
     else:
         with pytest.raises(ValueError):
-            collate([sample], layout, SPECIAL, WINDOW_UNITS)
+            collate([sample], layout, SPECIAL, GEOMETRY)
 
 
 def test_columns_of_a_small_layout():

@@ -23,7 +23,7 @@ from ilvr_jax.method.selection import SELECTORS, group_neighbours, pick_coverage
 from ilvr_jax.method.slots import SLOT_INPUTS, SlotInput, fill_slots, init_params, with_slot_parameters
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
-from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, random_sample
+from tests.samples import CONFIG, GEOMETRY, SPECIAL, random_sample
 
 MODEL = Qwen2_5VL(CONFIG)
 PARAMS = MODEL.init(jax.random.key(0))
@@ -61,15 +61,15 @@ def figures(result, row):
 @pytest.mark.parametrize("name", ["text", "alignment", "autonomy"])
 def test_a_ragged_batch_equals_its_samples_alone(name):
     samples = unequal_samples()
-    layout = merge_layouts([required_layout(sample, WINDOW_UNITS) for sample in samples])
+    layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in samples])
     roomy = dataclasses.replace(
-        layout, prefix=layout.prefix + 3, text=layout.text + 2, tail=layout.tail + 1, image_windows=12, images=3
+        layout, prefix=layout.prefix + 3, text=layout.text + 2, tail=layout.tail + 1, image_tokens=48, images=3
     )
-    gradients, together = loss_and_gradient(name, collate(samples, roomy, SPECIAL, WINDOW_UNITS))
+    gradients, together = loss_and_gradient(name, collate(samples, roomy, SPECIAL, GEOMETRY))
     summed = jax.tree.map(jnp.zeros_like, gradients)
     for row, sample in enumerate(samples):
-        alone_layout = required_layout(sample, WINDOW_UNITS)
-        alone_gradients, alone = loss_and_gradient(name, collate([sample], alone_layout, SPECIAL, WINDOW_UNITS))
+        alone_layout = required_layout(sample, GEOMETRY)
+        alone_gradients, alone = loss_and_gradient(name, collate([sample], alone_layout, SPECIAL, GEOMETRY))
         summed = jax.tree.map(jnp.add, summed, alone_gradients)
         columns, alone_columns = sample_columns(sample, roomy), sample_columns(sample, alone_layout)
         expected = figures(alone, 0)
@@ -108,8 +108,8 @@ def test_the_roll_out_equals_recomputing_every_prefix(slot_input, monkeypatch):
     monkeypatch.setitem(SLOT_INPUTS, "add_embedding", SlotInput(add_embedding))
     model, params = model_with(slot_input)
     samples = unequal_samples()[:2]
-    layout = merge_layouts([required_layout(sample, WINDOW_UNITS) for sample in samples])
-    batch = collate(samples, layout, SPECIAL, WINDOW_UNITS)
+    layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in samples])
+    batch = collate(samples, layout, SPECIAL, GEOMETRY)
     features = model.encode_images(params["vision"], batch.images)
     fill = SLOT_INPUTS[slot_input].fill
 
@@ -145,11 +145,11 @@ def test_every_rule_treats_a_ragged_batch_as_its_samples_alone(selection, slot_i
     model, params = model_with(slot_input)
     settings = dataclasses.replace(SETTINGS, selection=selection)
     samples = unequal_samples()
-    layout = merge_layouts([required_layout(sample, WINDOW_UNITS) for sample in samples])
+    layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in samples])
     loss = jax.jit(lambda batch: alignment_loss(model, params, TEACHER, batch, settings, KEY).loss)
-    together = loss(collate(samples, layout, SPECIAL, WINDOW_UNITS))
+    together = loss(collate(samples, layout, SPECIAL, GEOMETRY))
     for row, sample in enumerate(samples):
-        alone = loss(collate([sample], required_layout(sample, WINDOW_UNITS), SPECIAL, WINDOW_UNITS))
+        alone = loss(collate([sample], required_layout(sample, GEOMETRY), SPECIAL, GEOMETRY))
         np.testing.assert_allclose(together[row], alone[0], atol=2e-5)
 
 
@@ -193,7 +193,7 @@ def test_rules_for_targets(selection):
 
 def test_dense_targets_are_the_whole_image_pooled_in_raster_order():
     sample = unequal_samples()[0]
-    batch = collate([sample], required_layout(sample, WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
+    batch = collate([sample], required_layout(sample, GEOMETRY), SPECIAL, GEOMETRY)
     settings = dataclasses.replace(SETTINGS, selection="dense")
     selection = alignment_loss(MODEL, PARAMS, TEACHER, batch, settings, KEY).selection
     features = np.asarray(MODEL.encode_images(PARAMS["vision"], batch.helper_images)[0, 1])[:12]  # of 4 x 3 units
@@ -203,7 +203,7 @@ def test_dense_targets_are_the_whole_image_pooled_in_raster_order():
 @pytest.mark.parametrize("name", ["alignment", "autonomy"])
 def test_without_segments_every_stage_is_plain_cross_entropy(name):
     sample = unequal_samples()[2]
-    batch = collate([sample], required_layout(sample, WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
+    batch = collate([sample], required_layout(sample, GEOMETRY), SPECIAL, GEOMETRY)
     gradients, result = loss_and_gradient(name, batch)
     expected_gradients, expected = loss_and_gradient("text", batch)
     np.testing.assert_allclose(result.loss, expected.loss, rtol=1e-6)
@@ -215,7 +215,7 @@ def test_without_segments_every_stage_is_plain_cross_entropy(name):
 
 def test_without_images_the_query_is_the_mean_embedding_of_the_prompt():
     sample = unequal_samples()[3]
-    batch = collate([sample], required_layout(sample, WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
+    batch = collate([sample], required_layout(sample, GEOMETRY), SPECIAL, GEOMETRY)
     selection = alignment_loss(MODEL, PARAMS, TEACHER, batch, SETTINGS, KEY).selection
     prompt = sample.tokens[: int(np.flatnonzero(sample.tokens == SPECIAL.assistant)[0]) - 1]
     expected = np.asarray(TEACHER["decoder"]["embed_tokens"])[prompt].mean(0)
@@ -233,7 +233,7 @@ def test_noise_does_not_depend_on_the_layout():
 
 def test_no_gradient_reaches_the_teacher():
     samples = unequal_samples()[:1]
-    batch = collate(samples, required_layout(samples[0], WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
+    batch = collate(samples, required_layout(samples[0], GEOMETRY), SPECIAL, GEOMETRY)
     gradient = jax.grad(lambda teacher: alignment_loss(MODEL, PARAMS, teacher, batch, SETTINGS, KEY).loss.sum())(
         TEACHER
     )
@@ -242,7 +242,7 @@ def test_no_gradient_reaches_the_teacher():
 
 def test_weights_of_the_two_losses_and_the_noise_of_the_targets():
     samples = unequal_samples()[:1]
-    batch = collate(samples, required_layout(samples[0], WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
+    batch = collate(samples, required_layout(samples[0], GEOMETRY), SPECIAL, GEOMETRY)
 
     def result(**changes):
         changed = dataclasses.replace(SETTINGS, **changes)

@@ -32,7 +32,7 @@ def test_a_run_with_pauses_trains_resumes_answers_and_is_not_exported(tmp_path):
     prompt = build_prompt(record, trained.tokenizer, trained.special, trained.prompts)
     look = (trained.special.latent_start,)
     request = Request(prompt, max_new_tokens=12, latent_size=3, forced_tokens=look)
-    settings = fit_settings([request], 1, trained.model.config.vision.window_units)
+    settings = fit_settings([request], 1, trained.model.geometry)
     answer = Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer).answer([request])[0]
     assert answer.slots >= 3
     with pytest.raises(BadConfig, match="`model.slot_input` of .* must be hidden for an export.* got pause"):

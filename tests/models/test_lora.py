@@ -16,7 +16,7 @@ from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.optimizer import make_optimizer
 from ilvr_jax.training.state import create_state
 from ilvr_jax.training.step import make_train_step
-from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, random_sample
+from tests.samples import CONFIG, GEOMETRY, SPECIAL, random_sample
 
 LORA = LoraConfig(rank=3, alpha=6.0)
 MODEL, PLAIN = Qwen2_5VL(dataclasses.replace(CONFIG, lora=LORA)), Qwen2_5VL(CONFIG)
@@ -27,8 +27,8 @@ LATENTS = LatentsConfig(latent_size=2, tau=0.9)
 def batch():
     rng = np.random.default_rng(0)
     rows = [random_sample(rng, texts, 2, ((2, 3),)) for texts in ((3, 4, 2), (5, 1), (2, 2, 2))]
-    layout = merge_layouts([required_layout(sample, WINDOW_UNITS) for sample in rows])
-    return collate(rows, layout, SPECIAL, WINDOW_UNITS)
+    layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in rows])
+    return collate(rows, layout, SPECIAL, GEOMETRY)
 
 
 def moved(params):

@@ -13,7 +13,7 @@ from ilvr_jax.models.qwen2_5_vl.decoder import decode_by_layers, split_layers
 from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.qwen2_5_vl.weights import params_from_state_dict
-from tests.samples import CONFIG, SPECIAL, WINDOW_UNITS, random_sample
+from tests.samples import CONFIG, GEOMETRY, SPECIAL, random_sample
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers' PyTorch model (requirements-dev.txt)")
 
@@ -123,9 +123,8 @@ def test_features_and_logits_equal_pytorch(shape):
     tokens = np.array([*tokens, 23, 24, 1, 3, *rng.integers(10, 60, 9)])
     special = SpecialTokens(**{**SPECIAL.__dict__})
     sample = build_sample(tokens, images, [], special, 1)
-    units = config.vision.window_units
-    layout = required_layout(sample, units)
-    batch = collate([sample], layout, special, units)
+    layout = required_layout(sample, config.vision.geometry)
+    batch = collate([sample], layout, special, config.vision.geometry)
     model = Qwen2_5VL(config)
 
     pixels = torch.tensor(np.concatenate([image.pixels for image in images]))
@@ -194,8 +193,8 @@ def test_bytes_of_a_still_image_equal_two_normalised_frames():
     model = Qwen2_5VL(CONFIG)
     vision = model.init(jax.random.key(0))["vision"]
     sample = random_sample(rng, images=((3, 2),))
-    layout = required_layout(sample, WINDOW_UNITS)
-    still = collate([sample], layout, SPECIAL, WINDOW_UNITS).images
+    layout = required_layout(sample, GEOMETRY)
+    still = collate([sample], layout, SPECIAL, GEOMETRY).images
     config = CONFIG.vision
     mean, deviation = np.array(config.image_mean)[:, None], np.array(config.image_std)[:, None]
     frames = (np.asarray(still.pixels).reshape(*still.pixels.shape[:-1], 3, 196) / 255 - mean) / deviation
@@ -209,7 +208,7 @@ def test_cached_decoding_equals_the_uncached_pass():
     model = Qwen2_5VL(CONFIG)
     params = model.init(jax.random.key(1))
     sample = random_sample(np.random.default_rng(2), texts=(12,), images=((2, 3), (1, 2)))
-    batch = collate([sample], required_layout(sample, WINDOW_UNITS), SPECIAL, WINDOW_UNITS)
+    batch = collate([sample], required_layout(sample, GEOMETRY), SPECIAL, GEOMETRY)
     decoder, mask = params["decoder"], causal_mask(batch.valid)
     features = model.encode_images(params["vision"], batch.images)
     inputs = model.embed(decoder, batch.tokens, batch.image_index, features)

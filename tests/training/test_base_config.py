@@ -78,7 +78,7 @@ def test_each_step_compiles_once_a_bucket(run, stage):
     names = {}
     for name, bucket in run.config.data.buckets.items():
         layout = Layout(latent_size=size, **bucket)
-        names |= {layout: name, dataclasses.replace(layout, helper_windows=0): name}
+        names |= {layout: name, dataclasses.replace(layout, helper_tokens=0): name}
     optimizer, step = run.steps[stage]
     state = first_state(
         run.model.init(jax.random.key(0)), optimizer, run.config.stages[stage], jax.random.key(1), run.mesh

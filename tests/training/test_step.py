@@ -16,7 +16,7 @@ from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from ilvr_jax.training.state import create_state
 from ilvr_jax.training.step import loss_and_gradients, make_train_step
-from tests.samples import CONFIG, POISON, SPECIAL, WINDOW_UNITS, poison_objective, random_sample
+from tests.samples import CONFIG, GEOMETRY, POISON, SPECIAL, poison_objective, random_sample
 
 LATENTS = LatentsConfig(latent_size=3, candidates=5, tau=0.9)
 KEY = jax.random.key(5)
@@ -29,8 +29,8 @@ def samples():
 
 
 def lay_out(rows):
-    layout = merge_layouts([required_layout(sample, WINDOW_UNITS) for sample in samples()])
-    return collate(rows, layout, SPECIAL, WINDOW_UNITS)
+    layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in samples()])
+    return collate(rows, layout, SPECIAL, GEOMETRY)
 
 
 def gradients(name, batch, accumulation=1, **changes):
@@ -58,8 +58,8 @@ def assert_same(first, second):
 def test_slots_without_helper_images_are_accumulated():
     """Stage 2 carries no helper images: their arrays are empty."""
     rows = [dataclasses.replace(sample, helper_images=()) for sample in samples()]
-    layout = dataclasses.replace(merge_layouts([required_layout(row, WINDOW_UNITS) for row in rows]), helper_windows=0)
-    batch = collate(rows, layout, SPECIAL, WINDOW_UNITS)
+    layout = dataclasses.replace(merge_layouts([required_layout(row, GEOMETRY) for row in rows]), helper_tokens=0)
+    batch = collate(rows, layout, SPECIAL, GEOMETRY)
     assert batch.helper_images.pixels.size == 0
     assert_same(gradients("autonomy", batch), gradients("autonomy", batch, accumulation=2))
 

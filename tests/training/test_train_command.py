@@ -561,12 +561,12 @@ def test_a_second_run_in_a_workdir_is_refused_and_names_the_first(config_file, t
 
 def test_buckets_are_ordered_by_what_they_cost():
     """The first that holds a sample is taken: short text before long, and no room for helpers where there are none."""
-    small, large = Layout(prefix=60, image_windows=4), Layout(prefix=140, image_windows=9)
-    looks = Layout(prefix=60, segments=2, text=8, tail=10, latent_size=4, image_windows=4, helper_windows=4)
-    many = Layout(prefix=100, segments=5, text=8, tail=10, latent_size=4, image_windows=9, helper_windows=9)
-    assert padded_tokens(small, 2) == 60 + 4 * 4
-    assert padded_tokens(looks, 2) == 60 + 2 * (4 + 8) + 10 + (4 + 2 * 4) * 4
-    assert sorted([many, large, looks, small], key=lambda one: padded_tokens(one, 2)) == [small, looks, large, many]
+    small, large = Layout(prefix=60, image_tokens=16), Layout(prefix=140, image_tokens=36)
+    looks = Layout(prefix=60, segments=2, text=8, tail=10, latent_size=4, image_tokens=16, helper_tokens=16)
+    many = Layout(prefix=100, segments=5, text=8, tail=10, latent_size=4, image_tokens=36, helper_tokens=36)
+    assert padded_tokens(small) == 60 + 4 * 4
+    assert padded_tokens(looks) == 60 + 2 * (4 + 8) + 10 + (4 + 2 * 4) * 4
+    assert sorted([many, large, looks, small], key=lambda one: padded_tokens(one)) == [small, looks, large, many]
 
 
 def test_the_clock_keeps_compilation_out_of_rate_and_time_left(monkeypatch):

@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from ilvr_jax.config.schema import CLIP_MEAN, CLIP_STD, LoraConfig, ModelSettings, RopeScaling
 from ilvr_jax.errors import InputError, quote
+from ilvr_jax.models.qwen2_5_vl.images import WindowGeometry
 from ilvr_jax.models.qwen2_5_vl.published import MROPE_SECTION, read_fields, rope_scaling
 from ilvr_jax.models.qwen2_5_vl.rotary import decoder_frequencies
 
@@ -53,6 +54,10 @@ class VisionConfig:
     def window_units(self) -> int:
         """Merge units a side of an attention window."""
         return self.window_size // self.patch_size // 2
+
+    @property
+    def geometry(self) -> WindowGeometry:
+        return WindowGeometry(self.window_units)
 
     @property
     def patch_dim(self) -> int:

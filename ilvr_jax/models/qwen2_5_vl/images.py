@@ -1,11 +1,15 @@
 """Images as the vision tower takes them, patches in attention windows, or as it left them; padded to dense arrays."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.struct
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
+
+from ilvr_jax.models.qwen2_5_vl.positions import mrope_positions
 
 MERGE = 2  # patches a side that the merger turns into one vision token
 STILL_PATCH_DIM = 3 * 14 * 14  # bytes of a patch of a still image
@@ -70,85 +74,96 @@ class FeatureBatch:
     unit_valid: Bool[jax.Array, "*images units"]
 
 
-def window_shape(height: int, width: int, window_units: int) -> tuple[int, int]:
-    """Returns how many windows of `window_units` merge units a side cover an image of so many patches."""
-    return -(-height // (MERGE * window_units)), -(-width // (MERGE * window_units))
+@dataclasses.dataclass(frozen=True)
+class WindowGeometry:
+    """How images lie in batches for a vision tower with window attention; see `models.base.ImageGeometry`."""
+
+    window_units: int  # merge units, that is vision tokens, a side of an attention window
+
+    @property
+    def window_tokens(self) -> int:
+        """Vision tokens of a window."""
+        return self.window_units**2
+
+    def room(self, image: PatchedImage | EncodedImage) -> int:
+        """Return the vision tokens that an image takes in a batch: those of the windows that cover it."""
+        rows, columns = self._windows(image)
+        return rows * columns * self.window_tokens
+
+    def position_ids(
+        self, tokens: Int[np.ndarray, " time"], grids: Sequence[tuple[int, int]], image_token: int
+    ) -> Int[np.ndarray, "3 time"]:
+        """Return the positions of a sequence's tokens; see `positions.mrope_positions`."""
+        return mrope_positions(tokens, grids, image_token)
+
+    def stack(
+        self,
+        images: Sequence[Sequence[PatchedImage]] | Sequence[Sequence[EncodedImage]],
+        per_row: int,
+        tokens: int,
+        like: PatchedImage | EncodedImage,
+    ) -> ImageBatch | FeatureBatch:
+        """Return ragged lists of images as dense arrays with leading axes [rows, per_row].
+
+        `tokens` is the room of each image; `like` has the kind, the channels and the dtype of all of them. Raises
+        ValueError if a list or an image does not fit.
+        """
+        for row_images in images:
+            if len(row_images) > per_row:
+                raise ValueError(f"a sample has {len(row_images)} images and the layout has room for {per_row}")
+            for image in row_images:
+                if self.room(image) > tokens:
+                    raise ValueError(
+                        f"an image takes {self.room(image)} vision tokens and the layout has room for {tokens}"
+                    )
+        channels, dtype = like[0].shape[-1], like[0].dtype
+        if isinstance(like, EncodedImage):
+            return _stack_features(images, (len(images), per_row, tokens), channels, dtype)
+        return self._stack_patches(images, (len(images), per_row, tokens), channels, dtype)
+
+    def _windows(self, image: PatchedImage | EncodedImage) -> tuple[int, int]:
+        """Return how many windows cover an image, by height and width."""
+        return -(-image.height // (MERGE * self.window_units)), -(-image.width // (MERGE * self.window_units))
+
+    def _stack_patches(
+        self, images: Sequence[Sequence[PatchedImage]], shape: tuple[int, int, int], patch_dim: int, dtype: np.dtype
+    ) -> ImageBatch:
+        """Lay images out in windows, in raster order, partial at the right and lower edge, as Qwen2.5-VL does."""
+        windows = shape[-1] // self.window_tokens
+        units = (*shape[:2], windows * self.window_tokens)
+        pixels = np.zeros((*units, MERGE**2, patch_dim), dtype)
+        coordinates = np.zeros((*units, MERGE**2, 2), np.int32)
+        valid = np.zeros(units, bool)
+        raster_order, unit_valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        corner = np.stack(np.meshgrid(np.arange(MERGE), np.arange(MERGE), indexing="ij"), -1).reshape(-1, 2)
+        for row, row_images in enumerate(images):
+            for number, image in enumerate(row_images):
+                grid = np.indices((image.height // MERGE, image.width // MERGE)).reshape(2, -1).T
+                window_row, window_column = (grid // self.window_units).T
+                inside_row, inside_column = (grid % self.window_units).T
+                window = window_row * self._windows(image)[1] + window_column
+                place = window * self.window_tokens + inside_row * self.window_units + inside_column
+                pixels[row, number, place] = image.pixels.reshape(len(grid), MERGE**2, patch_dim)
+                coordinates[row, number, place] = grid[:, None] * MERGE + corner
+                valid[row, number, place] = True
+                raster_order[row, number, : len(grid)] = place
+                unit_valid[row, number, : len(grid)] = True
+        in_windows = (*shape[:2], windows, self.window_tokens * MERGE**2)
+        return ImageBatch(
+            pixels=pixels.reshape(*in_windows, patch_dim),
+            coordinates=coordinates.reshape(*in_windows, 2),
+            patch_valid=np.repeat(valid[..., None], MERGE**2, -1).reshape(in_windows),
+            raster_order=raster_order,
+            unit_valid=unit_valid,
+        )
 
 
-def window_count(image: PatchedImage | EncodedImage, window_units: int) -> int:
-    """Returns how many attention windows the image takes."""
-    rows, columns = window_shape(image.height, image.width, window_units)
-    return rows * columns
-
-
-def stack_images(
-    images: list[list[PatchedImage]], per_row: int, windows: int, window_units: int, patch_dim: int, dtype
-) -> ImageBatch:
-    """Lays ragged lists of images out as an ImageBatch with leading axes [rows, per_row].
-
-    Window attention is that of Qwen2.5-VL: windows of `window_units` x `window_units` merge units, in raster
-    order, partial at the right and lower edge. Raises ValueError if a list or an image does not fit.
-    """
-    window_area = window_units**2
-    shape = (len(images), per_row, windows * window_area)
-    pixels = np.zeros((*shape, MERGE**2, patch_dim), dtype)
-    coordinates = np.zeros((*shape, MERGE**2, 2), np.int32)
-    slot_valid = np.zeros(shape, bool)
-    raster_order = np.zeros(shape, np.int32)
-    unit_valid = np.zeros(shape, bool)
-    corner = np.stack(np.meshgrid(np.arange(MERGE), np.arange(MERGE), indexing="ij"), -1).reshape(-1, 2)
-    check_room(images, per_row, windows, window_units)
-    for row, row_images in enumerate(images):
-        for number, image in enumerate(row_images):
-            units = np.stack(
-                np.meshgrid(np.arange(image.height // MERGE), np.arange(image.width // MERGE), indexing="ij"), -1
-            ).reshape(-1, 2)
-            window_row, window_column = (units // window_units).T
-            inside_row, inside_column = (units % window_units).T
-            window = window_row * window_shape(image.height, image.width, window_units)[1] + window_column
-            place = window * window_area + inside_row * window_units + inside_column
-            pixels[row, number, place] = image.pixels.reshape(len(units), MERGE**2, patch_dim)
-            coordinates[row, number, place] = units[:, None] * MERGE + corner
-            slot_valid[row, number, place] = True
-            raster_order[row, number, : len(units)] = place
-            unit_valid[row, number, : len(units)] = True
-    in_windows = (*shape[:2], windows, window_area * MERGE**2)
-    return ImageBatch(
-        pixels=pixels.reshape(*in_windows, patch_dim),
-        coordinates=coordinates.reshape(*in_windows, 2),
-        patch_valid=np.repeat(slot_valid[..., None], MERGE**2, -1).reshape(in_windows),
-        raster_order=raster_order,
-        unit_valid=unit_valid,
-    )
-
-
-def stack_features(
-    images: list[list[EncodedImage]], per_row: int, windows: int, window_units: int, channels: int, dtype
+def _stack_features(
+    images: Sequence[Sequence[EncodedImage]], shape: tuple[int, int, int], channels: int, dtype: np.dtype
 ) -> FeatureBatch:
-    """Lays ragged lists of encoded images out as a FeatureBatch with leading axes [rows, per_row].
-
-    There is room for as many features an image as `windows` attention windows have. Raises ValueError if a list or an
-    image does not fit.
-    """
-    check_room(images, per_row, windows, window_units)
-    shape = (len(images), per_row, windows * window_units**2)
     features, unit_valid = np.zeros((*shape, channels), dtype), np.zeros(shape, bool)
     for row, row_images in enumerate(images):
         for number, image in enumerate(row_images):
             features[row, number, : image.vision_tokens] = image.features.reshape(-1, channels)
             unit_valid[row, number, : image.vision_tokens] = True
     return FeatureBatch(features, unit_valid)
-
-
-def check_room(
-    images: list[list[PatchedImage]] | list[list[EncodedImage]], per_row: int, windows: int, window_units: int
-) -> None:
-    """Raises ValueError if a row has more than `per_row` images or one of them takes more than so many windows."""
-    for row_images in images:
-        if len(row_images) > per_row:
-            raise ValueError(f"a sample has {len(row_images)} images and the layout has room for {per_row}")
-        for image in row_images:
-            if window_count(image, window_units) > windows:
-                raise ValueError(
-                    f"an image takes {window_count(image, window_units)} windows and the layout has room for {windows}"
-                )

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 from ilvr_jax.models.lora import split_adapters
 from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
 from ilvr_jax.models.qwen2_5_vl.decoder import Decoder, KeyValues
-from ilvr_jax.models.qwen2_5_vl.images import MERGE, FeatureBatch, ImageBatch
+from ilvr_jax.models.qwen2_5_vl.images import MERGE, FeatureBatch, ImageBatch, WindowGeometry
 from ilvr_jax.models.qwen2_5_vl.vision import VisionTower
 
 
@@ -32,6 +32,10 @@ class Qwen2_5VL:
     @functools.cached_property
     def vision(self) -> VisionTower:
         return VisionTower(self.config.vision, self.config.dtype)
+
+    @property
+    def geometry(self) -> WindowGeometry:
+        return self.config.vision.geometry
 
     def init(self, key: PRNGKeyArray) -> PyTree:
         """Returns fresh float32 parameters."""
@@ -57,7 +61,7 @@ class Qwen2_5VL:
         """Returns each image's vision tokens in raster order, padded; those of a FeatureBatch as they are."""
         if isinstance(images, FeatureBatch):
             return images.features
-        if not images.raster_order.size:  # a layout without room for such images
+        if not images.pixels.size:  # a layout without room for such images
             return jnp.zeros((*images.raster_order.shape, self.config.hidden_size), self.config.dtype)
         return self.vision.apply({"params": vision}, images)
 

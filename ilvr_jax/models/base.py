@@ -1,0 +1,81 @@
+"""What a backbone must offer: the interface of its model and of its images.
+
+To add one, write a package beside `qwen2_5_vl` and name it in `models.BACKBONES`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
+
+# From token ids [time], height and width in vision tokens of each image in order, and the id of an image's token:
+# the positions [axes, time] of a sequence's tokens. Raises ValueError if tokens and images do not match.
+PositionIds = Callable[[Int[np.ndarray, " time"], Sequence[tuple[int, int]], int], Int[np.ndarray, "axes time"]]
+
+
+class ImageGeometry(Protocol):
+    """How images lie in batches, on the host. It can be pickled, since grain's workers get copies of it.
+
+    The pipeline and the buckets count vision tokens alone; what else a vision tower needs to know, such as windows, is
+    made of them here.
+    """
+
+    position_ids: PositionIds
+
+    def room(self, image: Any) -> int:
+        """Return the vision tokens that an image takes in a batch, padding included."""
+
+    def stack(self, images: Sequence[Sequence[Any]], per_row: int, tokens: int, like: Any) -> PyTree:
+        """Return ragged lists of images as arrays with leading axes [rows, per_row], `tokens` an image.
+
+        `like` has the kind (patches, or features that the tower made of them), the channels and the dtype of all
+        images. Raises ValueError if a list or an image does not fit.
+        """
+
+
+class Model(Protocol):
+    """A backbone of a given shape: pure functions of parameters {"vision": ..., "decoder": ...}.
+
+    Where a decoder adds features of images in several of its layers (Qwen3-VL), `encode_images` returns them side by
+    side as further channels, `embed` places them with the first ones, and `decode` takes them apart; slots leave the
+    further channels zero.
+    """
+
+    config: Any  # a frozen dataclass with hidden_size, vocab_size, num_hidden_layers, dtype, lora, slot_input, ...
+
+    @property
+    def geometry(self) -> ImageGeometry:
+        """How images lie in batches."""
+
+    def init(self, key: PRNGKeyArray) -> PyTree:
+        """Return fresh float32 parameters."""
+
+    def encode_images(self, vision: PyTree, images: PyTree) -> Float[Array, "*images units channels"]:
+        """Return the vision tokens of what `geometry.stack` laid out, in raster order, padding last."""
+
+    def embed(
+        self,
+        decoder: PyTree,
+        tokens: Int[Array, "rows columns"],
+        image_index: Int[Array, "rows columns"] | None = None,
+        features: Float[Array, "rows images units channels"] | None = None,
+    ) -> Float[Array, "rows columns channels"]:
+        """Return the inputs of the decoder: token embeddings, and image features where `image_index` >= 0."""
+
+    def decode(
+        self,
+        decoder: PyTree,
+        inputs: Float[Array, "rows columns channels"],
+        positions: Int[Array, "rows axes columns"],
+        mask: Bool[Array, "rows columns"] | Bool[Array, "rows columns keys"],
+        past: Sequence[PyTree] = (),
+        dropout_keys: Key[Array, "rows columns"] | None = None,
+    ) -> tuple[Float[Array, "rows columns channels"], PyTree]:
+        """Return final hidden states, and these columns' keys and values."""
+
+    def logits(self, decoder: PyTree, hidden: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
+        """Return float32 logits."""
+
+    def last_projections(self, decoder: PyTree, hidden: Float[Array, "rows columns channels"]) -> tuple[Array, Array]:
+        """Return `hidden` under the last layer's query and key projections, for selection."""
