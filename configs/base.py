@@ -9,7 +9,7 @@ from ilvr_jax.config.experiments import VSP_MAPS, default_config, stage_config
 
 
 def bucket(prefix: int, segments: int = 0, tail: int = 0, tokens: int = 16) -> ConfigDict:
-    """Returns the sizes of a batch of maps: up to 4 x 4 cells take 16 vision tokens, up to 6 x 6 take 36."""
+    """Return the sizes of a batch of maps: up to 4 x 4 cells take 16 vision tokens, up to 6 x 6 take 36."""
     return ConfigDict(
         {
             "prefix": prefix,
@@ -24,7 +24,7 @@ def bucket(prefix: int, segments: int = 0, tail: int = 0, tokens: int = 16) -> C
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration of the base run."""
+    """Return the configuration of the base run."""
     config = default_config()
     config.stages = ("warm_up", "stage1", "stage2")
     # Helper images are skipped: the sequences are shorter, and the slots are quickly learned afterwards.

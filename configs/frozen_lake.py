@@ -6,7 +6,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration of the longer run."""
+    """Return the configuration of the longer run."""
     config = base.get_config()
     config.data.frozen_lake.levels = (3, 4, 5, 6, 6)
     config.data.frozen_lake.detour_share = 0.4

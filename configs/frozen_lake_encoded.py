@@ -6,7 +6,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration of the comparison."""
+    """Return the configuration of the comparison."""
     config = base.get_config()
     config.warm_up.helper_images = "encode"
     config.data.buckets.small_encoded = {**base.bucket(144), "images": 3}

@@ -18,7 +18,7 @@ VARIANTS = ["-".join(filter(None, parts)) for parts in itertools.product(SIZES, 
 
 
 def bucket(prefix: int, segments: int, text: int, tail: int, images: int, tokens: int) -> ConfigDict:
-    """Returns the columns of a batch; an image of 112 x 112 pixels takes 16 vision tokens."""
+    """Return the columns of a batch; an image of 112 x 112 pixels takes 16 vision tokens."""
     return ConfigDict(
         {
             "prefix": prefix,
@@ -33,7 +33,7 @@ def bucket(prefix: int, segments: int, text: int, tail: int, images: int, tokens
 
 
 def get_config(variant: str = "7b") -> ConfigDict:
-    """Returns the published settings of a variant; raises ValueError, listing them, for an unknown one."""
+    """Return the published settings of a variant; raises ValueError, listing them, for an unknown one."""
     if variant not in VARIANTS:
         raise ValueError(f"the variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     lora = "lora" in variant

@@ -62,7 +62,7 @@ def build_example(
     settings: ExampleSettings,
     number: int = 0,
 ) -> Sample:
-    """Builds the training sample of a record: prompt and answer.
+    """Build the training sample of a record: prompt and answer.
 
     The chat text is that of Qwen2.5-VL's published template. Images stand where the question has `<image>`, or all
     before it if it has none. The steps follow each other with nothing between them; the answer ends with `<|im_end|>`.
@@ -97,7 +97,7 @@ def build_prompt(
     settings: ExampleSettings,
     number: int = 0,
 ) -> Sample:
-    """Builds a record's prompt alone, up to and including the assistant header, for decoding.
+    """Build a record's prompt alone, up to and including the assistant header, for decoding.
 
     Raises BadRecord as `build_example` does; a record needs no steps.
     """
@@ -112,7 +112,7 @@ def _prompt(record: Record, settings: ExampleSettings) -> str:
 
 
 def chat_template(system: str) -> str:
-    """Returns the Jinja template with which transformers writes conversations as `build_example` does.
+    """Return the Jinja template with which transformers writes conversations as `build_example` does.
 
     Messages are texts, or parts of the types "text" and "image". `system` is the text of the system turn where a
     conversation does not begin with its own, none if empty.
@@ -145,7 +145,7 @@ def _with_images(question: str, record: Record) -> str:
 
 
 def _plain(text: str, record: Record) -> str:
-    """Returns the text if it holds no special token: one would be read as part of the chat's structure."""
+    """Return the text if it holds no special token: one would be read as part of the chat's structure."""
     if "<|" in text:
         for token in STRUCTURE:
             if token in text:
@@ -175,7 +175,7 @@ def _build(
 
 
 def read_image(source: ImageSource, settings: ExampleSettings) -> PatchedImage | EncodedImage:
-    """Returns an image as the model takes it: its features if `settings` has a store that holds them, else patches.
+    """Return an image as the model takes it: its features if `settings` has a store that holds them, else patches.
 
     Raises BadRecord as `load_image` does.
     """
@@ -191,7 +191,7 @@ def _expand(
     special: SpecialTokens,
     latent_size: int,
 ) -> Int[np.ndarray, " time"]:
-    """Repeats each image_pad once per vision token and each latent_pad once per slot."""
+    """Repeat each image_pad once per vision token and each latent_pad once per slot."""
     counts = np.ones(len(tokens), np.int64)
     counts[tokens == special.image_pad] = [image.vision_tokens for image in images]
     counts[tokens == special.latent_pad] = latent_size

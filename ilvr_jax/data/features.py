@@ -35,7 +35,7 @@ class FeatureStore:
         self._tensors: TensorFiles | None = None
 
     def get(self, source: ImageSource) -> EncodedImage | None:
-        """Returns an image's features, None if they were not computed."""
+        """Return an image's features, None if they were not computed."""
         key = image_key(source)
         return EncodedImage(self._opened()[key]) if key in self._opened() else None
 
@@ -43,7 +43,7 @@ class FeatureStore:
         return key in self._opened()
 
     def add(self, features: Mapping[str, Float[np.ndarray, "rows columns channels"]]) -> None:
-        """Keeps features by `image_key`; raises OSError if there is no room for them."""
+        """Keep features by `image_key`; raises OSError if there is no room for them."""
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=UNFINISHED, delete=False) as file:
             unfinished = Path(file.name)
         try:
@@ -56,7 +56,7 @@ class FeatureStore:
         self._tensors = None
 
     def repair(self) -> list[str]:
-        """Makes the folder if there is none, and removes what is half written or damaged; returns what was damaged.
+        """Make the folder if there is none, and removes what is half written or damaged; returns what was damaged.
 
         No other process may be adding to it.
         """
@@ -87,7 +87,7 @@ class FeatureStore:
 
 
 def image_key(source: ImageSource) -> str:
-    """Returns what an image is found by: a hash of its file's content, or of its pixels and their shape.
+    """Return what an image is found by: a hash of its file's content, or of its pixels and their shape.
 
     Empty if the file cannot be read.
     """

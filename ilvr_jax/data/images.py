@@ -82,7 +82,7 @@ def load_image(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns an image as RGB, its sides scaled and rounded to multiples of 28 pixels (one vision token), at least 28.
+    """Return an image as RGB, its sides scaled and rounded to multiples of 28 pixels (one vision token), at least 28.
 
     `source` is an image file, the bytes of one, or pixels: uint8 [height, width, 3]. Shrinking by `scale` averages
     boxes of pixels; the rest interpolates (bicubic). With `min_pixels` or `max_pixels` sizes and pixels are those of
@@ -128,7 +128,7 @@ def load_image(
 def _fitting_size(
     width: float, height: float, min_pixels: int | None, max_pixels: int | None, name: str
 ) -> tuple[int, int]:
-    """Returns the width and height, multiples of 28 pixels, that an image gets; raises BadRecord as `load_image`."""
+    """Return the width and height, multiples of 28 pixels, that an image gets; raises BadRecord as `load_image`."""
     if max(width, height) > ASPECT_RATIO * min(width, height):
         raise BadRecord(
             f"{name}: must have a longer side of at most {ASPECT_RATIO} times the shorter, got "
@@ -148,7 +148,7 @@ def _fitting_size(
 def open_image(
     source: Path | bytes, name: str, check: Callable[[tuple[int, int]], object] = lambda sides: None
 ) -> Image.Image:
-    """Returns an image file, or the content of one, as RGB in its own size; raises BadRecord as `load_image` does.
+    """Return an image file, or the content of one, as RGB in its own size; raises BadRecord as `load_image` does.
 
     `check` gets width and height before pixels are decoded, and may raise BadRecord.
     """
@@ -201,7 +201,7 @@ def _check_pixels(width: float, height: float, name: str, where: str) -> None:
 
 
 def _strips(sides: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
-    """Yields boxes that an image is worked on in, so that what is made on the way stays small."""
+    """Yield boxes that an image is worked on in, so that what is made on the way stays small."""
     width, height = sides
     rows = max(1, STRIP_PIXELS // width)
     for top in range(0, height, rows):
@@ -222,7 +222,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def image_processor_settings(folder: str | Path) -> dict[str, Any]:
-    """Returns what a checkpoint's preprocessor_config.json says about its images.
+    """Return what a checkpoint's preprocessor_config.json says about its images.
 
     The keys are `min_pixels` and `max_pixels` (for `load_image`), `image_mean` and `image_std` (of pixels in 0..1, for
     each channel), `patch_size`, `merge_size` and `temporal_patch_size`. Bounds are read under either published name,
@@ -270,7 +270,7 @@ def image_processor_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def _image_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Returns the fields of a checkpoint's image processor, and their file; raises InputError, naming it."""
+    """Return the fields of a checkpoint's image processor, and their file; raises InputError, naming it."""
     path = folder / "processor_config.json"
     if os.path.lexists(path) and "image_processor" in (processor := read_object(path)):
         fields = processor["image_processor"]
@@ -282,7 +282,7 @@ def _image_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def patch_image(pixels: UInt8[np.ndarray, "height width 3"]) -> PatchedImage:
-    """Cuts an image into patches as the Qwen2-VL image processor orders them, one frame, not normalised.
+    """Cut an image into patches as the Qwen2-VL image processor orders them, one frame, not normalised.
 
     Raises ValueError if a side is not a multiple of 28 pixels.
     """
@@ -297,7 +297,7 @@ def patch_image(pixels: UInt8[np.ndarray, "height width 3"]) -> PatchedImage:
 
 
 def unpatch_image(image: PatchedImage) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns the pixels that `patch_image` cut into patches."""
+    """Return the pixels that `patch_image` cut into patches."""
     rows, columns = image.height // MERGE, image.width // MERGE
     units = image.pixels.reshape(rows, columns, MERGE, MERGE, 3, PATCH, PATCH)
     return units.transpose(0, 2, 5, 1, 3, 6, 4).reshape(image.height * PATCH, image.width * PATCH, 3)

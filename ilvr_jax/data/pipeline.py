@@ -39,7 +39,7 @@ class Source(Protocol):
 
 
 def fingerprint(source: Source) -> str:
-    """Returns a source's fingerprint; for one without the method it covers no more than the number of records."""
+    """Return a source's fingerprint; for one without the method it covers no more than the number of records."""
     return source.fingerprint() if hasattr(source, "fingerprint") else f"{len(source)} records of unknown content"
 
 
@@ -74,7 +74,7 @@ def make_iterator(
     no_image: PatchedImage | EncodedImage = NO_IMAGE,
     share: Share | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Returns an endless iterator over batches, every epoch in another order.
+    """Return an endless iterator over batches, every epoch in another order.
 
     `to_sample(record, number=...)` makes a sample of record `number`; it goes to the first of `buckets` that holds
     it, and a batch is made when a bucket has `batch_size` samples. Part-full buckets are carried into the next
@@ -118,7 +118,7 @@ def make_iterator(
 
 
 def shuffled_numbers(source: Source, seed: int) -> grain.MapDataset[int]:
-    """Returns the endless order of records: each once an epoch, every epoch in another order."""
+    """Return the endless order of records: each once an epoch, every epoch in another order."""
     if hasattr(source, "shuffled"):
         return grain.MapDataset.range(sys.maxsize).map(EpochOrder(source, seed))
     return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
@@ -141,7 +141,7 @@ class EpochOrder:
 
 
 def is_place(state: Any) -> bool:
-    """Returns whether a value has the form of an iterator's state: what is read from a damaged file may not."""
+    """Return whether a value has the form of an iterator's state: what is read from a damaged file may not."""
     if not isinstance(state, dict) or not isinstance(state.get("records", ""), str):
         return False
     lists = (state.get("pending"), state.get("skipped"), [state.get("position")])
@@ -149,12 +149,12 @@ def is_place(state: Any) -> bool:
 
 
 def next_epoch(state: dict[str, Any], records: int) -> dict[str, Any]:
-    """Returns the state of an iterator over so many other records, at the first epoch that begins after `state`."""
+    """Return the state of an iterator over so many other records, at the first epoch that begins after `state`."""
     return {"position": -(-state["position"] // records) * records, "pending": [], "skipped": []}
 
 
 def skipped_records(iterator: grain.DatasetIterator) -> list[int]:
-    """Returns the numbers of the records skipped so far, each once however often it came up."""
+    """Return the numbers of the records skipped so far, each once however often it came up."""
     return list(iterator.get_state()["skipped"])
 
 
@@ -166,7 +166,7 @@ def load_sample(
     geometry: ImageGeometry,
     no_image: PatchedImage | EncodedImage = NO_IMAGE,
 ) -> Loaded:
-    """Loads one record and finds its bucket; a bad record is returned as such, to be judged in the main process."""
+    """Load one record and finds its bucket; a bad record is returned as such, to be judged in the main process."""
     try:
         record = source[number]
         sample = to_sample(record, number=number)
@@ -182,7 +182,7 @@ def load_sample(
 
 
 def find_bucket(sample: Sample, name: str, buckets: Sequence[Layout], geometry: ImageGeometry) -> int:
-    """Returns which of `buckets` a sample goes to, the first that holds it; raises BadRecord, naming it, if none."""
+    """Return which of `buckets` a sample goes to, the first that holds it; raises BadRecord, naming it, if none."""
     for bucket, layout in enumerate(buckets):
         if fits(sample, layout, geometry):
             return bucket
@@ -190,7 +190,7 @@ def find_bucket(sample: Sample, name: str, buckets: Sequence[Layout], geometry: 
 
 
 def stream(items: grain.MapDataset, workers: int) -> grain.DatasetIterator:
-    """Returns the items in their order, made in `workers` processes, or here if there are none."""
+    """Return the items in their order, made in `workers` processes, or here if there are none."""
     ordered = items.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if workers:
         if not flags.FLAGS.is_parsed():  # grain asks absl's flags for debug settings before it starts a worker
@@ -200,7 +200,7 @@ def stream(items: grain.MapDataset, workers: int) -> grain.DatasetIterator:
 
 
 def _ignore_ctrl_c(worker: int, workers: int) -> None:
-    """Leaves Ctrl-C, which reaches all processes, to the main one: it ends the workers."""
+    """Leave Ctrl-C, which reaches all processes, to the main one: it ends the workers."""
     del worker, workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -229,7 +229,7 @@ def _too_large(need: Layout, largest: Layout) -> str:
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Assembles batches from `records`, a random-access dataset of Loaded.
+    """Assemble batches from `records`, a random-access dataset of Loaded.
 
     The state is a position in the (endless, shuffled) order of records and the positions of the samples that
     wait in part-full buckets. Those are loaded again after a restore. `records`, the source's fingerprint, is for
@@ -295,7 +295,7 @@ class BatchIterator(grain.DatasetIterator):
             self._position += 1
 
     def _read_ahead(self) -> None:
-        """Loads some of the next records, this process's share of them, and learns the others' buckets."""
+        """Load some of the next records, this process's share of them, and learns the others' buckets."""
         _, process, count, exchange = self._share
         if self._stream is None:
             self._stream = stream(self._records.slice(slice(self._position + process, None, count)), self._workers)

@@ -50,7 +50,7 @@ class Measured(NamedTuple):
 def measurements(
     source: Source, views: Sequence[View], geometry: ImageGeometry, count: int, workers: int
 ) -> grain.DatasetIterator[tuple[Measured, ...]]:
-    """Returns what the first `count` records are under each view, worked out in `workers` processes or here."""
+    """Return what the first `count` records are under each view, worked out in `workers` processes or here."""
     work = functools.partial(_measure_record, source=source, views=tuple(views), geometry=geometry)
     return stream(grain.MapDataset.range(count).map(work), workers)
 
@@ -106,7 +106,7 @@ def _counts(record: Record, sample: Sample, answered: bool) -> dict[str, int]:
 
 
 def pair_of_zeros() -> Int[np.ndarray, " pair"]:
-    """Returns no samples and no tokens."""
+    """Return no samples and no tokens."""
     return np.zeros(2, np.int64)
 
 
@@ -121,7 +121,7 @@ class Tally:
         self.filled: defaultdict[tuple[str, Layout], Int[np.ndarray, " pair"]] = defaultdict(pair_of_zeros)
 
     def add(self, measured: Measured) -> None:
-        """Adds a record, if there is a sample of it."""
+        """Add a record, if there is a sample of it."""
         if measured.need is not None:
             for name, value in measured.counts.items():
                 self.quantities[name][value] += 1
@@ -142,7 +142,7 @@ class Survey:
         self.sentences: defaultdict[str, list[str]] = defaultdict(list)  # the first few of each reason
 
     def add(self, number: int, measured: Sequence[Measured]) -> None:
-        """Adds a record; it is left out if it cannot be used under one of the views."""
+        """Add a record; it is left out if it cannot be used under one of the views."""
         for tally, one in zip(self.tallies, measured, strict=True):
             tally.add(one)
         if measured[0].need is not None:
@@ -153,7 +153,7 @@ class Survey:
             self.usable += 1
 
     def leave_out(self, problems: Sequence[str]) -> None:
-        """Counts a record that cannot be used, once under each reason."""
+        """Count a record that cannot be used, once under each reason."""
         self.left_out += 1
         for reason, sentence in {reason_of(problem): problem for problem in reversed(problems)}.items():
             if len(self.reasons) >= MOST_REASONS and reason not in self.reasons:
@@ -163,7 +163,7 @@ class Survey:
                 self.sentences[reason].append(sentence)
 
     def needs(self) -> dict[Layout, Int[np.ndarray, " pair"]]:
-        """Returns samples and their tokens by the layout that they take in training, under all views together."""
+        """Return samples and their tokens by the layout that they take in training, under all views together."""
         needs = defaultdict(pair_of_zeros)
         for view, tally in self.distinct():
             if view.helper_images:  # prompts are decoded in layouts of their own
@@ -172,7 +172,7 @@ class Survey:
         return needs
 
     def distinct(self) -> list[tuple[View, Tally]]:
-        """Returns views and tallies, without slots alone if there are slots with helper images: same tokens."""
+        """Return views and tallies, without slots alone if there are slots with helper images: same tokens."""
         treatments = {view.helper_images for view in self.views}
         repeated = "slots" if "latent" in treatments else None
         each = zip(self.views, self.tallies, strict=True)
@@ -180,7 +180,7 @@ class Survey:
 
 
 def reason_of(problem: str) -> str:
-    """Returns a problem's sentence without what differs from record to record: name, numbers, paths and asides."""
+    """Return a problem's sentence without what differs from record to record: name, numbers, paths and asides."""
     sentence = re.sub(r" \(.*\)", "", problem.partition(": ")[2])
     sentence = re.sub(r"(, got [^'\"]*?)b?['\"].*", r"\1…", sentence)
     what, semicolon, accepted = sentence.partition("; ")
@@ -189,7 +189,7 @@ def reason_of(problem: str) -> str:
 
 
 def round_up(need: Layout) -> Layout:
-    """Returns a layout with its columns rounded up: to multiples of 8, or of a power of two of at most an eighth."""
+    """Return a layout with its columns rounded up: to multiples of 8, or of a power of two of at most an eighth."""
 
     def rounded(columns: int) -> int:
         step = 1 << max(3, columns.bit_length() - 4)
@@ -199,7 +199,7 @@ def round_up(need: Layout) -> Layout:
 
 
 def suggest_buckets(needs: Mapping[Layout, int], most: int = MOST_BUCKETS) -> dict[str, Layout]:
-    """Returns up to `most` layouts with names, the cheapest first, that together hold all `needs` (samples by layout).
+    """Return up to `most` layouts with names, the cheapest first, that together hold all `needs` (samples by layout).
 
     The two whose union adds the least padding are merged, again and again.
     """
@@ -230,5 +230,5 @@ def suggest_buckets(needs: Mapping[Layout, int], most: int = MOST_BUCKETS) -> di
 
 
 def first_holding(need: Layout, buckets: Mapping[str, Layout]) -> str:
-    """Returns the name of the first bucket that holds whatever `need` holds."""
+    """Return the name of the first bucket that holds whatever `need` holds."""
     return next(name for name, bucket in buckets.items() if merge_layouts((bucket, need)) == bucket)

@@ -16,8 +16,8 @@ from ilvr_jax.inference.sampling import Sampling, check_sampling, check_whole, s
 from ilvr_jax.method.layout import Batch
 from ilvr_jax.method.slots import fill_slots
 from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.base import Model
 from ilvr_jax.models.lora import decoder_params
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def next_token(
     special: SpecialTokens,
     forced: Int[Array, " rows"] | None = None,
 ) -> tuple[Int[Array, " rows"], Float[Array, " rows"], Mode]:
-    """Returns the token that each row writes, its log-probability, and the row's mode after it.
+    """Return the token that each row writes, its log-probability, and the row's mode after it.
 
     A row in text mode samples a token, never `latent_pad` or `latent_end`, or takes the `forced` one if that is not
     negative. After `latent_start` come K `latent_pad`, then `latent_end`, whatever the logits are: the log-probability
@@ -88,18 +88,18 @@ def next_token(
 
 
 def ends_answer(token: Int[Array, "*batch"], special: SpecialTokens) -> Bool[Array, "*batch"]:
-    """Returns whether each token ends its answer."""
+    """Return whether each token ends its answer."""
     return jnp.isin(token, jnp.array(special.ends))
 
 
 def next_inputs(
-    model: Qwen2_5VL,
+    model: Model,
     decoder: PyTree,
     token: Int[Array, " rows"],
     hidden: Float[Array, "rows channels"],
     special: SpecialTokens,
 ) -> Float[Array, "rows 1 channels"]:
-    """Returns each row's next input: in a slot made from its last hidden state, else its last token's embedding."""
+    """Return each row's next input: in a slot made from its last hidden state, else its last token's embedding."""
     embedded = model.embed(decoder, token[:, None])
     filled = fill_slots(model, decoder, hidden[:, None], embedded)
     return jnp.where((token == special.latent_pad)[:, None, None], filled, embedded)
@@ -117,14 +117,14 @@ class _Loop(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model", "settings", "special"))
 def generate(
-    model: Qwen2_5VL,
+    model: Model,
     params: PyTree,
     batch: Batch,
     seeds: UInt32[Array, " rows"],
     settings: DecodeSettings,
     special: SpecialTokens,
 ) -> Decoded:
-    """Decodes a batch of prompts (a layout without segments, each ending with its assistant header).
+    """Decode a batch of prompts (a layout without segments, each ending with its assistant header).
 
     Rows switch between text and latent mode (see `next_token`) and finish by themselves; the loop ends with the last.
     """

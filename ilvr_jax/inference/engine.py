@@ -49,11 +49,10 @@ from ilvr_jax.inference.sampling import Sampling, check_whole
 from ilvr_jax.inference.transcript import show_look, show_text, split_at_looks
 from ilvr_jax.method.layout import NO_IMAGE, Sample
 from ilvr_jax.method.tokens import SpecialTokens
-from ilvr_jax.models.base import ImageGeometry
+from ilvr_jax.models.base import ImageGeometry, Model
 from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.qwen2_5_vl.decoder import split_layers
 from ilvr_jax.models.qwen2_5_vl.images import MERGE, EncodedImage
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.qwen2_5_vl.positions import mrope_positions
 
 UNLIMITED = np.iinfo(np.int32).max
@@ -110,7 +109,7 @@ class _Served:
 
 
 class Engine:
-    """Answers requests with one model; holds the keys and values of `settings.rows` of them.
+    """Answer requests with one model; holds the keys and values of `settings.rows` of them.
 
     It has a copy of the parameters, in the model's own dtype and layer by layer: they are there twice while the caller
     holds them, too.
@@ -122,7 +121,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Qwen2_5VL,
+        model: Model,
         params: PyTree,
         special: SpecialTokens,
         settings: EngineSettings,
@@ -139,7 +138,7 @@ class Engine:
         self._empty()
 
     def _empty(self) -> None:
-        """Makes all rows new, without a request or a prompt."""
+        """Make all rows new, without a request or a prompt."""
         model, settings = self._model, self.settings
         self._rows = empty_rows(model, settings.rows, settings.max_new_tokens, settings.latent_vectors)
         self._cache = empty_cache(model, settings.rows, settings.columns)
@@ -154,7 +153,7 @@ class Engine:
         self._last_used = [0.0] * settings.rows
 
     def _in_dtype(self, path: tuple[Any, ...], leaf: Array) -> Array:
-        """Returns a matrix as it is multiplied with, so that it is not turned into that for every token.
+        """Return a matrix as it is multiplied with, so that it is not turned into that for every token.
 
         That of the patch embedding is first summed, in the dtype that it has.
         """
@@ -163,7 +162,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
-        """Holds the engine for one caller, with free rows; raises EngineInUse if it has another."""
+        """Hold the engine for one caller, with free rows; raises EngineInUse if it has another."""
         if not self._in_use.acquire(blocking=False):
             raise EngineInUse(
                 "the engine is serving another call of serve, answer or warm_up; exhaust or close that one first, or "
@@ -182,7 +181,7 @@ class Engine:
             self._in_use.release()
 
     def warm_up(self) -> None:
-        """Compiles all that requests can need. Rows forget the prompts they hold. Raises EngineInUse."""
+        """Compile all that requests can need. Rows forget the prompts they hold. Raises EngineInUse."""
         row = np.int32(0)
         with self._held():
             for tokens in self.settings.image_tokens:
@@ -198,13 +197,13 @@ class Engine:
             jax.block_until_ready(self._rows)
 
     def answer(self, requests: Iterable[Request]) -> list[Answer]:
-        """Returns the answers to all requests, in their order. Raises EngineInUse."""
+        """Return the answers to all requests, in their order. Raises EngineInUse."""
         return sorted(self.serve(requests), key=lambda answer: answer.number)
 
     def serve(
         self, requests: Iterable[Request], on_tokens: Callable[[int, list[int]], None] | None = None
     ) -> Iterator[Answer]:
-        """Yields the answer to each request as it is complete.
+        """Yield the answer to each request as it is complete.
 
         A request is taken from `requests` when there is a row for it. `on_tokens(number, tokens)` is called with the
         new tokens of a request as they come. A request that cannot be served, whatever is in it, is answered with
@@ -233,7 +232,7 @@ class Engine:
                     yield from self._settle(on_tokens)
 
     def refusal(self, request: Request) -> str | None:
-        """Returns one sentence that states why a request cannot be served, None if it can."""
+        """Return one sentence that states why a request cannot be served, None if it can."""
         try:
             check_request(request)
             check_prompt(request.prompt, self._special, self._model.config)
@@ -244,7 +243,7 @@ class Engine:
         return None
 
     def _check_room(self, request: Request) -> None:
-        """Raises ValueError, one sentence, if the engine was made for smaller requests."""
+        """Raise ValueError, one sentence, if the engine was made for smaller requests."""
         settings = self.settings
         check_whole("max_new_tokens", request.max_new_tokens, 1, settings.max_new_tokens)
         if request.latent_vectors and not settings.latent_vectors:
@@ -258,7 +257,7 @@ class Engine:
             self._check_size(image)
 
     def _check_size(self, image: Picture) -> None:
-        """Raises ValueError, one sentence, for an image that is larger than the engine was made for."""
+        """Raise ValueError, one sentence, for an image that is larger than the engine was made for."""
         largest, room = max(self.settings.image_tokens, default=0), self._geometry.room(image)
         if room > largest:
             raise ValueError(
@@ -267,7 +266,7 @@ class Engine:
             )
 
     def _admit(self, number: int, request: Request, taken: float) -> None:
-        """Gives a request a row, with the keys and values of its prompt, and lets it write its first token."""
+        """Give a request a row, with the keys and values of its prompt, and lets it write its first token."""
         served = _Served(number, request, taken, time.monotonic())
         prompt = request.prompt
         plan = plan_chunks(len(prompt.tokens), self.settings.chunks)
@@ -297,7 +296,7 @@ class Engine:
         served.first_token = time.monotonic() - served.started
 
     def _longest_shared(self, digests: Sequence[bytes]) -> tuple[int, int]:
-        """Returns the row that holds the most chunks of a prompt, and how many."""
+        """Return the row that holds the most chunks of a prompt, and how many."""
         best, most = 0, 0
         for row, held in enumerate(self._digests if self.settings.share_prefixes else ()):
             shared = next(
@@ -311,7 +310,7 @@ class Engine:
         return best, most
 
     def _image_features(self, image: Picture) -> Float[Array, "units channels"]:
-        """Returns an image's vision tokens, computed unless they were kept."""
+        """Return an image's vision tokens, computed unless they were kept."""
         digest = image_digest(image)
         features = self._features.pop(digest, None)
         if features is None:
@@ -350,7 +349,7 @@ class Engine:
         return hidden
 
     def _set_row(self, row: int, request: Request | None, status: Status = Status.IDLE) -> None:
-        """Sets a row up for a request that has not written anything yet, or for none."""
+        """Set a row up for a request that has not written anything yet, or for none."""
         every, new_tokens = self._rows, self.settings.max_new_tokens
         forced = np.full(new_tokens, -1, np.int32)
         looks = 0
@@ -405,7 +404,7 @@ class Engine:
         )
 
     def _settle(self, on_tokens: Callable[[int, list[int]], None] | None) -> Iterator[Answer]:
-        """Gives pictures to rows that wait for them, and yields the answers of rows that are done."""
+        """Give pictures to rows that wait for them, and yields the answers of rows that are done."""
         while True:
             status, count = jax.device_get((self._rows.status, self._rows.count))
             looking = [row for row, served in enumerate(self._served) if served and status[row] == Status.LOOKING]
@@ -430,7 +429,7 @@ class Engine:
                 served.streamed = int(count[row])
 
     def _show_picture(self, row: int) -> str | None:
-        """Prefills the picture that a row waits for, between latent markers.
+        """Prefill the picture that a row waits for, between latent markers.
 
         Returns the reason if the answer ends here: "picture", there is no room for it, or "refused", there is none.
         """
@@ -510,7 +509,7 @@ class Engine:
 
 
 def plan_chunks(tokens: int, chunks: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Returns start, count and size of the chunks of a prompt: whole ones of the largest size, the rest in one that
+    """Return start, count and size of the chunks of a prompt: whole ones of the largest size, the rest in one that
     holds it. They depend on the number of tokens alone.
     """
     whole = [(start, chunks[-1], chunks[-1]) for start in range(0, tokens - chunks[-1] + 1, chunks[-1])]
@@ -520,14 +519,14 @@ def plan_chunks(tokens: int, chunks: Sequence[int]) -> list[tuple[int, int, int]
 
 
 def image_columns(prompt: Sample, special: SpecialTokens) -> list[int]:
-    """Returns where in a prompt the vision tokens of each of its images begin."""
+    """Return where in a prompt the vision tokens of each of its images begin."""
     places = np.flatnonzero(prompt.tokens == special.image_pad)
     firsts = np.cumsum([0, *(image.vision_tokens for image in prompt.images)])[:-1]
     return [int(places[first]) for first in firsts]
 
 
 def prompt_digests(prompt: Sample, plan: Sequence[tuple[int, int, int]], special: SpecialTokens) -> list[bytes]:
-    """Returns for each chunk a digest of the prompt up to its end, images included, and of how it is cut."""
+    """Return for each chunk a digest of the prompt up to its end, images included, and of how it is cut."""
     columns, digests, chain = image_columns(prompt, special), [], hashlib.sha256()
     for start, count, size in plan:
         chain.update(size.to_bytes(8, "big") + prompt.tokens[start : start + count].tobytes())
@@ -539,7 +538,7 @@ def prompt_digests(prompt: Sample, plan: Sequence[tuple[int, int, int]], special
 
 
 def image_digest(image: Picture) -> bytes:
-    """Returns a digest of an image's size and content."""
+    """Return a digest of an image's size and content."""
     digest = hashlib.sha256(f"{type(image).__name__} {image.height} {image.width} {image[0].dtype}".encode())
     digest.update(np.ascontiguousarray(image[0]).data)
     return digest.digest()
@@ -548,7 +547,7 @@ def image_digest(image: Picture) -> bytes:
 def fit_settings(
     requests: Iterable[Request], rows: int, geometry: ImageGeometry, pictures: int = PICTURES, **changes
 ) -> EngineSettings:
-    """Returns settings that hold all `requests`, with few sizes that leave little padding; `changes` go on top.
+    """Return settings that hold all `requests`, with few sizes that leave little padding; `changes` go on top.
 
     An answer by "pixels" gets room for so many `pictures` of the size of its prompt's largest image. Requests that no
     engine can serve are skipped. Raises ValueError if there are no others.
@@ -588,7 +587,7 @@ def _rounded(tokens: int) -> int:
 
 
 def few_sizes(needed: Sequence[int], most: int = MOST_SIZES) -> tuple[int, ...]:
-    """Returns up to `most` sizes, the largest of `needed` among them, that pad the needed ones little.
+    """Return up to `most` sizes, the largest of `needed` among them, that pad the needed ones little.
 
     One size after another is given up, the one whose users grow the least in sum.
     """

@@ -90,7 +90,7 @@ class Answer:
 
 
 def check_request(request: Request) -> None:
-    """Raises ValueError, one sentence, for values of a request's settings that no engine can serve."""
+    """Raise ValueError, one sentence, for values of a request's settings that no engine can serve."""
     if not isinstance(request, Request):
         raise ValueError(f"a request must be a Request, got {quote(request)}")
     if not isinstance(request.method, str) or request.method not in METHODS:
@@ -115,7 +115,7 @@ def check_request(request: Request) -> None:
 
 
 def _check_shapes(prompt: Sample) -> None:
-    """Raises ValueError unless a prompt has tokens, and images of some size."""
+    """Raise ValueError unless a prompt has tokens, and images of some size."""
     if not isinstance(prompt, Sample):
         raise ValueError(f"prompt must be a Sample, got {quote(prompt)}")
     if not _is_whole_array(prompt.tokens) or prompt.tokens.ndim != 1 or not len(prompt.tokens):
@@ -127,7 +127,7 @@ def _check_shapes(prompt: Sample) -> None:
 
 
 def _check_size(image: Picture) -> None:
-    """Raises ValueError unless an image is one, and its height and width can be patches of vision tokens."""
+    """Raise ValueError unless an image is one, and its height and width can be patches of vision tokens."""
     if not isinstance(image, (PatchedImage, EncodedImage)):
         raise ValueError(f"an image must be a PatchedImage or EncodedImage, got {quote(image)}")
     if isinstance(image, EncodedImage) and not (_is_float_array(image.features) and image.features.ndim == 3):
@@ -139,7 +139,7 @@ def _check_size(image: Picture) -> None:
 
 
 def check_prompt(prompt: Sample, special: SpecialTokens, config: ModelConfig) -> None:
-    """Raises ValueError, one sentence, if a prompt that `check_request` passed is not one for a model."""
+    """Raise ValueError, one sentence, if a prompt that `check_request` passed is not one for a model."""
     tokens, positions = prompt.tokens, prompt.positions
     if not _is_whole_array(positions) or positions.shape != (3, len(tokens)):
         raise ValueError(f"the prompt's positions must have shape (3, {len(tokens)}), got {_described(positions)}")
@@ -160,7 +160,7 @@ def check_prompt(prompt: Sample, special: SpecialTokens, config: ModelConfig) ->
 
 
 def check_picture(image: Picture, config: ModelConfig) -> None:
-    """Raises ValueError, one sentence, if an image is not one that a model takes."""
+    """Raise ValueError, one sentence, if an image is not one that a model takes."""
     _check_size(image)
     if isinstance(image, EncodedImage):
         values, channels = image.features, config.hidden_size
@@ -182,7 +182,7 @@ def check_picture(image: Picture, config: ModelConfig) -> None:
 
 
 def check_tokens(name: str, tokens: Iterable[int], least: int, vocab_size: int) -> None:
-    """Raises ValueError, one sentence, for a token below `least` or past the vocabulary."""
+    """Raise ValueError, one sentence, for a token below `least` or past the vocabulary."""
     for token in tokens:
         check_whole(name, token, least, vocab_size - 1)
 
@@ -197,5 +197,5 @@ def _is_float_array(value: object) -> bool:
 
 
 def _described(value: object) -> str:
-    """Returns an array's shape and dtype, or the value if it is none."""
+    """Return an array's shape and dtype, or the value if it is none."""
     return f"{value.shape} {value.dtype}" if isinstance(value, np.ndarray) else quote(value)

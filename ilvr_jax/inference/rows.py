@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ilvr_jax.inference.decode import Mode, ends_answer, next_inputs, next_token
 from ilvr_jax.inference.sampling import Sampling
 from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.base import Model
 from ilvr_jax.models.qwen2_5_vl.decoder import LayerKeyValues, decode_by_layers
 from ilvr_jax.models.qwen2_5_vl.images import ImageBatch
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 
 
 class Status(IntEnum):
@@ -49,8 +49,8 @@ class Rows(NamedTuple):
     forced: Int[Array, "rows new_tokens"]  # tokens to write in place of sampled ones, -1 for none
 
 
-def empty_rows(model: Qwen2_5VL, rows: int, new_tokens: int, keep_latents: bool) -> Rows:
-    """Returns idle rows with room for so many new tokens."""
+def empty_rows(model: Model, rows: int, new_tokens: int, keep_latents: bool) -> Rows:
+    """Return idle rows with room for so many new tokens."""
 
     def every(value: float, dtype: str = "int32") -> Array:
         return jnp.full(rows, value, dtype)
@@ -77,16 +77,16 @@ def empty_rows(model: Qwen2_5VL, rows: int, new_tokens: int, keep_latents: bool)
 Cache = list[LayerKeyValues]  # of each layer, [rows, key_value_heads, columns, head_dim]
 
 
-def empty_cache(model: Qwen2_5VL, rows: int, columns: int) -> Cache:
-    """Returns room for the keys and values of all rows."""
+def empty_cache(model: Model, rows: int, columns: int) -> Cache:
+    """Return room for the keys and values of all rows."""
     config = model.config
     shape = (rows, config.num_key_value_heads, columns, config.head_dim)
     return [(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.num_hidden_layers)]
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def encode_image(model: Qwen2_5VL, vision: PyTree, images: ImageBatch) -> Float[Array, "units channels"]:
-    """Returns the vision tokens of one image, the leading axes of `images` being of size 1."""
+def encode_image(model: Model, vision: PyTree, images: ImageBatch) -> Float[Array, "units channels"]:
+    """Return the vision tokens of one image, the leading axes of `images` being of size 1."""
     return model.encode_images(vision, images)[0, 0]
 
 
@@ -94,13 +94,13 @@ def encode_image(model: Qwen2_5VL, vision: PyTree, images: ImageBatch) -> Float[
 def place_features(
     vision_inputs: Float[Array, "places channels"], features: Float[Array, "units channels"], column: Int[Array, ""]
 ) -> Float[Array, "places channels"]:
-    """Returns the inputs of vision tokens by column, with an image's features from `column` on."""
+    """Return the inputs of vision tokens by column, with an image's features from `column` on."""
     return jax.lax.dynamic_update_slice(vision_inputs, features.astype(vision_inputs.dtype), (column, 0))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "special"), donate_argnames="cache")
 def prefill(
-    model: Qwen2_5VL,
+    model: Model,
     decoder: PyTree,
     cache: Cache,
     vision_inputs: Float[Array, "places channels"],
@@ -111,7 +111,7 @@ def prefill(
     count: Int[Array, ""],
     special: SpecialTokens,
 ) -> tuple[Cache, Float[Array, " channels"]]:
-    """Adds the first `count` tokens of a chunk to a row that has `start` columns; returns the last one's hidden state.
+    """Add the first `count` tokens of a chunk to a row that has `start` columns; returns the last one's hidden state.
 
     Vision tokens take their inputs from `vision_inputs`, at the column that they stand in.
     """
@@ -131,7 +131,7 @@ def prefill(
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def copy_row(cache: Cache, source: Int[Array, ""], row: Int[Array, ""]) -> Cache:
-    """Returns the cache with the keys and values of one row in another, too."""
+    """Return the cache with the keys and values of one row in another, too."""
 
     def copy(array: Array) -> Array:
         one = jax.lax.dynamic_slice_in_dim(array, source, 1)
@@ -142,13 +142,13 @@ def copy_row(cache: Cache, source: Int[Array, ""], row: Int[Array, ""]) -> Cache
 
 @functools.partial(jax.jit, donate_argnames="rows")
 def set_row(rows: Rows, row: Int[Array, ""], one: Rows) -> Rows:
-    """Returns the rows with one of them replaced."""
+    """Return the rows with one of them replaced."""
     return jax.tree.map(lambda every, new: jax.lax.dynamic_update_slice_in_dim(every, new, row, axis=0), rows, one)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "special"), donate_argnames="rows")
 def resume_row(
-    model: Qwen2_5VL,
+    model: Model,
     decoder: PyTree,
     rows: Rows,
     row: Int[Array, ""],
@@ -157,7 +157,7 @@ def resume_row(
     position: Int[Array, ""],
     special: SpecialTokens,
 ) -> Rows:
-    """Returns the rows with one running, which writes the token that follows `hidden`, that of its last column."""
+    """Return the rows with one running, which writes the token that follows `hidden`, that of its last column."""
     one = jax.tree.map(lambda every: jax.lax.dynamic_slice_in_dim(every, row, 1, axis=0), rows)
     one = one._replace(
         status=jnp.full(1, Status.RUNNING),
@@ -171,9 +171,9 @@ def resume_row(
 
 @functools.partial(jax.jit, static_argnames=("model", "special"), donate_argnames=("cache", "rows"))
 def decode_rows(
-    model: Qwen2_5VL, decoder: PyTree, cache: Cache, rows: Rows, steps: Int[Array, ""], special: SpecialTokens
+    model: Model, decoder: PyTree, cache: Cache, rows: Rows, steps: Int[Array, ""], special: SpecialTokens
 ) -> tuple[Cache, Rows]:
-    """Lets all running rows write up to `steps` tokens; returns sooner once one of them stops."""
+    """Let all running rows write up to `steps` tokens; returns sooner once one of them stops."""
     running = rows.status == Status.RUNNING
 
     def go_on(carry: tuple[Array, Cache, Rows]) -> Array:
@@ -202,8 +202,8 @@ def decode_rows(
     return cache, rows
 
 
-def _write(model: Qwen2_5VL, decoder: PyTree, rows: Rows, special: SpecialTokens) -> Rows:
-    """Lets running rows write the token that follows their hidden state."""
+def _write(model: Model, decoder: PyTree, rows: Rows, special: SpecialTokens) -> Rows:
+    """Let running rows write the token that follows their hidden state."""
     running = rows.status == Status.RUNNING
     new_tokens = rows.tokens.shape[1]
     forced = jnp.take_along_axis(rows.forced, jnp.minimum(rows.count, new_tokens - 1)[:, None], axis=1)[:, 0]

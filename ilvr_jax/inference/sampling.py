@@ -20,7 +20,7 @@ class Sampling(NamedTuple):
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raises ValueError, one sentence that begins with the setting's name, for a value that cannot be sampled with."""
+    """Raise ValueError, one sentence that begins with the setting's name, for a value that cannot be sampled with."""
     # The limits keep quotients of logits, and what sums are compared with, inside float32.
     if not (_is_real(temperature) and (temperature == 0 or 1e-6 <= temperature <= 1e6)):
         raise ValueError(f"temperature must be 0 or a number from 1e-6 to 1e6, got {quote(temperature)}")
@@ -30,7 +30,7 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
 
 
 def check_whole(name: str, value: object, least: int = 0, most: int = np.iinfo(np.int32).max) -> None:
-    """Raises ValueError, one sentence that begins with the name, unless the value is a whole number in these limits."""
+    """Raise ValueError, one sentence that begins with the name, unless the value is a whole number in these limits."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not (whole and least <= value <= most):
         raise ValueError(f"{name} must be a whole number from {least} to {most}, got {quote(value)}")
@@ -43,7 +43,7 @@ def _is_real(value: object) -> bool:
 def sample_tokens(
     logits: Float[Array, "rows vocab"], sampling: Sampling, step: Int[Array, " rows"]
 ) -> Int[Array, " rows"]:
-    """Returns one token a row; top-p is of what top-k left, as in transformers.
+    """Return one token a row; top-p is of what top-k left, as in transformers.
 
     A row's draw depends on its settings, its seed, its step and its logits alone, so not on the other rows of the
     batch: what they need only decides which work is left out.
@@ -63,7 +63,7 @@ def sample_tokens(
 
 
 def _truncate(logits: Float[Array, "rows vocab"], sampling: Sampling) -> Float[Array, "rows vocab"]:
-    """Returns the logits with what top-k and top-p leave out at minus infinity."""
+    """Return the logits with what top-k and top-p leave out at minus infinity."""
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
     top_k, top_p = sampling.top_k[:, None], sampling.top_p[:, None]

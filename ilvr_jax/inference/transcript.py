@@ -10,7 +10,7 @@ from ilvr_jax.method.tokens import SpecialTokens
 def split_at_looks(
     tokens: Iterable[int], tokenizer: PreTrainedTokenizerFast, special: SpecialTokens
 ) -> tuple[list[str], tuple[int, ...]]:
-    """Returns the texts around the looks of decoded tokens, one more than looks, and each look's slots.
+    """Return the texts around the looks of decoded tokens, one more than looks, and each look's slots.
 
     Tokens that end an answer belong to no text.
     """
@@ -27,10 +27,10 @@ def split_at_looks(
 
 
 def show_look(slots: int, picture_tokens: int = 0) -> str:
-    """Returns what stands in a shown text for a look: its slots, or the vision tokens of a picture."""
+    """Return what stands in a shown text for a look: its slots, or the vision tokens of a picture."""
     return f"‹looking: {picture_tokens} vision tokens›" if picture_tokens else f"‹looking: {slots} slots›"
 
 
 def show_text(texts: Sequence[str], looks: Iterable[str]) -> str:
-    """Returns the texts with what is shown for the looks between them."""
+    """Return the texts with what is shown for the looks between them."""
     return texts[0] + "".join(look + text for look, text in zip(looks, texts[1:], strict=True))

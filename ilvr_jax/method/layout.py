@@ -111,7 +111,7 @@ def build_sample(
     record: int = 0,
     position_ids: PositionIds = mrope_positions,
 ) -> Sample:
-    """Works out roles, labels, positions and slots of a token sequence.
+    """Work out roles, labels, positions and slots of a token sequence.
 
     A sample whose slots are filled by the model itself needs no helper images; else there is one a segment. A picture
     between latent markers is no segment but one of the images.
@@ -146,7 +146,7 @@ def build_sample(
 
 
 def required_layout(sample: Sample, geometry: ImageGeometry) -> Layout:
-    """Returns the smallest layout that holds the sample."""
+    """Return the smallest layout that holds the sample."""
     size, starts = sample.latent_size, sample.slot_starts
     ends = [start + size for start in starts]
     texts = [following - end for end, following in zip(ends[:-1], starts[1:], strict=True)]
@@ -165,7 +165,7 @@ def required_layout(sample: Sample, geometry: ImageGeometry) -> Layout:
 
 
 def merge_layouts(layouts: Sequence[Layout]) -> Layout:
-    """Returns the smallest layout that holds whatever one of `layouts` holds.
+    """Return the smallest layout that holds whatever one of `layouts` holds.
 
     A row's last text may begin in any segment, and a row without slots lies in all text columns.
     """
@@ -202,7 +202,7 @@ def fits(sample: Sample, layout: Layout, geometry: ImageGeometry) -> bool:
 
 
 def sample_columns(sample: Sample, layout: Layout) -> Int[np.ndarray, " time"]:
-    """Returns the column of each of the sample's tokens.
+    """Return the column of each of the sample's tokens.
 
     Raises ValueError if the layout has too few segments, slots or text columns.
     """
@@ -238,7 +238,7 @@ def collate(
     geometry: ImageGeometry,
     no_image: PatchedImage | EncodedImage = NO_IMAGE,
 ) -> Batch:
-    """Lays samples out as one batch of numpy arrays.
+    """Lay samples out as one batch of numpy arrays.
 
     All images are of one kind, patched or encoded; `no_image` has that kind, for samples that have none.
 

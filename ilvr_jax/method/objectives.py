@@ -18,8 +18,8 @@ from ilvr_jax.method.layout import Batch
 from ilvr_jax.method.rollout import roll_out
 from ilvr_jax.method.selection import Selection, cosine, select
 from ilvr_jax.method.slots import fill_slots
+from ilvr_jax.models.base import Model
 from ilvr_jax.models.lora import decoder_params
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.sharding import divisor
 
 CHUNK_LOGITS = 2**26  # logits that exist at a time on a device: 256 MB in float32
@@ -45,13 +45,13 @@ class Losses:
 
 
 def cross_entropy(
-    model: Qwen2_5VL,
+    model: Model,
     decoder: PyTree,
     hidden: Float[Array, "rows columns channels"],
     targets: Int[Array, "rows columns"],
     chunk_logits: int = CHUNK_LOGITS,
 ) -> Float[Array, " rows"]:
-    """Returns each row's mean cross-entropy over the columns that carry loss (targets other than -100).
+    """Return each row's mean cross-entropy over the columns that carry loss (targets other than -100).
 
     Logits are made for labelled columns, at most `chunk_logits` of them at a time on a device (or one column's), and
     once more for the gradient: an array of columns times vocabulary never exists. Of several devices, each has a part
@@ -92,7 +92,7 @@ def cross_entropy(
 
 
 def text_loss(
-    model: Qwen2_5VL, params: PyTree, teacher: None, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
+    model: Model, params: PyTree, teacher: None, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
 ) -> Losses:
     """Supervised learning of the answer's tokens alone: the warm-up."""
     del teacher, settings
@@ -105,7 +105,7 @@ def text_loss(
 
 
 def alignment_loss(
-    model: Qwen2_5VL, params: PyTree, teacher: PyTree, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
+    model: Model, params: PyTree, teacher: PyTree, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
 ) -> Losses:
     """Stage 1: slots hold the teacher's targets, and hidden states learn to predict them.
 
@@ -142,7 +142,7 @@ def alignment_loss(
 def slot_noise(
     key: PRNGKeyArray, record: Int[Array, " rows"], shape: tuple[int, int, int, int]
 ) -> Float[Array, "rows segments slots channels"]:
-    """Returns normal noise that depends on the record, the segment and the slot alone, not on the batch around them."""
+    """Return normal noise that depends on the record, the segment and the slot alone, not on the batch around them."""
     _, segments, slots, channels = shape
 
     def noise(record: Array, segment: Array, slot: Array) -> Array:
@@ -155,7 +155,7 @@ def slot_noise(
 
 
 def autonomy_loss(
-    model: Qwen2_5VL, params: PyTree, teacher: None, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
+    model: Model, params: PyTree, teacher: None, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
 ) -> Losses:
     """Stage 2: slots are filled by the student itself, cross-entropy alone, gradient through every slot."""
     del teacher, settings
@@ -166,8 +166,8 @@ def autonomy_loss(
     return _losses(model, decoder, batch, hidden)
 
 
-def dropout_keys(model: Qwen2_5VL, key: PRNGKeyArray, batch: Batch) -> Key[Array, "rows columns"] | None:
-    """Returns a key a token that depends on the record and the token's place in it alone; None without dropout."""
+def dropout_keys(model: Model, key: PRNGKeyArray, batch: Batch) -> Key[Array, "rows columns"] | None:
+    """Return a key a token that depends on the record and the token's place in it alone; None without dropout."""
     if not model.config.lora.rank or not model.config.lora.dropout:
         return None
     place = jnp.cumsum(batch.valid, axis=1)
@@ -175,7 +175,7 @@ def dropout_keys(model: Qwen2_5VL, key: PRNGKeyArray, batch: Batch) -> Key[Array
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_record, place)
 
 
-def _losses(model: Qwen2_5VL, decoder: PyTree, batch: Batch, hidden: Array) -> Losses:
+def _losses(model: Model, decoder: PyTree, batch: Batch, hidden: Array) -> Losses:
     loss = cross_entropy(model, decoder, hidden, batch.targets)
     return Losses(loss, loss, {}, hidden)
 
@@ -189,7 +189,7 @@ class Objective:
     trains, which `loss` gets (None without); the vision tower is shared with it, and stays as it is.
     """
 
-    loss: Callable[[Qwen2_5VL, PyTree, PyTree | None, Batch, LatentsConfig, PRNGKeyArray], Losses]
+    loss: Callable[[Model, PyTree, PyTree | None, Batch, LatentsConfig, PRNGKeyArray], Losses]
     helper_images: tuple[str, ...]
     teacher: bool = False
 

@@ -19,23 +19,23 @@ from jaxtyping import Array, Float, Key, PyTree
 from ilvr_jax.method.layout import Batch
 from ilvr_jax.method.slots import PARAMETERS, fill_slots
 from ilvr_jax.models.attention import causal_mask
+from ilvr_jax.models.base import Model
 from ilvr_jax.models.qwen2_5_vl.decoder import KeyValues
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 
 Hidden = Float[Array, "rows columns channels"]
 Keys = Key[Array, "rows columns"] | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def roll_out(model: Qwen2_5VL, decoder: PyTree, inputs: Hidden, batch: Batch, dropout_keys: Keys) -> Hidden:
-    """Returns the final hidden states when each slot's input is made from the hidden state of the column before it.
+def roll_out(model: Model, decoder: PyTree, inputs: Hidden, batch: Batch, dropout_keys: Keys) -> Hidden:
+    """Return the final hidden states when each slot's input is made from the hidden state of the column before it.
 
     `fill_slots` makes it, and the gradient flows through every slot. `dropout_keys` is for adapters.
     """
     return _forward(model, decoder, inputs, batch, dropout_keys)[0]
 
 
-def _forward(model: Qwen2_5VL, decoder: PyTree, inputs: Hidden, batch: Batch, dropout_keys: Keys):
+def _forward(model: Model, decoder: PyTree, inputs: Hidden, batch: Batch, dropout_keys: Keys):
     end = batch.layout.prefix
     prefix, cache = model.decode(
         decoder,
@@ -50,7 +50,7 @@ def _forward(model: Qwen2_5VL, decoder: PyTree, inputs: Hidden, batch: Batch, dr
     return hidden, (decoder, inputs, batch, dropout_keys, hidden, cache)
 
 
-def _backward(model: Qwen2_5VL, kept: tuple, gradient: Hidden):
+def _backward(model: Model, kept: tuple, gradient: Hidden):
     decoder, inputs, batch, dropout_keys, hidden, cache = kept
     end, slots = batch.layout.prefix, batch.layout.slot_columns
 
@@ -80,7 +80,7 @@ roll_out.defvjp(_forward, _backward)
 
 
 def _after_prefix(
-    model: Qwen2_5VL,
+    model: Model,
     decoder: PyTree,
     inputs: Hidden,
     batch: Batch,
@@ -89,13 +89,13 @@ def _after_prefix(
     prefix_cache: KeyValues,
     change: Float[Array, "rows segments latent_size channels"],
 ) -> Hidden:
-    """Returns the hidden states behind the prefix, given its last one, when `change` is added to the slots' inputs."""
+    """Return the hidden states behind the prefix, given its last one, when `change` is added to the slots' inputs."""
     layout, positions, valid, rows = batch.layout, batch.positions, batch.valid, len(inputs)
     size, width = layout.latent_size, layout.latent_size + layout.text
     tail_start = layout.columns - layout.tail
 
     def decode(inputs: Array, mask: Array, past: Sequence[KeyValues], start: Array | int):
-        """Runs columns from `start` on."""
+        """Run columns from `start` on."""
         count = inputs.shape[1]
         position, keys = columns_from(positions, start, count, 2), _columns(dropout_keys, start, count)
         return model.decode(decoder, inputs, position, mask, past, keys)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 from ilvr_jax.config.schema import LatentsConfig
 from ilvr_jax.method.layout import Batch
 from ilvr_jax.method.tokens import Role
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.base import Model
 
 NORM_FLOOR = 1e-8  # as torch.cosine_similarity
 
@@ -31,7 +31,7 @@ class Selection:
 
 
 def cosine(first: Float[Array, "*batch channels"], second: Float[Array, "*batch channels"]) -> Float[Array, "*batch"]:
-    """Returns the cosine along the last axis, in float32."""
+    """Return the cosine along the last axis, in float32."""
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     norms = jnp.linalg.norm(first, axis=-1) * jnp.linalg.norm(second, axis=-1)
     return jnp.sum(first * second, axis=-1) / jnp.maximum(norms, NORM_FLOOR)
@@ -40,16 +40,16 @@ def cosine(first: Float[Array, "*batch channels"], second: Float[Array, "*batch 
 def masked_mean(
     values: Float[Array, "rows time channels"], mask: Bool[Array, "rows time"]
 ) -> Float[Array, "rows channels"]:
-    """Returns the float32 mean over the time steps where `mask` holds, zero if there are none."""
+    """Return the float32 mean over the time steps where `mask` holds, zero if there are none."""
     weights = mask.astype(jnp.float32)
     total = jnp.einsum("rt,rtc->rc", weights, values.astype(jnp.float32))
     return total / jnp.maximum(weights.sum(1), 1.0)[:, None]
 
 
 def user_query(
-    model: Qwen2_5VL, decoder: PyTree, batch: Batch, hidden: Float[Array, "rows columns channels"]
+    model: Model, decoder: PyTree, batch: Batch, hidden: Float[Array, "rows columns channels"]
 ) -> Float[Array, "rows channels"]:
-    """Returns u, the mean of what the user's text and the user's images say.
+    """Return u, the mean of what the user's text and the user's images say.
 
     The images' part weighs vision tokens by the attention that prompt tokens pay them under the last layer's
     projections. A row without images falls back on the mean embedding of its prompt's text.
@@ -77,7 +77,7 @@ def group_neighbours(
     candidates: int,
     grouping: str,
 ) -> tuple[Float[Array, "rows segments groups channels"], Bool[Array, "rows segments groups"]]:
-    """Returns at most `candidates` features an image, means of neighbours where there are more.
+    """Return at most `candidates` features an image, means of neighbours where there are more.
 
     "published" makes groups of units // candidates and drops the rest, as the published code; "complete"
     spreads every unit over the groups as evenly as whole units allow.
@@ -105,7 +105,7 @@ Picks = tuple[Int[Array, "rows slots"], Bool[Array, "rows slots"]]
 
 
 def pick_coverage(cosines: Scores, valid: Valid, slots: Slots, settings: LatentsConfig, keys: Keys) -> Picks:
-    """Picks the candidates of highest score that together cover the mass p, in descending order: the paper's rule."""
+    """Pick the candidates of highest score that together cover the mass p, in descending order: the paper's rule."""
     chosen, keep = pick_top_k(cosines, valid, slots, settings, keys)
     scores = jnp.where(valid, cosines / settings.temperature, -jnp.inf)
     mass = jnp.where(valid, jax.nn.softmax(jnp.where(valid.any(-1, keepdims=True), scores, 0.0), axis=-1), 0.0)
@@ -116,7 +116,7 @@ def pick_coverage(cosines: Scores, valid: Valid, slots: Slots, settings: Latents
 
 
 def pick_top_k(cosines: Scores, valid: Valid, slots: Slots, settings: LatentsConfig, keys: Keys) -> Picks:
-    """Picks as many candidates as there are slots, those of highest score, in descending order."""
+    """Pick as many candidates as there are slots, those of highest score, in descending order."""
     del settings, keys
     missing = max(0, slots.shape[-1] - cosines.shape[-1])
     scores = jnp.pad(jnp.where(valid, cosines, -jnp.inf), ((0, 0), (0, missing)), constant_values=-jnp.inf)
@@ -126,7 +126,7 @@ def pick_top_k(cosines: Scores, valid: Valid, slots: Slots, settings: LatentsCon
 
 
 def pick_random(cosines: Scores, valid: Valid, slots: Slots, settings: LatentsConfig, keys: Keys) -> Picks:
-    """Picks any candidates, each as likely, whatever their scores: a control."""
+    """Pick any candidates, each as likely, whatever their scores: a control."""
 
     def draw(key: PRNGKeyArray) -> Array:  # by candidate, so that padding changes no draw
         each = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(cosines.shape[-1]))
@@ -136,7 +136,7 @@ def pick_random(cosines: Scores, valid: Valid, slots: Slots, settings: LatentsCo
 
 
 def pick_dense(cosines: Scores, valid: Valid, slots: Slots, settings: LatentsConfig, keys: Keys) -> Picks:
-    """Picks all candidates in raster order; they are the whole image pooled to one for each slot."""
+    """Pick all candidates in raster order; they are the whole image pooled to one for each slot."""
     in_order = -jnp.arange(cosines.shape[-1], dtype=jnp.float32)
     return pick_top_k(jnp.broadcast_to(in_order, cosines.shape), valid, slots, settings, keys)
 
@@ -161,7 +161,7 @@ SELECTORS = {
 
 
 def select(
-    model: Qwen2_5VL,
+    model: Model,
     decoder: PyTree,
     batch: Batch,
     features: Float[Array, "rows images units channels"],
@@ -169,7 +169,7 @@ def select(
     settings: LatentsConfig,
     key: PRNGKeyArray,
 ) -> Selection:
-    """Returns the teacher's targets for every segment of a batch.
+    """Return the teacher's targets for every segment of a batch.
 
     One pass of the teacher's decoder over whole samples whose slots hold the embedding of `latent_pad`; then
     segment by segment, since each query holds the mean of what the segment before selected. `decoder` is the

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.base import Model
 
 PARAMETERS = "slot_input"  # their place in the part of the parameters that learns to decode
 
@@ -43,7 +43,7 @@ def fill_projected(hidden_states: Channels, embeddings: Channels, parameters: Py
 
 
 def init_projected(key: PRNGKeyArray, channels: int) -> PyTree:
-    """Returns the MLP's parameters, float32, half as wide inside."""
+    """Return the MLP's parameters, float32, half as wide inside."""
     up = jax.random.normal(key, (channels, channels // 2)) * channels**-0.5
     return {"up": {"kernel": up}, "down": {"kernel": jnp.zeros((channels // 2, channels))}}
 
@@ -54,7 +54,7 @@ def fill_pause(hidden_states: Channels, embeddings: Channels, parameters: PyTree
 
 
 def init_pause(key: PRNGKeyArray, channels: int) -> PyTree:
-    """Returns the constant, float32, of the size that final hidden states have: they are normed."""
+    """Return the constant, float32, of the size that final hidden states have: they are normed."""
     return {"embedding": jax.random.normal(key, (channels,))}
 
 
@@ -65,18 +65,18 @@ SLOT_INPUTS = {
 }
 
 
-def fill_slots(model: Qwen2_5VL, decoder: PyTree, hidden_states: Channels, embeddings: Channels) -> Channels:
-    """Returns the inputs of slots under the model's rule; see `SlotInput`. `decoder` holds the rule's parameters."""
+def fill_slots(model: Model, decoder: PyTree, hidden_states: Channels, embeddings: Channels) -> Channels:
+    """Return the inputs of slots under the model's rule; see `SlotInput`. `decoder` holds the rule's parameters."""
     return SLOT_INPUTS[model.config.slot_input].fill(hidden_states, embeddings, decoder.get(PARAMETERS))
 
 
-def init_params(model: Qwen2_5VL, key: PRNGKeyArray) -> PyTree:
-    """Returns fresh float32 parameters of the model and of the rule that fills its slots."""
+def init_params(model: Model, key: PRNGKeyArray) -> PyTree:
+    """Return fresh float32 parameters of the model and of the rule that fills its slots."""
     return with_slot_parameters(model, model.init(key), key)
 
 
-def with_slot_parameters(model: Qwen2_5VL, params: PyTree, key: PRNGKeyArray) -> PyTree:
-    """Returns the model's parameters with fresh ones of the rule that fills its slots, if that has any.
+def with_slot_parameters(model: Model, params: PyTree, key: PRNGKeyArray) -> PyTree:
+    """Return the model's parameters with fresh ones of the rule that fills its slots, if that has any.
 
     They are in the adapters if there are some, else in the decoder: what learns to decode learns to fill slots.
     """

@@ -44,7 +44,7 @@ class SpecialTokens:
 
 
 def assistant_header(tokens: Int[np.ndarray, " time"], special: SpecialTokens) -> int:
-    """Returns where the assistant's turn begins: the index of its `<|im_start|>`.
+    """Return where the assistant's turn begins: the index of its `<|im_start|>`.
 
     Raises ValueError if there is no assistant header, `<|im_start|>assistant`.
     """
@@ -55,7 +55,7 @@ def assistant_header(tokens: Int[np.ndarray, " time"], special: SpecialTokens) -
 
 
 def token_roles(tokens: Int[np.ndarray, " time"], special: SpecialTokens) -> Int8[np.ndarray, " time"]:
-    """Returns the role of each token; the assistant header itself counts as answer text."""
+    """Return the role of each token; the assistant header itself counts as answer text."""
     roles = np.where(np.arange(len(tokens)) < assistant_header(tokens, special), Role.PROMPT, Role.ANSWER)
     roles[np.isin(tokens, special.markers)] = Role.MARKER
     roles[tokens == special.image_pad] = Role.IMAGE
@@ -63,7 +63,7 @@ def token_roles(tokens: Int[np.ndarray, " time"], special: SpecialTokens) -> Int
 
 
 def answer_labels(tokens: Int[np.ndarray, " time"], special: SpecialTokens) -> Int[np.ndarray, " time"]:
-    """Returns the labels of the method: the assistant's tokens after its header, -100 where there is no loss.
+    """Return the labels of the method: the assistant's tokens after its header, -100 where there is no loss.
 
     `latent_start` and `latent_end` carry loss, `latent_pad` and vision tokens do not.
     """

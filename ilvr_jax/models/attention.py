@@ -30,7 +30,7 @@ def attention(
     values: Sequence[Float[Array, "batch _ key_value_heads head_dim"]],
     mask: Bool[Array, "batch queries keys"] | Bool[Array, "batch 1 keys"],
 ) -> Float[Array, "batch queries heads head_dim"]:
-    """Returns grouped-query attention over the concatenation of the parts, softmax in float32.
+    """Return grouped-query attention over the concatenation of the parts, softmax in float32.
 
     The parts are joined only as scores, so a long cache is never copied. A query that may see nothing gets
     finite, meaningless numbers.
@@ -70,7 +70,7 @@ def cached_attention(
     mask: Bool[Array, "batch queries queries"] | Bool[Array, "1 queries queries"],
     cache: Cache,
 ) -> Float[Array, "batch queries heads head_dim"]:
-    """Returns grouped-query attention to the columns of a cache and, as the mask says, to the present ones.
+    """Return grouped-query attention to the columns of a cache and, as the mask says, to the present ones.
 
     A query sees at least one present column. For several queries the cache is read block by block, no further than its
     longest row. What a row gets does not depend on that: a block that it sees nothing of changes its sums by nothing,
@@ -86,7 +86,7 @@ def cached_attention(
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, shared, -1, head_dim)
 
     def add(keys: Array, values: Array, seen: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        """Adds columns to the highest score, the sum of weights and the weighted sum of values so far."""
+        """Add columns to the highest score, the sum of weights and the weighted sum of values so far."""
         highest, weight, output = sums
         scores = jnp.einsum("bhqd,bhkd->bhqk", grouped, keys, preferred_element_type=jnp.float32)
         by_query = scores.reshape(batch, shared, -1, queries, scores.shape[-1])
@@ -114,7 +114,7 @@ def cached_attention(
 
 
 def causal_mask(valid: Bool[Array, "rows columns"]) -> Bool[Array, "rows columns columns"]:
-    """Returns who sees whom when columns are in order: earlier or the same column, never padding."""
+    """Return who sees whom when columns are in order: earlier or the same column, never padding."""
     columns = jnp.arange(valid.shape[1])
     return valid[:, None, :] & (columns[None, :, None] >= columns[None, None, :])
 
@@ -126,7 +126,7 @@ def causal_attention(
     valid: Bool[Array, "rows columns"],
     kernel: str = "auto",
 ) -> Float[Array, "rows columns heads head_dim"]:
-    """Returns grouped-query attention of columns in order, as `causal_mask` says; padding gets meaningless numbers.
+    """Return grouped-query attention of columns in order, as `causal_mask` says; padding gets meaningless numbers.
 
     `kernel` is one of schema.KERNELS: "splash" is JAX's for TPU (interpreted elsewhere, slowly), "cudnn" NVIDIA's for
     half precision, "xla" is `attention`, and "auto" is the one of the platform that this is compiled for. Raises
@@ -164,7 +164,7 @@ def causal_attention(
 
 
 def _platform() -> str:
-    """Returns the platform of the mesh that is compiled for, or the default one."""
+    """Return the platform of the mesh that is compiled for, or the default one."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 

@@ -42,7 +42,7 @@ class Adapter(nn.Module):
 
 
 def random_bits(keys: Key[Array, "*batch"], channels: int) -> UInt32[Array, "*batch channels"]:
-    """Returns random numbers for each key: its words and the channel, mixed as MurmurHash3 does at its end.
+    """Return random numbers for each key: its words and the channel, mixed as MurmurHash3 does at its end.
 
     A tenth of the arithmetic of `jax.random.bits`, whose 20 rounds for every number were most of the time in which a
     step with adapters compiled for TPUs.
@@ -63,7 +63,7 @@ def linear(
     lora: LoraConfig | None = None,
     dropout_keys: Key[Array, "*batch"] | None = None,
 ) -> Float[Array, "*batch features"]:
-    """Applies the linear layer `name` of the module that calls, and its adapter if `lora` says it has one."""
+    """Apply the linear layer `name` of the module that calls, and its adapter if `lora` says it has one."""
     outputs = nn.Dense(features, use_bias=use_bias, dtype=dtype, name=name)(inputs)
     if lora and lora.rank and name in lora.targets:
         outputs += Adapter(features, lora, dtype, name=name + SUFFIX)(inputs, dropout_keys)
@@ -71,7 +71,7 @@ def linear(
 
 
 def split_adapters(decoder: PyTree) -> tuple[PyTree, PyTree]:
-    """Returns a decoder's parameters without adapters, and the adapters alone."""
+    """Return a decoder's parameters without adapters, and the adapters alone."""
     base, adapters = {}, {}
     for name, value in decoder.items():
         if name.endswith(SUFFIX):
@@ -85,12 +85,12 @@ def split_adapters(decoder: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def decoder_params(params: PyTree) -> PyTree:
-    """Returns the decoder's parameters, adapters in their places if there are any."""
+    """Return the decoder's parameters, adapters in their places if there are any."""
     return _joined(params["decoder"], params.get("adapters", {}))
 
 
 def merge_adapters(params: PyTree, lora: LoraConfig) -> PyTree:
-    """Returns params without adapters whose effect is added to the kernels in float32; dtypes stay."""
+    """Return params without adapters whose effect is added to the kernels in float32; dtypes stay."""
 
     def merge(base: PyTree, adapters: PyTree) -> PyTree:
         merged = dict(base)

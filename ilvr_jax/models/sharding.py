@@ -52,7 +52,7 @@ PARAMETERS = (
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh of a config's `mesh` section, one size an axis, where one may be -1: what the others leave.
+    """Return the mesh of a config's `mesh` section, one size an axis, where one may be -1: what the others leave.
 
     Raises ValueError if the sizes do not fit the number of devices.
     """
@@ -73,7 +73,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
 
 
 def one_device() -> Mesh:
-    """Returns the mesh of the first device alone."""
+    """Return the mesh of the first device alone."""
     return make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1])
 
 
@@ -85,7 +85,7 @@ def on_mesh(mesh: Mesh) -> Iterator[None]:
 
 
 def check_mesh(mesh: Mesh, config: ModelConfig) -> None:
-    """Raises ValueError if the mesh does not divide the model: heads over `tensor`, channels over `fsdp`."""
+    """Raise ValueError if the mesh does not divide the model: heads over `tensor`, channels over `fsdp`."""
     for name, size, axis in (
         ("num_attention_heads", config.num_attention_heads, "tensor"),
         ("num_key_value_heads", config.num_key_value_heads, "tensor"),
@@ -98,7 +98,7 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> None:
 
 
 def divisor(axis: str, mesh: Mesh | None = None) -> int:
-    """Returns over how many devices a mesh, by default the one that `on_mesh` named, divides an axis of RULES.
+    """Return over how many devices a mesh, by default the one that `on_mesh` named, divides an axis of RULES.
 
     That is 1 outside of any mesh.
     """
@@ -107,7 +107,7 @@ def divisor(axis: str, mesh: Mesh | None = None) -> int:
 
 
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Returns where each array of a tree lies: parameters, or what an optimizer or a teacher keeps for each of them.
+    """Return where each array of a tree lies: parameters, or what an optimizer or a teacher keeps for each of them.
 
     An axis that the mesh does not divide, as some of the vision tower's, is whole on every device.
     """
@@ -131,7 +131,7 @@ def _spec(path: tuple[Any, ...], leaf: Any, mesh: Mesh | AbstractMesh) -> Partit
 
 
 def divide(tree: PyTree) -> PyTree:
-    """Returns the tree, inside a compiled function, divided over the mesh that `on_mesh` named, if one was."""
+    """Return the tree, inside a compiled function, divided over the mesh that `on_mesh` named, if one was."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
@@ -141,7 +141,7 @@ def divide(tree: PyTree) -> PyTree:
 
 
 def placed_like(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Returns shapes and dtypes of arrays with where they lie, for making or restoring them there."""
+    """Return shapes and dtypes of arrays with where they lie, for making or restoring them there."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -150,23 +150,23 @@ def placed_like(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def places(like: PyTree) -> PyTree:
-    """Returns where each array of a tree lies, or would."""
+    """Return where each array of a tree lies, or would."""
     return jax.tree.map(lambda leaf: leaf.sharding, like)
 
 
 def to_mesh(array: np.ndarray, place: NamedSharding) -> jax.Array:
-    """Returns an array that every process has, each device given its part of it."""
+    """Return an array that every process has, each device given its part of it."""
     return jax.make_array_from_callback(array.shape, place, lambda part: array[part])
 
 
 def local_rows(mesh: Mesh, rows: int) -> Int[np.ndarray, " local_rows"]:
-    """Returns which rows of a batch this process's devices work on, in ascending order."""
+    """Return which rows of a batch this process's devices work on, in ascending order."""
     parts = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((rows,)).values()
     return np.unique(np.concatenate([np.arange(rows)[part] for part in parts]))
 
 
 def place_rows(tree: PyTree, mesh: Mesh, rows: int | None = None) -> PyTree:
-    """Returns a batch on the mesh, its rows, the first axis of every array, shared out.
+    """Return a batch on the mesh, its rows, the first axis of every array, shared out.
 
     The tree has all rows, or with `rows`, their number, the `local_rows` alone.
     """
@@ -188,7 +188,7 @@ def place_rows(tree: PyTree, mesh: Mesh, rows: int | None = None) -> PyTree:
 
 
 def fill_rows(tree: PyTree, devices: int) -> PyTree:
-    """Returns a batch whose number of rows `devices` divides: its last row is repeated."""
+    """Return a batch whose number of rows `devices` divides: its last row is repeated."""
     return jax.tree.map(
         lambda array: np.pad(array, [(0, -len(array) % devices)] + [(0, 0)] * (np.ndim(array) - 1), mode="edge"), tree
     )

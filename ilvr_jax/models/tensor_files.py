@@ -50,7 +50,7 @@ class TensorFiles(Mapping[str, Shaped[np.ndarray, "..."]]):
             return file.get_tensor(name)
 
     def equal(self, one: str, other: str) -> bool:
-        """Returns whether two matrices hold the same numbers; some of their rows at a time are read."""
+        """Return whether two matrices hold the same numbers; some of their rows at a time are read."""
         places = self.places[one], self.places[other]
         if places[0].shape != places[1].shape:
             return False
@@ -74,7 +74,7 @@ class TensorFiles(Mapping[str, Shaped[np.ndarray, "..."]]):
 
 
 def tensor_places(path: Path) -> dict[str, Place]:
-    """Returns the places of a safetensors file's tensors; raises BadCheckpoint, naming it, if it is not a whole one."""
+    """Return the places of a safetensors file's tensors; raises BadCheckpoint, naming it, if it is not a whole one."""
     try:
         with open_regular(path) as file:
             start = file.read(len(POINTER))
@@ -94,7 +94,7 @@ def tensor_places(path: Path) -> dict[str, Place]:
 
 
 def _unknown_dtype(path: Path) -> str:
-    """Returns which tensor of a file has a dtype that the library does not read, empty if it is not known."""
+    """Return which tensor of a file has a dtype that the library does not read, empty if it is not known."""
     try:
         with open_regular(path) as file:
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**8)))
@@ -110,7 +110,7 @@ _LIBRARY_DTYPES = "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 I16 U16 F16 BF16 I32 U32 F
 
 
 def checkpoint_tensors(folder: Path) -> TensorFiles:
-    """Returns the tensors of a published checkpoint, of the files that `weight_files` names.
+    """Return the tensors of a published checkpoint, of the files that `weight_files` names.
 
     Raises BadCheckpoint as it does, or if a file is damaged, lacks a tensor that the index places in it, or holds one
     that another holds too.
@@ -128,7 +128,7 @@ def checkpoint_tensors(folder: Path) -> TensorFiles:
 
 
 def weight_files(folder: Path) -> dict[Path, Sequence[str]]:
-    """Returns the files that hold a checkpoint's weights, and the names of the tensors that the index places in each.
+    """Return the files that hold a checkpoint's weights, and the names of the tensors that the index places in each.
 
     They are those that transformers loads: `model.safetensors`, or else the files of its index. Raises BadCheckpoint if
     there are none, one is missing, or the index is damaged.
@@ -150,7 +150,7 @@ def weight_files(folder: Path) -> dict[Path, Sequence[str]]:
 
 
 def ignored_files(folder: Path, used: Collection[Path] = ()) -> list[str]:
-    """Returns the names of a folder's files of weights, indexes among them, beside those that are used."""
+    """Return the names of a folder's files of weights, indexes among them, beside those that are used."""
     files = {path for path in folder.iterdir() if path.name.endswith(FOREIGN)}.difference(used)
     if used and folder / WEIGHTS not in used:
         files.discard(folder / INDEX)
@@ -169,7 +169,7 @@ def _indexed_files(folder: Path) -> dict[Path, list[str]]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Returns the files, relative to the folder, in which a checkpoint's index places tensors, by their names.
+    """Return the files, relative to the folder, in which a checkpoint's index places tensors, by their names.
 
     Raises BadCheckpoint if the index is damaged or names files elsewhere.
     """
@@ -187,7 +187,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def warn(sentence: str) -> None:
-    """Prints a sentence on stderr, from one of several processes."""
+    """Print a sentence on stderr, from one of several processes."""
     if jax.process_index() == 0:
         print(one_line(sentence), file=sys.stderr)
 
@@ -206,7 +206,7 @@ class TensorToWrite(NamedTuple):
 
 
 def write_tensors(tensors: Sequence[TensorToWrite], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes tensors into `folder`, cut as transformers does: one file, or several and an index."""
+    """Write tensors into `folder`, cut as transformers does: one file, or several and an index."""
     shards: list[list[TensorToWrite]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(other.bytes for other in shards[-1]) + tensor.bytes > shard_bytes:
@@ -223,7 +223,7 @@ def write_tensors(tensors: Sequence[TensorToWrite], folder: Path, shard_bytes: i
 
 
 def write_file(tensors: Sequence[TensorToWrite], path: Path) -> None:
-    """Writes a safetensors file, one tensor after another; the library's own writer takes all of them at once."""
+    """Write a safetensors file, one tensor after another; the library's own writer takes all of them at once."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for tensor in tensors:
         start, end = end, end + tensor.bytes

@@ -129,7 +129,7 @@ def model_config(settings: ModelSettings, vocab_size: int, published: Mapping[st
 
 
 def model_config_from_hf(published: Mapping[str, Any], **overrides) -> ModelConfig:
-    """Returns the model's shape from the contents of a published `config.json`.
+    """Return the model's shape from the contents of a published `config.json`.
 
     Raises BadCheckpoint or InputError, naming the field, if a model of that shape cannot be built.
     """

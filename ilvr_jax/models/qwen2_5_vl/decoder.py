@@ -22,7 +22,7 @@ LayerKeyValues = tuple[Float[Array, "batch heads columns head_dim"], Float[Array
 
 
 def remat_policy(name: str):
-    """Returns the rematerialisation policy of that name, one of REMAT_POLICIES other than "none"."""
+    """Return the rematerialisation policy of that name, one of REMAT_POLICIES other than "none"."""
     return getattr(jax.checkpoint_policies, {"full": "nothing_saveable"}.get(name, name))
 
 
@@ -102,7 +102,7 @@ class Decoder(nn.Module):
             self.lm_head = self.param("lm_head", nn.initializers.normal(config.hidden_size**-0.5), shape)
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch channels"]:
-        """Returns the tokens' embeddings."""
+        """Return the tokens' embeddings."""
         embeddings = self.embed_tokens[tokens].astype(self.config.dtype)
         if embeddings.ndim == 3:  # looked up where each device has its channels of all tokens, then by rows
             embeddings = nn.with_logical_constraint(embeddings, ("few_rows", None, "embed"))
@@ -117,7 +117,7 @@ class Decoder(nn.Module):
         past: Sequence[KeyValues] = (),
         dropout_keys: Key[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time channels"], KeyValues]:
-        """Returns the hidden states after the last norm, and the keys and values of these columns.
+        """Return the hidden states after the last norm, and the keys and values of these columns.
 
         Without a past, `mask` says which columns are not padding, and each sees itself and those before it. With one,
         which the caller keeps, it says who sees whom: `keys` counts the columns of every part of `past`, in order, and
@@ -130,14 +130,14 @@ class Decoder(nn.Module):
         return self.norm(hidden), key_values
 
     def logits(self, hidden: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
-        """Returns float32 logits over the vocabulary."""
+        """Return float32 logits over the vocabulary."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return jnp.einsum("...c,vc->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def last_projections(
         self, hidden: Float[Array, "batch time channels"]
     ) -> tuple[Float[Array, "batch time heads head_dim"], Float[Array, "batch time key_value_heads head_dim"]]:
-        """Returns `hidden` under the last layer's q_proj and k_proj, without norm or rotary positions."""
+        """Return `hidden` under the last layer's q_proj and k_proj, without norm or rotary positions."""
         weights = jax.tree.map(lambda leaf: leaf[-1].astype(hidden.dtype), self.layers.variables["params"])
 
         def project(name: str) -> Array:
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
 
 
 def split_layers(decoder: PyTree, outputs_first: bool) -> PyTree:
-    """Returns a decoder's parameters with those of each layer by themselves, for `decode_by_layers`: a copy of them.
+    """Return a decoder's parameters with those of each layer by themselves, for `decode_by_layers`: a copy of them.
 
     Their matrices can be [outputs, inputs], which products with several rows are faster with on a CPU, by a sixth for
     16; for a single row the compiler would turn them back every time.
@@ -172,7 +172,7 @@ def decode_by_layers(
     past: Sequence[LayerKeyValues],
     lengths: Int[Array, " batch"],
 ) -> tuple[Float[Array, "batch time channels"], list[LayerKeyValues]]:
-    """Returns what `Decoder` does with a past, from parameters of `split_layers` and one past a layer, heads first.
+    """Return what `Decoder` does with a past, from parameters of `split_layers` and one past a layer, heads first.
 
     Each row sees the first `lengths` columns of its past, and the present ones as the mask says. A scan over stacked
     layers copies the weights of each before it multiplies with them, which for a single column takes longer than the

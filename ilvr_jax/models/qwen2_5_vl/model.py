@@ -38,7 +38,7 @@ class Qwen2_5VL:
         return self.config.vision.geometry
 
     def init(self, key: PRNGKeyArray) -> PyTree:
-        """Returns fresh float32 parameters."""
+        """Return fresh float32 parameters."""
         vision_key, decoder_key = jax.random.split(key)
         shape = self.config.vision
         patches = shape.window_units**2 * MERGE**2
@@ -58,7 +58,7 @@ class Qwen2_5VL:
     def encode_images(
         self, vision: PyTree, images: ImageBatch | FeatureBatch
     ) -> Float[Array, "*images units channels"]:
-        """Returns each image's vision tokens in raster order, padded; those of a FeatureBatch as they are."""
+        """Return each image's vision tokens in raster order, padded; those of a FeatureBatch as they are."""
         if isinstance(images, FeatureBatch):
             return images.features
         if not images.pixels.size:  # a layout without room for such images
@@ -72,7 +72,7 @@ class Qwen2_5VL:
         image_index: Int[Array, "rows columns"] | None = None,
         features: Float[Array, "rows images units channels"] | None = None,
     ) -> Float[Array, "rows columns channels"]:
-        """Returns the inputs of the decoder: token embeddings, and image features where `image_index` >= 0."""
+        """Return the inputs of the decoder: token embeddings, and image features where `image_index` >= 0."""
         embeddings = self.decoder.apply({"params": decoder}, tokens, method="embed")
         if features is None or not features.shape[1] * features.shape[2]:
             return embeddings
@@ -89,13 +89,13 @@ class Qwen2_5VL:
         past: Sequence[KeyValues] = (),
         dropout_keys: Key[Array, "rows columns"] | None = None,
     ) -> tuple[Float[Array, "rows columns channels"], KeyValues]:
-        """Returns final hidden states and these columns' keys and values; see `Decoder.__call__`."""
+        """Return final hidden states and these columns' keys and values; see `Decoder.__call__`."""
         return self.decoder.apply({"params": decoder}, inputs, positions, mask, past, dropout_keys)
 
     def logits(self, decoder: PyTree, hidden: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
-        """Returns float32 logits."""
+        """Return float32 logits."""
         return self.decoder.apply({"params": decoder}, hidden, method="logits")
 
     def last_projections(self, decoder: PyTree, hidden: Float[Array, "rows columns channels"]) -> tuple[Array, Array]:
-        """Returns `hidden` under the last layer's query and key projections."""
+        """Return `hidden` under the last layer's query and key projections."""
         return self.decoder.apply({"params": decoder}, hidden, method="last_projections")

@@ -9,7 +9,7 @@ from jaxtyping import Int
 def mrope_positions(
     tokens: Int[np.ndarray, " time"], grids: Sequence[tuple[int, int]], image_token: int
 ) -> Int[np.ndarray, "3 time"]:
-    """Returns the (temporal, row, column) position of every token of one sequence.
+    """Return the (temporal, row, column) position of every token of one sequence.
 
     Text advances all three together. The vision tokens of an image share the temporal position and take
     their row and column in the image; text after it goes on from the largest position used plus one.

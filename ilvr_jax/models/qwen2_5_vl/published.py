@@ -134,7 +134,7 @@ ROPE = {"default": {}, "mrope": {}, "linear": {"factor": number()}, "yarn": YARN
 
 
 def read_fields(published: Mapping[str, Any]) -> Qwen2_5_VLConfig:
-    """Returns the fields of a config.json that are in use here, in transformers' class, which adds those that it lacks.
+    """Return the fields of a config.json that are in use here, in transformers' class, which adds those that it lacks.
 
     Raises BadCheckpoint, naming the field, for a value that cannot be used or is not implemented.
     """
@@ -172,14 +172,14 @@ def read_fields(published: Mapping[str, Any]) -> Qwen2_5_VLConfig:
 
 
 def check(section: Mapping[str, Any], prefix: str, rules: Mapping[str, Rule]) -> None:
-    """Raises BadCheckpoint, naming the field, if one that is there has a value that its rule does not allow."""
+    """Raise BadCheckpoint, naming the field, if one that is there has a value that its rule does not allow."""
     for name, rule in rules.items():
         if name in section and not rule.holds(section[name]):
             raise BadCheckpoint(f"`{prefix}{name}` must be {rule.words}, got {quote(section[name])}")
 
 
 def check_text(text: Mapping[str, Any], prefix: str) -> None:
-    """Raises BadCheckpoint if the decoder's fields cannot be used."""
+    """Raise BadCheckpoint if the decoder's fields cannot be used."""
     check(text, prefix, TEXT | ONE_VALUE | {"tie_word_embeddings": nullable(FLAG)})
     layers = text.get("num_hidden_layers", Qwen2_5_VLTextConfig.num_hidden_layers)
     if text.get("layer_types") is not None:
@@ -196,7 +196,7 @@ def check_text(text: Mapping[str, Any], prefix: str) -> None:
 
 
 def check_rope(text: Mapping[str, Any], prefix: str) -> None:
-    """Raises BadCheckpoint if the decoder's rotary positions are of a type or have fields that cannot be used."""
+    """Raise BadCheckpoint if the decoder's rotary positions are of a type or have fields that cannot be used."""
     section, rope = rope_fields(text)
     prefix = f"{prefix}{section}."
     key = "rope_type" if "rope_type" in rope else "type"
@@ -209,13 +209,13 @@ def check_rope(text: Mapping[str, Any], prefix: str) -> None:
 
 
 def rope_fields(section: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Returns the section of the decoder's rotary positions and its name, as transformers picks it."""
+    """Return the section of the decoder's rotary positions and its name, as transformers picks it."""
     name = "rope_scaling" if section.get("rope_scaling") else "rope_parameters"
     return name, section.get(name) or {}
 
 
 def check_rope_place(published: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    """Raises BadCheckpoint if positions are scaled beside `text_config` alone, where transformers ignores it."""
+    """Raise BadCheckpoint if positions are scaled beside `text_config` alone, where transformers ignores it."""
     name, rope = rope_fields(published)
     kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
     _, theirs = rope_fields(text)
@@ -226,7 +226,7 @@ def check_rope_place(published: Mapping[str, Any], text: Mapping[str, Any]) -> N
 
 
 def check_vision(vision: Mapping[str, Any]) -> None:
-    """Raises BadCheckpoint if the vision tower's fields cannot be used."""
+    """Raise BadCheckpoint if the vision tower's fields cannot be used."""
     prefix = "vision_config."
     ropes = ("rope_parameters", "rope_scaling")
     check(
@@ -241,7 +241,7 @@ def check_vision(vision: Mapping[str, Any]) -> None:
 
 
 def rope_scaling(text: Qwen2_5_VLTextConfig) -> RopeScaling:
-    """Returns how a checkpoint's rotary positions are scaled, with what transformers computes for absent fields."""
+    """Return how a checkpoint's rotary positions are scaled, with what transformers computes for absent fields."""
     rope = text.rope_parameters
     if rope["rope_type"] == "linear":
         return RopeScaling("linear", rope["factor"])
@@ -257,13 +257,13 @@ def rope_scaling(text: Qwen2_5_VLTextConfig) -> RopeScaling:
 
 
 def described_scaling(scaling: RopeScaling) -> dict[str, Any]:
-    """Returns what a config.json holds of a scaling: its type and the fields that the type reads."""
+    """Return what a config.json holds of a scaling: its type and the fields that the type reads."""
     read = {"rope_type", *ROPE[scaling.rope_type]}
     return {name: value for name, value in dataclasses.asdict(scaling).items() if name in read}
 
 
 def published_dtype(published: Mapping[str, Any]) -> str | None:
-    """Returns the dtype that a config.json names, None if it leaves it to the weights ("auto", null or absent).
+    """Return the dtype that a config.json names, None if it leaves it to the weights ("auto", null or absent).
 
     Raises BadCheckpoint, naming the field, for a dtype that weights cannot have here.
     """
@@ -281,7 +281,7 @@ def published_dtype(published: Mapping[str, Any]) -> str | None:
 
 
 def check_not_quantised(published: Mapping[str, Any]) -> None:
-    """Raises BadCheckpoint, naming the method, if a config.json describes quantised weights."""
+    """Raise BadCheckpoint, naming the method, if a config.json describes quantised weights."""
     inner = [(f"{name}.", published.get(name)) for name in ("text_config", "vision_config")]
     for prefix, section in (("", published), *inner):
         for key in ("quantization_config", "compression_config"):
@@ -293,7 +293,7 @@ def check_not_quantised(published: Mapping[str, Any]) -> None:
 
 
 def quantisation(settings: Any) -> str:
-    """Returns the method of a `quantization_config` for a message, with its bits if it names them."""
+    """Return the method of a `quantization_config` for a message, with its bits if it names them."""
     if not isinstance(settings, dict):
         return quote(settings)
     bits = settings.get("bits") or next((bits for bits in (4, 8) if settings.get(f"load_in_{bits}bit")), None)

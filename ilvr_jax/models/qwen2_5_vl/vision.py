@@ -58,14 +58,14 @@ class VisionBlock(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Encodes images into vision tokens, one for each merge unit of 2x2 patches."""
+    """Encode images into vision tokens, one for each merge unit of 2x2 patches."""
 
     config: VisionConfig
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, images: ImageBatch) -> Float[Array, "*images units out_hidden_size"]:
-        """Returns the features of every image in raster order; those of padding are meaningless.
+        """Return the features of every image in raster order; those of padding are meaningless.
 
         An image is a run of windows: layers with window attention treat each window by itself, the layers of
         `fullatt_block_indexes` join the windows of an image. No image sees another.

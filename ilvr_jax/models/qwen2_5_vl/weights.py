@@ -61,14 +61,14 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def unwrapped(name: str) -> str:
-    """Returns a tensor's name without the modules around the model, in any order."""
+    """Return a tensor's name without the modules around the model, in any order."""
     while (inner := WRAPPERS.sub("", name)) != name:
         name = inner
     return name
 
 
 def flat_name(name: str) -> str:
-    """Returns a tensor's name in the flat scheme, the older of the two, without modules around the model.
+    """Return a tensor's name in the flat scheme, the older of the two, without modules around the model.
 
     A checkpoint of the model without its head begins with `language_model`; transformers loads that as well.
     """
@@ -77,17 +77,17 @@ def flat_name(name: str) -> str:
 
 
 def nested_name(name: str) -> str:
-    """Returns a flat name in the nested scheme, transformers' own since version 4.52; `lm_head` is the same in both."""
+    """Return a flat name in the nested scheme, transformers' own since version 4.52; `lm_head` is the same in both."""
     return re.sub(r"^visual\.", "model.visual.", re.sub(r"^model\.", "model.language_model.", name))
 
 
 def is_nested(names: Mapping[str, object]) -> bool:
-    """Returns whether a checkpoint has the nested naming scheme."""
+    """Return whether a checkpoint has the nested naming scheme."""
     return any(flat_name(name) != unwrapped(name) for name in names)
 
 
 def tensor_name(path: tuple[str, ...], layer: int | None = None) -> str:
-    """Returns the flat name of the parameter at `path`; `layer` picks from a stacked parameter."""
+    """Return the flat name of the parameter at `path`; `layer` picks from a stacked parameter."""
     tower, *modules = path
     if modules == ["lm_head"]:
         return HEAD
@@ -100,7 +100,7 @@ def tensor_name(path: tuple[str, ...], layer: int | None = None) -> str:
 
 
 def named_tensors(params: PyTree) -> Iterator[tuple[str, tuple[str, ...], int | None]]:
-    """Yields each tensor of a published checkpoint with the path, and the layer, of the parameter that it fills."""
+    """Yield each tensor of a published checkpoint with the path, and the layer, of the parameter that it fills."""
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         path = tuple(key.key for key in keys)
         for layer in range(leaf.shape[0]) if path[:2] == ("decoder", "layers") else [None]:
@@ -113,7 +113,7 @@ def params_from_state_dict(
     dtype: str | Mapping[str, str] = "float32",
     mesh: Mesh | None = None,
 ) -> PyTree:
-    """Returns our parameters from a state dict in the layout of PyTorch (Linear is [out, in]).
+    """Return our parameters from a state dict in the layout of PyTorch (Linear is [out, in]).
 
     `dtype` is that of all parameters, or of each part ("vision", "decoder"). Tensors are read one after another,
     each put in its place on the mesh, by default one device, before the next, so that no more than one is held beside
@@ -147,7 +147,7 @@ def params_from_state_dict(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def put(stacked: Float[Array, "layers ..."], tensor: Float[Array, "..."], layer: int) -> Float[Array, "layers ..."]:
-    """Returns `stacked`, whose buffer is given away, with a layer's tensor in its place.
+    """Return `stacked`, whose buffer is given away, with a layer's tensor in its place.
 
     `stacked.at[layer].set` is a scatter, for which a CPU turns all layers of bfloat16 into float32 and back.
     """
@@ -155,7 +155,7 @@ def put(stacked: Float[Array, "layers ..."], tensor: Float[Array, "..."], layer:
 
 
 def check_tensors(state: Mapping[str, np.ndarray], shapes: PyTree, config: ModelConfig) -> dict[str, str]:
-    """Returns the names in `state` of the model's tensors by their flat names, before any tensor is read.
+    """Return the names in `state` of the model's tensors by their flat names, before any tensor is read.
 
     Tensors of modules that are not computed here, such as heads of other methods, are named on stderr and ignored.
     Raises BadCheckpoint naming those that are missing, of other shapes or dtypes, or besides in modules that are.
@@ -193,7 +193,7 @@ def check_tensors(state: Mapping[str, np.ndarray], shapes: PyTree, config: Model
 
 
 def has_own_head(state: TensorFiles) -> bool:
-    """Returns whether a checkpoint has an output head with other numbers than its embedding.
+    """Return whether a checkpoint has an output head with other numbers than its embedding.
 
     transformers ties the two in no such case, whatever `tie_word_embeddings` is.
     """
@@ -205,14 +205,14 @@ def has_own_head(state: TensorFiles) -> bool:
 
 
 def stored_dtype(state: TensorFiles) -> str:
-    """Returns the dtype of a checkpoint's first tensor of floating point, by which transformers takes its dtype."""
+    """Return the dtype of a checkpoint's first tensor of floating point, by which transformers takes its dtype."""
     names = {short: name for name, short in DTYPE_NAMES.items()}
     kinds = (place.dtype for place in state.places.values() if place.dtype in FLOATS)
     return names.get(next(kinds, "F32"), "float32")
 
 
 def check_not_quantised(names: Collection[str]) -> None:
-    """Raises BadCheckpoint if flat names are those of quantised weights or of adapters that are not merged."""
+    """Raise BadCheckpoint if flat names are those of quantised weights or of adapters that are not merged."""
     computed = [name for name in names if COMPUTED.match(name)]
     for kind, endings in QUANTISED.items():
         if quantised := [name for name in computed if name.rpartition(".")[2] in endings]:
@@ -228,7 +228,7 @@ def check_not_quantised(names: Collection[str]) -> None:
 
 
 def shape_and_dtype(state: Mapping[str, np.ndarray], name: str) -> tuple[tuple[int, ...], str]:
-    """Returns a tensor's shape and the name of its dtype in a safetensors header, without reading it from a file."""
+    """Return a tensor's shape and the name of its dtype in a safetensors header, without reading it from a file."""
     if isinstance(state, TensorFiles):
         return state.places[name].shape, state.places[name].dtype
     dtype = np.dtype(state[name].dtype)
@@ -236,7 +236,7 @@ def shape_and_dtype(state: Mapping[str, np.ndarray], name: str) -> tuple[tuple[i
 
 
 def published_shapes(shapes: PyTree, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape that each tensor of a published checkpoint has, by its flat name, from our parameters' shapes.
+    """Return the shape that each tensor of a published checkpoint has, by its flat name, from our parameters' shapes.
 
     Linear layers are [out, in] there.
     """
@@ -251,7 +251,7 @@ def published_shapes(shapes: PyTree, config: ModelConfig) -> dict[str, tuple[int
 
 
 def patch_shape(config: ModelConfig) -> tuple[int, int, int, int, int]:
-    """Returns the shape of the patch embedding's kernel in a published checkpoint, a three-dimensional convolution."""
+    """Return the shape of the patch embedding's kernel in a published checkpoint, a three-dimensional convolution."""
     vision = config.vision
     return vision.hidden_size, vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size
 
@@ -259,7 +259,7 @@ def patch_shape(config: ModelConfig) -> tuple[int, int, int, int, int]:
 def state_dict_from_params(
     params: PyTree, config: ModelConfig, dtype: str = "float32", nested: bool = False
 ) -> list[TensorToWrite]:
-    """Returns the tensors of a published checkpoint, in the layout of PyTorch, each made when it is asked for."""
+    """Return the tensors of a published checkpoint, in the layout of PyTorch, each made when it is asked for."""
     shapes = published_shapes(params, config)
 
     def tensor(name: str, path: tuple[str, ...], layer: int | None) -> TensorToWrite:
