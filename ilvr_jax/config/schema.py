@@ -89,6 +89,9 @@ class ModelSettings:
     init_from: str = setting(
         "a published checkpoint (a hub name or a folder) or ADAPTER[@BASE] of PEFT; empty: fresh parameters", ""
     )
+    backbone: str = setting(
+        "the kind of a fresh model, of models/__init__.py; a checkpoint has its own", "qwen2_5_vl", added=True
+    )
     dtype: str = setting("of activations", "float32", choices=DTYPES)
     frozen_dtype: str = setting("of the parts that no stage trains", "float32", choices=DTYPES)
     remat_policy: str = setting("what layers keep for the gradient", "dots_saveable", choices=REMAT_POLICIES)

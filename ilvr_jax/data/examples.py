@@ -14,7 +14,9 @@ from ilvr_jax.data.records import IMAGE_MARKER, BadRecord, ImageSource, Record, 
 from ilvr_jax.data.tokenizer import SPECIAL_TOKENS
 from ilvr_jax.method.layout import Sample, build_sample
 from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.base import PositionIds
 from ilvr_jax.models.qwen2_5_vl.images import EncodedImage, PatchedImage
+from ilvr_jax.models.qwen2_5_vl.positions import mrope_positions
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # image_pad is repeated once per vision token
 LATENT = "<|latent_start|><|latent_pad|><|latent_end|>"  # latent_pad is repeated once per slot
@@ -38,6 +40,7 @@ class ExampleSettings:
     # Bounds on the pixels of an image, as in a published preprocessor_config.json; None is no bound.
     min_pixels: int | None = None
     max_pixels: int | None = None
+    position_ids: PositionIds = dataclasses.field(default=mrope_positions, repr=False)  # the backbone's
     features: FeatureStore | None = None  # what the vision tower made of images already, in place of their pixels
 
     def __post_init__(self):
@@ -171,7 +174,8 @@ def _build(
     # The Rust tokenizer underneath: the wrapper costs several times as much for a text of this length.
     tokens = np.array(tokenizer.backend_tokenizer.encode(chat, add_special_tokens=False).ids, np.int32)
     tokens = _expand(tokens, images, special, settings.latent_size)
-    return build_sample(tokens, images, helper_images, special, settings.latent_size, record=number)
+    size, position_ids = settings.latent_size, settings.position_ids
+    return build_sample(tokens, images, helper_images, special, size, number, position_ids)
 
 
 def read_image(source: ImageSource, settings: ExampleSettings) -> PatchedImage | EncodedImage:

@@ -185,7 +185,7 @@ def evaluate(
         decode,
         tokenizer,
         special,
-        prompt_settings(config),
+        dataclasses.replace(prompt_settings(config), position_ids=model.geometry.position_ids),
         model.geometry,
         config.eval.batch_size,
         config.seed,

@@ -53,7 +53,6 @@ from ilvr_jax.models.base import ImageGeometry, Model
 from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.qwen2_5_vl.decoder import split_layers
 from ilvr_jax.models.qwen2_5_vl.images import MERGE, EncodedImage
-from ilvr_jax.models.qwen2_5_vl.positions import mrope_positions
 
 UNLIMITED = np.iinfo(np.int32).max
 STEPS = 32  # tokens that rows write between two looks at them from the host, if none of them stops
@@ -458,7 +457,7 @@ class Engine:
         except ValueError as error:
             served.error = str(error)
             return "picture"
-        positions = mrope_positions(tokens, [grid], special.image_pad) + position
+        positions = self._geometry.position_ids(tokens, [grid], special.image_pad) + position
         self._place(self._image_features(image), int(length) + 2)
         for start, part, size in plan_chunks(len(tokens), self.settings.chunks):
             here = slice(start, start + part)

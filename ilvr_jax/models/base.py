@@ -1,13 +1,16 @@
-"""What a backbone must offer: the interface of its model and of its images.
+"""The interface of a backbone: of its models, and of how images lie in their batches.
 
-To add one, write a package beside `qwen2_5_vl` and name it in `models.BACKBONES`.
+To add one, write a package beside `qwen2_5_vl` and name its `Backbone` in `models.BACKBONES`.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
+
+from ilvr_jax.config.schema import ModelSettings
 
 # From token ids [time], height and width in vision tokens of each image in order, and the id of an image's token:
 # the positions [axes, time] of a sequence's tokens. Raises ValueError if tokens and images do not match.
@@ -79,3 +82,19 @@ class Model(Protocol):
 
     def last_projections(self, decoder: PyTree, hidden: Float[Array, "rows columns channels"]) -> tuple[Array, Array]:
         """Return `hidden` under the last layer's query and key projections, for selection."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A kind of model, under the `model_type` of its published checkpoints.
+
+    Attributes:
+        model: makes the model of a config; the config is a frozen dataclass.
+        config: returns the config for the `model` section of a run, the rows of its vocabulary and, for a run that
+            begins from a published checkpoint, the content of its config.json.
+        config_from_published: returns the config for the content of a config.json alone; keywords replace fields.
+    """
+
+    model: Callable[[Any], Model]
+    config: Callable[[ModelSettings, int, Mapping[str, Any] | None], Any]
+    config_from_published: Callable[..., Any]

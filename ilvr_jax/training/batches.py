@@ -29,6 +29,7 @@ def open_iterator(run: Run, stage: str, seed: int, vision: PyTree) -> grain.Data
     data, helper_images = run.config.data, run.config.stages[stage].helper_images
     geometry = run.model.geometry
     settings = example_settings(run.config, helper_images)
+    settings = dataclasses.replace(settings, position_ids=run.model.geometry.position_ids)
     with blame("data"):
         buckets = list(config_buckets(run.config, helper_images).values())
     if data.feature_cache and "vision" not in run.config.stages[stage].train:

@@ -16,7 +16,8 @@ from ilvr_jax.method.objectives import OBJECTIVES
 from ilvr_jax.method.selection import SELECTORS
 from ilvr_jax.method.slots import SLOT_INPUTS
 from ilvr_jax.method.tokens import SpecialTokens
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models import BACKBONES
+from ilvr_jax.models.base import Model
 from ilvr_jax.training.progress import Progress
 
 
@@ -30,7 +31,7 @@ class Run:
     evaluation_source: Source | None
     tokenizer: PreTrainedTokenizerFast
     special: SpecialTokens
-    model: Qwen2_5VL
+    model: Model
     mesh: Mesh
     steps: Mapping[str, tuple[optax.GradientTransformation, Callable]]  # each stage's optimizer and train step
     progress: Progress
@@ -40,6 +41,7 @@ def check_choices(config: RunConfig) -> None:
     """Raise BadConfig for a name that no table has, listing those it has, and a stage that its objective refuses."""
     choose(SELECTORS, config.latents.selection, "latents.selection")
     choose(SLOT_INPUTS, config.model.slot_input, "model.slot_input")
+    choose(BACKBONES, config.model.backbone, "model.backbone")
     for name, stage in config.stages.items():
         objective = choose(OBJECTIVES, stage.objective, f"{name}.objective")
         accepted, given = objective.helper_images, f"objective {stage.objective}, got {quote(stage.helper_images)}"
