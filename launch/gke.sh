@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster through xpk; launch/README.md says how.
+# Trains on TPU slices of a GKE cluster through xpk; launch/README.md explains how.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
@@ -11,7 +11,7 @@ case $command in
   create) needed+=(WORKLOAD=my-run TPU_TYPE=v5litepod-16 IMAGE=us-docker.pkg.dev/my-project/my-folder/ilvr-jax:1) ;;
   delete | logs) needed+=(WORKLOAD=my-run) ;;
   list) ;;
-  *) refuse "launch/gke.sh takes one of create, list, logs and delete, not $(quoted "$command")." ;;
+  *) refuse "The command of launch/gke.sh must be create, list, logs or delete, got $(quoted "$command")." ;;
 esac
 check_variables "${needed[@]}"
 check_numbers NUM_SLICES='[1-9][0-9]*' MAX_RESTARTS='[0-9]+' SPOT='0|1'
@@ -22,20 +22,20 @@ go_on="repeat launch/gke.sh $command$options"
 case $command in
   create)
     ((${#arguments[@]})) ||
-      refuse "Give what the trainer takes after --, for example: launch/gke.sh create -- --config=configs/base.py --workdir=/mnt/my-bucket/my-run"
-    # xpk writes the command into YAML, and Kubernetes reads dollar signs in it before the shell does.
+      refuse "Give the trainer's arguments after --, for example: launch/gke.sh create -- --config=configs/base.py --workdir=/mnt/my-bucket/my-run"
+    # xpk writes the command into YAML, where Kubernetes expands dollar signs before the shell does.
     [[ ${arguments[*]} != *[[:cntrl:]]* && ${arguments[*]} != *\$* ]] ||
-      refuse "An argument of the trainer holds a dollar sign or a line break, which xpk does not hand on; spell it without."
+      refuse "Arguments of the trainer must not contain a dollar sign or a line break, which xpk does not pass on."
     spot=()
     ((SPOT)) && spot=(--spot)
-    # exec: the signal that comes before a node goes must reach Python, which saves and then is restarted.
+    # exec: the signal before a node is removed must reach Python, which saves and is then restarted.
     call xpk workload create "${where[@]}" --workload="$WORKLOAD" --tpu-type="$TPU_TYPE" --num-slices="$NUM_SLICES" \
       --docker-image="$IMAGE" --max-restarts="$MAX_RESTARTS" --termination-grace-period-seconds=120 \
       ${spot[@]+"${spot[@]}"} --command="exec $(quoted python -m ilvr_jax.train --distributed "${arguments[@]}")"
     ;;
   list) call xpk workload list "${where[@]}" ;;
   delete) call xpk workload delete "${where[@]}" --workload="$WORKLOAD" ;;
-  logs)  # newest first; from Cloud Logging, which keeps them when the workload is gone
+  logs)  # newest first; from Cloud Logging, which keeps them after the workload is deleted
     call gcloud logging read "resource.type=\"k8s_container\" AND resource.labels.cluster_name=\"$CLUSTER\" AND labels.\"k8s-pod/jobset_sigs_k8s_io/jobset-name\"=\"$WORKLOAD\"" \
       --project="$PROJECT" --freshness=30d --limit=1000 --format='value(timestamp,resource.labels.pod_name,textPayload)'
     ;;

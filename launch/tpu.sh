@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice that a queued resource holds; launch/README.md says how.
+# Trains on a Cloud TPU slice that a queued resource holds; launch/README.md explains how.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
@@ -11,7 +11,7 @@ case $command in
   create | wait | copy | install | run | logs | stop | delete) steps=("$command") ;;
   up) steps=("${lost[@]}") ;;
   resume) steps=(lost delete "${lost[@]}") ;;
-  *) refuse "launch/tpu.sh takes one of up, create, wait, copy, install, run, logs, stop, resume and delete, not $(quoted "$command")." ;;
+  *) refuse "The command of launch/tpu.sh must be up, create, wait, copy, install, run, logs, stop, resume or delete, got $(quoted "$command")." ;;
 esac
 check_variables PROJECT=my-project ZONE=us-west4-a NAME=my-run ACCELERATOR=v5litepod-16 RUNTIME=v2-alpha-tpuv5-lite
 check_numbers SPOT='0|1' POLL_SECONDS='[0-9]+'
@@ -22,15 +22,15 @@ where=(--project="$PROJECT" --zone="$ZONE" --quiet)
 
 on_all_workers() { call gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=all --command="$1"; }
 
-# The training command is kept, so that resume repeats it.
+# The arguments of the training are stored, so that resume can repeat them.
 if [[ " ${steps[*]} " == *" run "* ]]; then
   if ((${#arguments[@]} == 0)) && [[ -s $kept/arguments ]]; then
     while IFS= read -r -d '' argument; do arguments+=("$argument"); done <"$kept/arguments"
   fi
   ((${#arguments[@]})) ||
-    refuse "Give what the trainer takes after --, for example: launch/tpu.sh $command -- --config=configs/base.py --workdir=/mnt/my-bucket/my-run"
+    refuse "Give the trainer's arguments after --, for example: launch/tpu.sh $command -- --config=configs/base.py --workdir=/mnt/my-bucket/my-run"
   [[ " ${arguments[*]}" =~ \ --workdir[=\ ]/ ]] ||
-    say "Note: without --workdir=/a/mounted/folder that all workers share, checkpoints are lost with the workers."
+    say "Note: checkpoints are lost with the workers unless --workdir is a mounted folder that all workers share."
   if ((!dry_run)); then
     mkdir -p "$kept"
     printf '%s\0' "${arguments[@]}" >"$kept/arguments"
@@ -64,7 +64,7 @@ step_wait() {
   done
 }
 
-# Ends the script unless the slice was lost, so resume never deletes one that can still be used.
+# Ends the script unless the slice was lost, so resume never deletes a slice that is still usable.
 step_lost() {
   ((dry_run)) && describe && return
   local state
@@ -74,13 +74,13 @@ step_lost() {
     state=$(describe)
   done
   [[ $state == SUSPENDED || $state == FAILED ]] && return
-  say "$NAME is $state, not SUSPENDED or FAILED, so nothing was deleted; launch/tpu.sh wait$options and run$options go on with it."
+  say "$NAME is $state, not SUSPENDED or FAILED, so nothing was deleted; to use it, run launch/tpu.sh wait$options and then run$options."
   exit 1
 }
 
 step_copy() {
   ((dry_run)) || mkdir -p "$kept"
-  [[ -z $(git status --porcelain --untracked-files=no) ]] || say "Note: what is copied is the last commit, without the changes since."
+  [[ -z $(git status --porcelain --untracked-files=no) ]] || say "Note: only the last commit is copied, without later changes."
   call git archive --format=tar.gz --output="$kept/source.tar.gz" HEAD
   call gcloud compute tpus tpu-vm scp "$kept/source.tar.gz" "$NAME:ilvr-jax.tar.gz" "${where[@]}" --worker=all
   on_all_workers "mkdir -p ilvr-jax && tar -xzf ilvr-jax.tar.gz -C ilvr-jax"
@@ -92,7 +92,7 @@ step_run() { on_all_workers "$(quoted bash ilvr-jax/launch/worker.sh run "${argu
 
 step_stop() { on_all_workers "bash ilvr-jax/launch/worker.sh stop"; }
 
-# One worker at a time, since scp fetches from one alone.
+# One worker at a time, since scp can fetch from only one.
 step_logs() {
   local count=1 worker
   local count_them=(gcloud compute tpus tpu-vm describe "$NAME" "${where[@]}" --format='value(networkEndpoints.len())')
@@ -106,7 +106,7 @@ step_logs() {
     call gcloud compute tpus tpu-vm scp "$NAME:ilvr-jax/runs/launch/train.log" "$kept/logs/worker-$worker.log" \
       "${where[@]}" --worker="$worker"
   done
-  if ((dry_run)); then say "The last command is repeated for every further worker."; else say "The logs are in $kept/logs."; fi
+  if ((dry_run)); then say "The last command is repeated for every other worker."; else say "The logs are in $kept/logs."; fi
 }
 
 step_delete() { call gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force; }
@@ -114,7 +114,7 @@ step_delete() { call gcloud compute tpus queued-resources delete "$NAME" "${wher
 for ((at = 0; at < ${#steps[@]}; at++)); do
   step=${steps[at]}
   go_on="repeat launch/tpu.sh $step$options"
-  [[ $step == create ]] && go_on+=" (or, if $NAME exists, leave it out)"
+  [[ $step == create ]] && go_on+=" (skip it if $NAME exists)"
   [[ $step == lost || ($step == delete && $command == resume) ]] && go_on="repeat launch/tpu.sh resume$options"
   [[ $step == lost || $step == delete ]] || for later in "${steps[@]:at+1}"; do go_on+=", then launch/tpu.sh $later$options"; done
   "step_$step"

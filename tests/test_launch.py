@@ -122,14 +122,14 @@ class Stage:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def trained(self, count: int) -> list:
-        """What the trainers were given; they start in the background."""
+        """Returns the arguments of the trainers, which start in the background."""
         end = time.monotonic() + 20
         while len(self.noted("trained.jsonl")) < count and time.monotonic() < end:
             time.sleep(0.05)
         return sorted(self.noted("trained.jsonl"))
 
     def steps(self) -> list[str]:
-        """What each call of gcloud was for, in a word or two."""
+        """Returns the purpose of each call of gcloud, in a word or two."""
         said = []
         for _, arguments in self.noted():
             command = next((word for word in arguments if word.startswith("--command=")), "")
@@ -256,7 +256,7 @@ def test_resume_deletes_nothing_in_use(stage, state):
     assert result.returncode == 1 and f"my-run is {state}" in result.stderr and stage.steps() == ["describe"]
     result = stage.run("tpu.sh", "resume", "--", *TRAINER, **TPU, FAKE_FAIL="describe")
     assert result.returncode == 1 and "repeat launch/tpu.sh resume" in result.stderr
-    assert "nothing was deleted" not in result.stderr  # which is said of a state that is known
+    assert "nothing was deleted" not in result.stderr  # printed only for a known state
     assert stage.steps() == ["describe", "describe"]
 
 
@@ -278,12 +278,12 @@ def test_missing_and_dangerous_variables(stage, script, command, needed):
     for name in needed:
         for value in ("x; touch harm", "$(touch harm)", "-x", "a b", "../up", "x\ny", "'", "é"):
             result = stage.run(script, command, "--", *TRAINER, **needed | {name: value})
-            assert result.returncode == 2 and f"{name} is " in result.stderr and "for example" in result.stderr
+            assert result.returncode == 2 and f"{name} must be " in result.stderr and "for example" in result.stderr
     for flaw in (["--spot"], ["rm"]):
-        assert "unknown" in stage.run(script, command, *flaw, **needed).stderr
-    assert "takes one of" in stage.run(script, "destroy", **needed).stderr
+        assert "Unknown argument" in stage.run(script, command, *flaw, **needed).stderr
+    assert "must be" in stage.run(script, "destroy", **needed).stderr
     assert "after --, for example" in stage.run(script, command, **needed).stderr
-    assert "SPOT is yes" in stage.run(script, command, "--", *TRAINER, **needed, SPOT="yes").stderr
+    assert "got yes" in stage.run(script, command, "--", *TRAINER, **needed, SPOT="yes").stderr
     assert not stage.noted() and not list(stage.folder.rglob("harm"))
 
 
@@ -293,7 +293,7 @@ def test_variables_from_a_file(stage):
     assert stage.run("tpu.sh", "delete", "--env=launch/tpu.env", NAME="another").returncode == 0
     assert stage.noted()[0][1][4] == "my-run"
     file.write_text("NAME=my-run\nPATH=$(touch harm)\n")
-    assert "missing.env names no file" in stage.run("tpu.sh", "delete", "--env=missing.env").stderr
+    assert "has no file missing.env" in stage.run("tpu.sh", "delete", "--env=missing.env").stderr
     result = stage.run("tpu.sh", "delete", "--env=launch/tpu.env")
     assert result.returncode == 2 and "PATH=$(touch harm)" in result.stderr and "ACCELERATOR RUNTIME" in result.stderr
     assert len(stage.noted()) == 1 and not list(stage.folder.rglob("harm"))
@@ -327,9 +327,9 @@ def test_gke(stage):
 def test_slurm(stage):
     python = {"PYTHON": str(stage.folder / "bin" / "python")}
     job = {**python, "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(stage.repository), "FAKE_TRAINED": "0"}
-    assert "SLURM_JOB_ID is not set" in stage.run("slurm.sbatch", *TRAINER, **python).stderr
-    assert "PYTHON is .venv/bin/python" in stage.run("slurm.sbatch", *TRAINER).stderr
-    assert "Give what the trainer takes" in stage.run("slurm.sbatch", **job).stderr
+    assert "SLURM_JOB_ID must be set" in stage.run("slurm.sbatch", *TRAINER, **python).stderr
+    assert ".venv/bin/python is not a program" in stage.run("slurm.sbatch", *TRAINER).stderr
+    assert "Give the trainer's arguments" in stage.run("slurm.sbatch", **job).stderr
     elsewhere = stage.run("slurm.sbatch", *TRAINER, **job | {"SLURM_SUBMIT_DIR": str(stage.folder)})
     assert elsewhere.returncode == 2 and "top folder" in elsewhere.stderr
     dry = stage.run("slurm.sbatch", "--dry-run", *TRAINER, *NASTY, **python)
@@ -349,7 +349,7 @@ def test_slurm(stage):
 
 
 def test_image(stage):
-    """What the image copies is there and not left out; the accelerators are those that are documented."""
+    """The image copies files that exist and are not ignored; its accelerators are the documented ones."""
     text = (ROOT / "launch" / "Dockerfile").read_text().replace("\\\n", " ")
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {line.split()[1] for line in text.splitlines() if line.startswith("COPY")}
