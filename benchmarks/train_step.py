@@ -24,7 +24,7 @@ from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source
 from ilvr_jax.training.loop import make_step, start_params
 from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.run import Run
-from ilvr_jax.training.state import first_state
+from ilvr_jax.training.state import init_train_state
 
 BATCHES = 32  # kept in memory and given to the step in turn, so that it never waits
 
@@ -41,7 +41,7 @@ def rates(run: Run, stage: str, seconds: float) -> tuple[float, float]:
     """Returns the samples a second of the pipeline without a step, and of the step without the pipeline."""
     optimizer, step = run.steps[stage]
     params = start_params(run.config, run.workdir, run.model, None, run.mesh)
-    state = first_state(params, optimizer, run.config[stage], jax.random.key(0), run.mesh)
+    state = init_train_state(params, optimizer, run.config[stage], jax.random.key(0), run.mesh)
     with contextlib.closing(open_iterator(run, stage, 0, state.params["vision"])) as iterator:
         batches = [place_rows(batch, run.mesh) for batch in itertools.islice(iterator, BATCHES)]
         made = samples_per_second(lambda: len(next(iterator).record), seconds)

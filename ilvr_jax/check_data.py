@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
-from ilvr_jax.checkpoints.pretrained import open_checkpoint
+from ilvr_jax.checkpoints.pretrained import open_init_from
 from ilvr_jax.command import ArgumentParser, command, path_flag
-from ilvr_jax.config.experiments import BASE, as_file, blame, load_config
+from ilvr_jax.config.experiments import BASE, as_file, config_errors, load_config
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.flags import read_config_flags
 from ilvr_jax.config.schema import RunConfig
@@ -88,12 +88,12 @@ def check(options: argparse.Namespace) -> Survey:
     config = options.config
     check_choices(config)
     source = open_source(config.data, config.seed)
-    with blame("model", BadCheckpoint):
-        pretrained = open_checkpoint(config.model.init_from, weights=False) if config.model.init_from else None
+    with config_errors("model", BadCheckpoint):
+        pretrained = open_init_from(config.model.init_from, weights=False) if config.model.init_from else None
     tokenizer = pretrained.tokenizer if pretrained else make_tokenizer(config, source)
-    with blame("model"):
+    with config_errors("model"):
         vision = model_config(config.model, len(tokenizer), pretrained and pretrained.published).vision
-    with blame("tokenizer"):
+    with config_errors("tokenizer"):
         special = special_tokens(tokenizer)
     views = make_views(config, options.config_file is not None, tokenizer, special)
     survey = take(source, views, vision.geometry, options.limit, config.data.workers)

@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ilvr_jax.checkpoints.trained import TrainedModel, open_trained
+from ilvr_jax.checkpoints.trained import TrainedModel, load_model
 from ilvr_jax.command import ArgumentParser, command, path_flag
 from ilvr_jax.config.experiments import evaluation_file
 from ilvr_jax.config.fields import BadConfig
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0 done, 1 some records skipped, 2 bad input, 130 stopped."""
     options = make_parser().parse_args(arguments)
     check_flags(options)
-    trained = open_trained(options.checkpoint, options.stage, options.dtype)
+    trained = load_model(options.checkpoint, options.stage, options.dtype)
     if not trained.looks and options.method != "text":
         print(f"{options.checkpoint} has no latent tokens; it is decoded as plain text", file=sys.stderr)
         options.method = "text"
@@ -194,7 +194,7 @@ class Work:
 
         log = results.path.with_suffix(".log")
         with Progress(log) as progress, progress.stage(self.options.task, done, len(every)):
-            progress.say(f"{done} of {len(every)} answers are there; {settings.rows} are decoded at once")
+            progress.log(f"{done} of {len(every)} answers are there; {settings.rows} are decoded at once")
             new = 0
             for answer in engine.serve(taken()):
                 key, record = asked[answer.number]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ilvr_jax.checkpoints.trained import TrainedModel, open_trained
+from ilvr_jax.checkpoints.trained import TrainedModel, load_model
 from ilvr_jax.command import ArgumentParser, command, path_flag
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.data.examples import build_prompt
@@ -28,7 +28,7 @@ from ilvr_jax.tasks.final_answer import find_final_answer
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0 done, 1 not written, 2 bad input, 130 stopped."""
     options = read_flags(arguments)
-    trained = open_trained(options.checkpoint, options.stage, options.dtype)
+    trained = load_model(options.checkpoint, options.stage, options.dtype)
     if not trained.looks and options.method != "text":
         print(f"{options.checkpoint} has no latent tokens; it is decoded as plain text", file=sys.stderr)
         options.method = "text"

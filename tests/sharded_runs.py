@@ -23,7 +23,7 @@ from ilvr_jax.method.objectives import cross_entropy  # noqa: E402
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL  # noqa: E402
 from ilvr_jax.models.sharding import AXES, divisor, make_mesh, on_mesh, place_rows, placed_like, shardings  # noqa: E402
 from ilvr_jax.training.optimizer import make_optimizer  # noqa: E402
-from ilvr_jax.training.state import first_state, state_like  # noqa: E402
+from ilvr_jax.training.state import init_train_state, abstract_train_state  # noqa: E402
 from ilvr_jax.training.step import OBJECTIVES, make_train_step  # noqa: E402
 from tests.inference.test_decode import PARAMS, prompts  # noqa: E402
 from tests.inference.test_decode import lay_out as lay_out_prompts  # noqa: E402
@@ -46,7 +46,7 @@ def open_stage(objective: str, mesh: Mesh, attention: str = "auto"):
     optimizer = make_optimizer(settings)
     params = model.init(jax.random.key(0))
     params = jax.device_put(params, shardings(params, mesh))
-    like = state_like(params, optimizer, settings, mesh)
+    like = abstract_train_state(params, optimizer, settings, mesh)
     train_step = make_train_step(model, settings, LATENTS, optimizer, divisor("rows", mesh))
 
     def step(state):
@@ -59,7 +59,7 @@ def open_stage(objective: str, mesh: Mesh, attention: str = "auto"):
         return state, [float(values["loss"]), float(values["gradient_norm"])]
 
     with on_mesh(mesh):
-        return first_state(params, optimizer, settings, jax.random.key(7), mesh), like, step
+        return init_train_state(params, optimizer, settings, jax.random.key(7), mesh), like, step
 
 
 def losses(objective: str, mesh: Mesh, attention: str = "auto") -> list[list[float]]:

@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from ilvr_jax.analysis.hlo import Collective, collectives
-from ilvr_jax.checkpoints.manager import params_like
-from ilvr_jax.checkpoints.pretrained import open_checkpoint
-from ilvr_jax.config.experiments import blame
+from ilvr_jax.checkpoints.manager import abstract_params
+from ilvr_jax.checkpoints.pretrained import open_init_from
+from ilvr_jax.config.experiments import config_errors
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.schema import RunConfig
 from ilvr_jax.data.sources import config_buckets
@@ -31,7 +31,7 @@ from ilvr_jax.models.qwen2_5_vl.images import MERGE, EncodedImage
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.sharding import ROWS, check_mesh, divisor, make_mesh, on_mesh
 from ilvr_jax.training.loop import make_step
-from ilvr_jax.training.state import state_like
+from ilvr_jax.training.state import abstract_train_state
 
 GIB = 2**30
 
@@ -121,11 +121,11 @@ def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
 def open_model(config: RunConfig) -> Qwen2_5VL:
     """Returns the model of a config; of a published checkpoint its shape alone is asked for."""
     name = config.model.init_from
-    with blame("model"):
+    with config_errors("model"):
         if name in SHAPES:
             return Qwen2_5VL(model_config(config.model, 0, published_description(name)))
         if name:
-            return Qwen2_5VL(model_config(config.model, 0, open_checkpoint(name, weights=False).published))
+            return Qwen2_5VL(model_config(config.model, 0, open_init_from(name, weights=False).published))
         # The tokenizer that a run makes for itself has some hundred tokens.
         return Qwen2_5VL(model_config(config.model, 256))
 
@@ -161,7 +161,7 @@ def compile_train_step(
     layout = config_buckets(config, settings.helper_images)[bucket]
     cached = config.data.feature_cache and "vision" not in settings.train
     optimizer, step = make_step(config, stage, model, mesh)
-    state = state_like(params_like(model, config, mesh), optimizer, settings, mesh)
+    state = abstract_train_state(abstract_params(model, config, mesh), optimizer, settings, mesh)
     batch = batch_like(layout, settings.batch_size, model, mesh, cached)
     memory = {
         "weights": local_bytes(state.params),
@@ -183,7 +183,7 @@ def compile_decoding(config: RunConfig, bucket: str, model: Qwen2_5VL, chip: Chi
     settings = decode_settings(config)
     shards = divisor("rows", mesh)
     rows = -(-config.eval.batch_size // shards) * shards
-    params = params_like(model, config, mesh)
+    params = abstract_params(model, config, mesh)
     batch = batch_like(layout, rows, model, mesh, cached=False)
     seeds = jax.ShapeDtypeStruct((rows,), np.uint32, sharding=NamedSharding(mesh, PartitionSpec(ROWS)))
     memory = {"weights": local_bytes(params), "batch": local_bytes(batch)}
@@ -196,7 +196,7 @@ def compile_decoding(config: RunConfig, bucket: str, model: Qwen2_5VL, chip: Chi
 
 
 def _mesh(config: RunConfig, model: Qwen2_5VL, devices: list[jax.Device]) -> Mesh:
-    with blame("mesh"):
+    with config_errors("mesh"):
         mesh = make_mesh(vars(config.mesh), devices)
         check_mesh(mesh, model.config)
     return mesh

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from safetensors.numpy import save_file
 from transformers import Qwen2_5_VLConfig
 
-from ilvr_jax.checkpoints.manager import PRETRAINED, restore_for_inference, restore_teacher
+from ilvr_jax.checkpoints.manager import PRETRAINED, restore_run, restore_teacher
 from ilvr_jax.checkpoints.pretrained import (
     CONVERTED,
     IMAGE_PROCESSOR,
@@ -72,7 +72,7 @@ def export(
                 f"`model.slot_input` of {source} must be hidden for an export, since the published layout has no other "
                 f"rule, got {slot_input}"
             )
-        model, params, tokenizer, special = restore_for_inference(source, run, stage)
+        model, params, tokenizer, special = restore_run(source, run, stage)
         if teacher:
             params = {**params, **restore_teacher(source, run, stage)}
         config, published, latent_size = model.config, source / PRETRAINED, run.latents.latent_size

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.checkpoints.pretrained import read_published
 from ilvr_jax.checkpoints.stop_tokens import read_stop_tokens
-from ilvr_jax.config.experiments import blame
+from ilvr_jax.config.experiments import config_errors
 from ilvr_jax.config.schema import RunConfig
 from ilvr_jax.config.workdir import is_checkpoint, read_config
 from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens
@@ -247,17 +247,17 @@ def stages_with_checkpoints(workdir: Path, stages: Sequence[str]) -> list[str]:
     return [name for name, folder in folders.items() if any(map(is_checkpoint, folder.glob("*")))]
 
 
-def restore_for_inference(
+def restore_run(
     workdir: Path, config: RunConfig | None = None, stage: str | None = None, mesh: Mesh | None = None
 ) -> tuple[Qwen2_5VL, PyTree, PreTrainedTokenizerFast, SpecialTokens]:
     """Returns model, parameters, tokenizer and special tokens of a run, by default after the last stage it reached.
 
-    Arguments and errors are those of `restore_step_for_inference`.
+    Arguments and errors are those of `restore_run`.
     """
-    return restore_step_for_inference(workdir, config, stage, mesh)[1:]
+    return restore_run(workdir, config, stage, mesh)[1:]
 
 
-def restore_step_for_inference(
+def restore_run(
     workdir: Path, config: RunConfig | None = None, stage: str | None = None, mesh: Mesh | None = None
 ) -> tuple[int, Qwen2_5VL, PyTree, PreTrainedTokenizerFast, SpecialTokens]:
     """Returns the step of a run's checkpoint, and the model, parameters, tokenizer and special tokens of it.
@@ -270,7 +270,7 @@ def restore_step_for_inference(
     stage = choose_stage(workdir, config, stage)
     tokenizer = load_tokenizer(workdir / "tokenizer")
     model = build_model(config, workdir / PRETRAINED, tokenizer)
-    like = params_like(model, config, mesh or one_device())
+    like = abstract_params(model, config, mesh or one_device())
     with Checkpoints(stage_folder(workdir, stage)) as checkpoints:
         step, params = checkpoints.restore_newest(lambda step: checkpoints.restore_params(step, like), _warn)
     return step, model, params, tokenizer, answer_tokens(config, workdir / PRETRAINED, tokenizer, model)
@@ -306,7 +306,7 @@ def build_model(
     """
     if config.model.init_from and published is None:
         published = read_published(folder)
-    with blame("model"):
+    with config_errors("model"):
         return Qwen2_5VL(model_config(config.model, len(tokenizer), published))
 
 
@@ -321,7 +321,7 @@ def answer_tokens(
     return special_tokens(tokenizer, stop)
 
 
-def params_like(model: Qwen2_5VL, config: RunConfig, mesh: Mesh) -> PyTree:
+def abstract_params(model: Qwen2_5VL, config: RunConfig, mesh: Mesh) -> PyTree:
     """Returns shapes, dtypes and places of a run's parameters: parts that no stage trains may be kept narrower."""
     dtypes = part_dtypes(config)
 

@@ -119,7 +119,7 @@ class Pretrained:
         return self.adapter.config["base_model_name_or_path"] if trained_on else ""
 
 
-def open_checkpoint(init_from: str, weights: bool = True) -> Pretrained:
+def open_init_from(init_from: str, weights: bool = True) -> Pretrained:
     """Return the checkpoint that `model.init_from` names; without `weights` the hub is asked for no tensors."""
     path = resolve_path(init_from)
     return open_pretrained(path if path.is_dir() else init_from, weights)

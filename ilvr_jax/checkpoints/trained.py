@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.checkpoints.adapters import is_adapter
-from ilvr_jax.checkpoints.manager import choose_stage, restore_step_for_inference
+from ilvr_jax.checkpoints.manager import choose_stage, restore_run
 from ilvr_jax.checkpoints.pretrained import IMAGE_PROCESSOR, load_params, open_pretrained
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.schema import LatentsConfig, RunConfig
@@ -54,7 +54,7 @@ class TrainedModel:
         return digest.hexdigest()[:16]
 
 
-def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = None) -> TrainedModel:
+def load_model(checkpoint: str, stage: str | None = None, dtype: str | None = None) -> TrainedModel:
     """Returns the model of a workdir, by default after its last stage, or of a published checkpoint.
 
     `dtype` is that of parameters and activations, by default the run's or the checkpoint's own. Raises BadConfig,
@@ -69,7 +69,7 @@ def open_trained(checkpoint: str, stage: str | None = None, dtype: str | None = 
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
         prompts = prompt_settings(config)
         stage = choose_stage(folder, config, stage)
-        step, *restored = restore_step_for_inference(folder, config, stage)
+        step, *restored = restore_run(folder, config, stage)
         return TrainedModel(*restored, prompts, config.eval.max_new_tokens, True, config, stage, step)
     if stage is not None:
         raise BadConfig(f"--stage must not be given for {checkpoint}, which is no run of ours, got {stage!r}")

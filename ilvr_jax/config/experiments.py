@@ -123,7 +123,7 @@ def resolve_path(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def blame(section: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
+def config_errors(section: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
     """Raise errors of a kind in the block again as BadConfig, naming the section of the config."""
     try:
         yield

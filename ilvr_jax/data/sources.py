@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerFast
 
-from ilvr_jax.config.experiments import blame, resolve_path
+from ilvr_jax.config.experiments import config_errors, resolve_path
 from ilvr_jax.config.fields import BadConfig, choose
 from ilvr_jax.config.schema import DataConfig, RunConfig
 from ilvr_jax.data.examples import ExampleSettings
@@ -27,7 +27,7 @@ def open_source(data: DataConfig, seed: int) -> Source:
     """
     opener = choose({"frozen_lake": None, **FORMATS}, data.source, "data.source")
     if opener is None:
-        with blame("data"):
+        with config_errors("data"):
             exclude = tuple(str(resolve_path(path)) for path in data.frozen_lake.exclude)
             return FrozenLakeSource(dataclasses.replace(data.frozen_lake, exclude=exclude), seed, data.records)
     if not data.path:
@@ -41,7 +41,7 @@ def make_tokenizer(config: RunConfig, source: Source) -> PreTrainedTokenizerFast
 
     A bad record raises BadRecord, or with `data.on_bad_record="skip"` is skipped here too.
     """
-    with blame("tokenizer"):
+    with config_errors("tokenizer"):
         if config.tokenizer:
             return load_tokenizer(resolve_path(config.tokenizer))
 

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from ilvr_jax.config.experiments import blame
+from ilvr_jax.config.experiments import config_errors
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.data.examples import ExampleSettings, build_example
 from ilvr_jax.data.pipeline import Share, fingerprint, make_iterator, next_epoch
@@ -30,11 +30,11 @@ def open_iterator(run: Run, stage: str, seed: int, vision: PyTree) -> grain.Data
     geometry = run.model.geometry
     settings = example_settings(run.config, helper_images)
     settings = dataclasses.replace(settings, position_ids=run.model.geometry.position_ids)
-    with blame("data"):
+    with config_errors("data"):
         buckets = list(config_buckets(run.config, helper_images).values())
     if data.feature_cache and "vision" not in run.config.stages[stage].train:
         settings = with_features(run, stage, settings, buckets, vision)
-    with blame("data"):
+    with config_errors("data"):
         return make_iterator(
             run.source,
             functools.partial(build_example, tokenizer=run.tokenizer, special=run.special, settings=settings),
@@ -59,7 +59,7 @@ def place_to_resume(run: Run, stage: str, step: int, place: dict[str, Any]) -> d
     if before == now:
         return place
     if before is None:
-        run.progress.say(f"{stage}: its checkpoints are older than fingerprints of records; these are not compared")
+        run.progress.log(f"{stage}: its checkpoints are older than fingerprints of records; these are not compared")
         return place
     name = run.config.data.path or "data.frozen_lake"
     changed = f"{name} holds {now}, and {stage} was trained until step {step} on {before}"
@@ -68,7 +68,7 @@ def place_to_resume(run: Run, stage: str, step: int, place: dict[str, Any]) -> d
             f"{changed}; restore the records, start afresh with another --workdir, or train on with "
             "--config.data.accept_change=true"
         )
-    run.progress.say(f"{changed}: accepted, a new epoch begins")
+    run.progress.log(f"{changed}: accepted, a new epoch begins")
     return next_epoch(place, len(run.source))
 
 
@@ -87,6 +87,6 @@ def with_features(
     workers = run.config.data.workers
     if is_main():
         count = complete_features(store, run.model, vision, run.source, settings, buckets, workers, run.progress)
-        run.progress.say(f"{stage}: encoded {count} images; their features are in {store.folder}")
+        run.progress.log(f"{stage}: encoded {count} images; their features are in {store.folder}")
     wait_for_all("features are there")
     return dataclasses.replace(settings, features=store)

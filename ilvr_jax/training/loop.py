@@ -20,13 +20,13 @@ from ilvr_jax.checkpoints.manager import (
     DamagedCheckpoint,
     answer_tokens,
     build_model,
-    params_like,
+    abstract_params,
     part_dtypes,
     stage_folder,
     stages_with_checkpoints,
 )
-from ilvr_jax.checkpoints.pretrained import Pretrained, keep_description, load_params, open_checkpoint
-from ilvr_jax.config.experiments import blame, evaluation_file
+from ilvr_jax.checkpoints.pretrained import Pretrained, keep_description, load_params, open_init_from
+from ilvr_jax.config.experiments import config_errors, evaluation_file
 from ilvr_jax.config.schema import AUTO, RunConfig, StageConfig
 from ilvr_jax.config.workdir import check_resumable, has_begun, is_checkpoint, read_config, write_config
 from ilvr_jax.data.frozen_lake.source import NoMap
@@ -58,7 +58,7 @@ from ilvr_jax.training.metrics import Metrics
 from ilvr_jax.training.optimizer import make_optimizer
 from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.run import Run, check_choices
-from ilvr_jax.training.state import TrainState, first_state, state_like
+from ilvr_jax.training.state import TrainState, init_train_state, abstract_train_state
 from ilvr_jax.training.step import make_train_step
 from ilvr_jax.training.watchdog import Watchdog
 
@@ -72,7 +72,7 @@ FIGURES = {  # of a finished stage
 UNLOGGED = ("skipped_in_row", "offending_record")  # metrics that sentences tell
 
 
-@blame("data", NoMap)
+@config_errors("data", NoMap)
 def train(config: RunConfig, workdir: Path, console: Console | None = None) -> dict[str, Any]:
     """Runs the stages of the config, in order, and returns the summary of the run.
 
@@ -92,7 +92,7 @@ def _train(config: RunConfig, workdir: Path, console: Console | None) -> dict[st
     source, evaluation_source = open_source(config.data, config.seed), open_evaluation_source(config)
     config = with_steps(config, len(source), workdir)
     check_resumable(config, workdir)
-    with blame("model", BadCheckpoint):
+    with config_errors("model", BadCheckpoint):
         pretrained = open_start(config, workdir)
     begun = has_begun(workdir)
     if begun:
@@ -102,7 +102,7 @@ def _train(config: RunConfig, workdir: Path, console: Console | None) -> dict[st
     described = pretrained.folder if pretrained else workdir / PRETRAINED
     model = build_model(config, described, tokenizer, pretrained and pretrained.published)
     special = answer_tokens(config, described, tokenizer, model)
-    with blame("mesh"):
+    with config_errors("mesh"):
         mesh = make_mesh(vars(config.mesh))
         check_mesh(mesh, model.config)
     steps = {name: make_step(config, name, model, mesh) for name in config.stages}
@@ -114,23 +114,23 @@ def _train(config: RunConfig, workdir: Path, console: Console | None) -> dict[st
             keep_description(pretrained, workdir / PRETRAINED, base=base)
         if not begun:
             tokenizer.save_pretrained(workdir / "tokenizer")
-    with blame("model"), on_mesh(mesh):
+    with config_errors("model"), on_mesh(mesh):
         params = start_params(config, workdir, model, pretrained, mesh)
     wait_for_all("the workdir is written")
     log = workdir / "train.log" if is_main() else None
     with Progress(log, console or Console(quiet=not is_main())) as progress, on_mesh(mesh):
         for opened in (source, evaluation_source):
             for sentence in getattr(opened, "remarks", ()):
-                progress.say(sentence)
+                progress.log(sentence)
         if evaluation_source is None and config.eval.data == AUTO:
-            progress.say(
+            progress.log(
                 f"stages are not evaluated, since data.source is {config.data.source}: set eval.data to a file of "
                 "maps, or run python -m ilvr_jax.evaluate afterwards"
             )
         run = Run(config, workdir, source, evaluation_source, tokenizer, special, model, mesh, steps, progress)
         for name in config.stages:
             if is_behind(run, name):
-                progress.say(f"{name}: finished earlier, and the stage after it has begun")
+                progress.log(f"{name}: finished earlier, and the stage after it has begun")
                 continue
             params = train_stage(run, name, params)
             evaluate_stage(run, name, params)
@@ -156,7 +156,7 @@ def open_start(config: RunConfig, workdir: Path) -> Pretrained | None:
     """Returns the checkpoint that the run begins from, None if there is none or the run is past its beginning."""
     if not config.model.init_from or stages_with_checkpoints(workdir, list(config.stages)[:1]):
         return None
-    return open_checkpoint(config.model.init_from)
+    return open_init_from(config.model.init_from)
 
 
 def start_params(
@@ -166,7 +166,7 @@ def start_params(
 
     Where the first stage has a checkpoint already only their shapes are of use, and are returned.
     """
-    like = params_like(model, config, mesh)
+    like = abstract_params(model, config, mesh)
     if stages_with_checkpoints(workdir, list(config.stages)[:1]):
         return like
     key = jax.random.key(config.seed)
@@ -209,7 +209,7 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
     summary, figures = run.workdir / "stages" / f"{name}.json", read_summary(run.workdir, name)
     with Checkpoints(stage_folder(run.workdir, name), config.checkpoint_keep) as checkpoints:
         first, state, place = checkpoints.latest() or 0, None, {}
-        like = state_like(params, optimizer, stage, run.mesh)
+        like = abstract_train_state(params, optimizer, stage, run.mesh)
 
         def restore(step: int) -> tuple[TrainState | PyTree, dict[str, Any]]:
             if step == stage.steps and figures:
@@ -220,22 +220,22 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
             return checkpoints.restore(step, like), place
 
         if first:
-            first, (state, place) = checkpoints.restore_newest(restore, run.progress.say, set_aside=True)
+            first, (state, place) = checkpoints.restore_newest(restore, run.progress.log, set_aside=True)
         if first == stage.steps:
-            run.progress.say(f"{name}: finished earlier, after {first} steps")
+            run.progress.log(f"{name}: finished earlier, after {first} steps")
             if figures:
                 return state
         else:
             if first:
                 place = place_to_resume(run, name, first, place)
-                run.progress.say(f"{name}: resumes after step {first}")
+                run.progress.log(f"{name}: resumes after step {first}")
             # What is said of the stage in these files was of other parameters.
             for stale in (summary, *(run.workdir / "evaluations").glob(f"{name}.*")):
                 if is_main():
                     stale.unlink(missing_ok=True)
         if state is None:
             key = jax.random.fold_in(jax.random.key(config.seed), number)
-            state = first_state(params, optimizer, stage, key, run.mesh)
+            state = init_train_state(params, optimizer, stage, key, run.mesh)
         del params  # the step gives their buffers away
         with (
             contextlib.closing(open_iterator(run, name, config.seed + number, state.params["vision"])) as iterator,
@@ -243,12 +243,12 @@ def train_stage(run: Run, name: str, params: PyTree) -> PyTree:
             run.progress.stage(name, first, stage.steps),
             # Processes must stop at the same step: of several, jax tells each of a SIGTERM that came to one.
             stop_request() if jax.process_count() == 1 else contextlib.nullcontext(StopRequest()) as stop,
-            Watchdog(name, run.progress.say) as watchdog,
+            Watchdog(name, run.progress.log) as watchdog,
         ):
             if first:
                 iterator.set_state(place)
             clock = Clock(stage.batch_size, first, metrics.seconds_before, metrics.seconds_in_steps_before, began)
-            skips = SkippedUpdates(name, config.max_skipped, checkpoints.folder, run.progress.say)
+            skips = SkippedUpdates(name, config.max_skipped, checkpoints.folder, run.progress.log)
             values, step, stopping = {}, first, False
             for step in range(first + 1, stage.steps + 1):
                 watchdog.step_begins(step)
@@ -305,7 +305,7 @@ def make_step(
 ) -> tuple[optax.GradientTransformation, Callable]:
     """Returns a stage's optimizer and jitted train step."""
     stage = config.stages[name]
-    with blame(name):
+    with config_errors(name):
         optimizer = make_optimizer(stage)
         train_step = make_train_step(model, stage, config.latents, optimizer, divisor("rows", mesh))
     return optimizer, train_step
@@ -316,7 +316,7 @@ def open_evaluation_source(config: RunConfig) -> Source | None:
 
     Raises BadRecord for a record without a map.
     """
-    with blame("eval"):
+    with config_errors("eval"):
         decode_settings(config)
     path = evaluation_file(config)
     if path is None:
@@ -336,7 +336,7 @@ def evaluate_stage(run: Run, name: str, params: PyTree) -> None:
     if is_evaluated(run, name):
         return
     path = run.workdir / "evaluations" / f"{name}.json"
-    run.progress.say(f"{name}: evaluating on {len(run.evaluation_source)} maps of {evaluation_file(run.config)}")
+    run.progress.log(f"{name}: evaluating on {len(run.evaluation_source)} maps of {evaluation_file(run.config)}")
     evaluation = evaluate(
         run.config, run.evaluation_source, run.model, params, run.tokenizer, run.special, run.progress.console, run.mesh
     )
@@ -344,7 +344,7 @@ def evaluate_stage(run: Run, name: str, params: PyTree) -> None:
         evaluation.write(path)
         write_json(path.with_suffix(".settings.json"), evaluation_settings(run, name))
     summary = evaluation.summary()
-    run.progress.say(
+    run.progress.log(
         f"{name}: success {summary['success_rate']:.3f}, decoded {summary['latent_segments']} latent segments with "
         f"{summary['latent_slots']} slots, in {summary['seconds']:.0f} s"
     )

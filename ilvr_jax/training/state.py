@@ -43,15 +43,15 @@ def create_state(
     return TrainState(jnp.int32(0), params, optimizer.init(trained), teacher, key, jnp.int32(0), jnp.int32(0))
 
 
-def first_state(
+def init_train_state(
     params: PyTree, optimizer: optax.GradientTransformation, stage: StageConfig, key: PRNGKeyArray, mesh: Mesh
 ) -> TrainState:
     """Returns `create_state` of a stage of the config, made where it belongs; it gives away the buffers of `params`."""
-    like = state_like(params, optimizer, stage, mesh)
+    like = abstract_train_state(params, optimizer, stage, mesh)
     return jax.jit(_creator(optimizer, stage, key), donate_argnums=0, out_shardings=places(like))(params)
 
 
-def state_like(params: PyTree, optimizer: optax.GradientTransformation, stage: StageConfig, mesh: Mesh) -> TrainState:
+def abstract_train_state(params: PyTree, optimizer: optax.GradientTransformation, stage: StageConfig, mesh: Mesh) -> TrainState:
     """Returns shapes, dtypes and places of a stage's state; of `params` these are enough."""
     return placed_like(jax.eval_shape(_creator(optimizer, stage, jax.random.key(0)), params), mesh)
 

@@ -67,7 +67,7 @@ def complete_features(
     compiled once for each size of an image that `buckets` have room for.
     """
     for name in store.repair():
-        progress.say(f"features: {store.folder / name} was damaged, its images are encoded again")
+        progress.log(f"features: {store.folder / name} was damaged, its images are encoded again")
     rooms = sorted({room for bucket in buckets for room in (bucket.image_tokens, bucket.helper_tokens) if room})
     encode, geometry = jax.jit(model.encode_images), model.geometry
     pending: dict[int, dict[str, PatchedImage]] = {room: {} for room in rooms}

@@ -10,7 +10,7 @@ import transformers
 
 from ilvr_jax import convert
 from ilvr_jax.checkpoints.pretrained import open_pretrained
-from ilvr_jax.checkpoints.trained import open_trained
+from ilvr_jax.checkpoints.trained import load_model
 from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.records import Record
 from ilvr_jax.generate import Printer, main
@@ -54,7 +54,7 @@ def with_ids(published, folder, generation=UNSET, config=UNSET, tokenizer=None):
 
 def answers(folder):
     """Returns the model, the engine's answer, the tokens of the loop over a batch, and the prompt's."""
-    trained = open_trained(str(folder))
+    trained = load_model(str(folder))
     prompt = build_prompt(Record(QUESTION, (), ()), trained.tokenizer, trained.special, trained.prompts)
     request = Request(prompt, NEW_TOKENS, 4, method="text")
     geometry = trained.model.geometry

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ilvr_jax.checkpoints.export import export
-from ilvr_jax.checkpoints.trained import open_trained
+from ilvr_jax.checkpoints.trained import load_model
 from ilvr_jax.config.experiments import parse
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.data.examples import build_prompt
@@ -24,9 +24,9 @@ def test_a_run_with_pauses_trains_resumes_answers_and_is_not_exported(tmp_path):
         config[name].steps = 2
     summary = train(parse(config), tmp_path / "run")
     assert [summary["stages"][name]["steps"] for name in config.stages] == [2, 2]
-    trained = open_trained(str(tmp_path / "run"))
+    trained = load_model(str(tmp_path / "run"))
     constant = np.asarray(trained.params["decoder"]["slot_input"]["embedding"])
-    before = open_trained(str(tmp_path / "run"), stage="stage1").params["decoder"]["slot_input"]["embedding"]
+    before = load_model(str(tmp_path / "run"), stage="stage1").params["decoder"]["slot_input"]["embedding"]
     assert np.abs(constant - np.asarray(before)).max() > 0  # it is learned
     record = FrozenLakeSource(parse(config).data.frozen_lake, 0, 1)[0]
     prompt = build_prompt(record, trained.tokenizer, trained.special, trained.prompts)

@@ -21,7 +21,7 @@ from ilvr_jax.models.sharding import one_device
 from ilvr_jax.training.batches import open_iterator
 from ilvr_jax.training.loop import make_step, open_evaluation_source
 from ilvr_jax.training.run import Run
-from ilvr_jax.training.state import first_state
+from ilvr_jax.training.state import init_train_state
 from tests.paths import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
@@ -80,7 +80,7 @@ def test_each_step_compiles_once_a_bucket(run, stage):
         layout = Layout(latent_size=size, **bucket)
         names |= {layout: name, dataclasses.replace(layout, helper_tokens=0): name}
     optimizer, step = run.steps[stage]
-    state = first_state(
+    state = init_train_state(
         run.model.init(jax.random.key(0)), optimizer, run.config.stages[stage], jax.random.key(1), run.mesh
     )
     met, repeated = set(), 0

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from ilvr_jax.checkpoints.manager import NoCheckpoint, restore_for_inference
-from ilvr_jax.checkpoints.trained import open_trained
+from ilvr_jax.checkpoints.manager import NoCheckpoint, restore_run
+from ilvr_jax.checkpoints.trained import load_model
 from ilvr_jax.config.experiments import evaluation_file, parse
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.schema import FrozenLakeConfig
@@ -83,11 +83,11 @@ def test_every_stage_runs_and_leaves_its_results(finished, config):
 
 def test_parts_that_a_stage_does_not_train_stay_as_they_are(finished):
     workdir, _ = finished
-    params = {name: restore_for_inference(workdir, stage=name)[1] for name in STAGES}
+    params = {name: restore_run(workdir, stage=name)[1] for name in STAGES}
     assert same(params["warm_up"]["vision"], params["stage2"]["vision"])
     assert not same(params["warm_up"]["decoder"], params["stage1"]["decoder"])
     assert not same(params["stage1"]["decoder"], params["stage2"]["decoder"])
-    assert same(restore_for_inference(workdir)[1], params["stage2"])
+    assert same(restore_run(workdir)[1], params["stage2"])
 
 
 def test_a_finished_run_is_not_run_again(finished, config):
@@ -137,7 +137,7 @@ def test_stopped_and_killed_runs_end_as_one_that_was_not(finished, config, tmp_p
     assert "stage1: resumes after step 3" in log and "stage2: resumes after step 4" in log
     assert losses(workdir) == losses(finished[0])
     for name in STAGES:
-        assert same(restore_for_inference(workdir, stage=name)[1], restore_for_inference(finished[0], stage=name)[1])
+        assert same(restore_run(workdir, stage=name)[1], restore_run(finished[0], stage=name)[1])
 
 
 def test_a_run_stopped_at_the_last_step_of_a_stage_keeps_its_figures(config, tmp_path, monkeypatch):
@@ -255,7 +255,7 @@ def test_too_many_skipped_in_a_row_end_the_run_with_the_records(config, tmp_path
     assert f"records at fault: {', '.join(map(str, steps[0].records))})" in str(error.value)
     assert "\n" not in str(error.value) and str(workdir / "checkpoints" / "warm_up") in str(error.value)
     assert sorted(path.name for path in (workdir / "checkpoints" / "warm_up").iterdir()) == ["2", "4"]
-    _, params, *_ = restore_for_inference(workdir)
+    _, params, *_ = restore_run(workdir)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     poison(monkeypatch, range(1, 100))  # goes on from step 4, where one in a row was skipped
     with pytest.raises(Diverged, match="warm_up, step 6: the updates of 3 steps in a row"):
@@ -363,17 +363,17 @@ def damage(workdir, stage, step):
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, copied, config, capsys):
     folder = damage(copied, "stage2", 6)
-    _, params, *_ = restore_for_inference(copied)
+    _, params, *_ = restore_run(copied)
     said = capsys.readouterr().err
     assert f"the checkpoint {folder} is damaged (" in said and "the one before, of step 4, is used" in said
-    assert not same(params, restore_for_inference(finished[0])[1])
+    assert not same(params, restore_run(finished[0])[1])
     train(parse(config), copied)
     log = (copied / "train.log").read_text()
     assert f"the checkpoint {folder} is damaged (" in log and "kept as 6.damaged; the one before, of step 4, is" in log
     assert log.count("stage2: resumes after step 4") == 1
     assert sorted(path.name for path in folder.parent.iterdir()) == ["4", "6", "6.damaged"]
     assert losses(copied) == losses(finished[0])
-    assert same(restore_for_inference(copied)[1], restore_for_inference(finished[0])[1])
+    assert same(restore_run(copied)[1], restore_run(finished[0])[1])
 
 
 def test_damage_to_all_checkpoints_of_a_stage_is_an_error_and_never_a_fresh_start(
@@ -389,7 +389,7 @@ def test_damage_to_all_checkpoints_of_a_stage_is_an_error_and_never_a_fresh_star
     shutil.rmtree(folders[0].parent)  # as it says
     train(parse(config), copied)
     assert losses(copied) == losses(finished[0])
-    assert same(restore_for_inference(copied)[1], restore_for_inference(finished[0])[1])
+    assert same(restore_run(copied)[1], restore_run(finished[0])[1])
 
 
 def test_a_checkpoint_of_another_model_is_one_sentence(copied, config_file, capsys):
@@ -462,7 +462,7 @@ def test_what_is_damaged_in_a_workdir_is_rebuilt(finished, copied, config_file, 
     for stage in STAGES:
         figures = [{**one[stage]["evaluation"], "seconds": 0} for one in (stages, before)]
         assert figures[0] == figures[1] and stages[stage]["steps"] == STEPS
-    assert same(restore_for_inference(copied)[1], restore_for_inference(finished[0])[1])
+    assert same(restore_run(copied)[1], restore_run(finished[0])[1])
 
 
 @pytest.mark.parametrize(("name", "damage"), REFUSED)
@@ -480,23 +480,23 @@ def test_a_config_that_lacks_a_section_is_named(copied, change, capsys):
     change(fields)
     (copied / "config.json").write_text(json.dumps(fields))
     with pytest.raises(BadConfig, match=rf"^{copied / 'config.json'}: `(latents|eval)` must be .*--config.print=true$"):
-        open_trained(str(copied))
+        load_model(str(copied))
 
 
 def test_the_config_of_an_older_run_is_read(copied):
     fields = json.loads((copied / "config.json").read_text())
     del fields["data"]["accept_change"], fields["data"]["follow_links"]
     (copied / "config.json").write_text(json.dumps(fields))
-    assert open_trained(str(copied)).step == STEPS
+    assert load_model(str(copied)).step == STEPS
 
 
 def test_a_stage_without_checkpoint_is_named(finished, tmp_path):
     workdir, _ = finished
     with pytest.raises(NoCheckpoint, match="no checkpoint of stage 'stage3', it has warm_up, stage1, stage2"):
-        restore_for_inference(workdir, stage="stage3")
+        restore_run(workdir, stage="stage3")
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
     with pytest.raises(NoCheckpoint, match="no complete checkpoint yet"):
-        restore_for_inference(tmp_path)
+        restore_run(tmp_path)
 
 
 @pytest.fixture
