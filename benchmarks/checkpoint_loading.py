@@ -27,7 +27,8 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.machine import machine
 from ilvr_jax.checkpoints.export import export
-from ilvr_jax.checkpoints.pretrained import load_params, open_pretrained, save_converted
+from ilvr_jax.checkpoints.pretrained import open_pretrained
+from ilvr_jax.checkpoints.weights import load_params, save_converted
 from ilvr_jax.data.tokenizer import LATENT_TOKENS, SPECIAL_TOKENS
 from ilvr_jax.models.qwen2_5_vl.config import model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
@@ -41,7 +42,7 @@ LAYER_BYTES = 195_000_000  # a decoder layer and a block of the vision tower
 
 
 def published_config(layers: int) -> dict:
-    """Returns the config.json of a Qwen2.5-VL-3B with that many layers in each tower and an output head of its own."""
+    """Return the config.json of a Qwen2.5-VL-3B with that many layers in each tower and an output head of its own."""
     return {
         "model_type": "qwen2_5_vl",
         "torch_dtype": "bfloat16",
@@ -67,7 +68,7 @@ def published_config(layers: int) -> dict:
 
 
 def write_checkpoint(folder: Path, gigabytes: float) -> dict[str, int]:
-    """Writes a random bfloat16 checkpoint without latent tokens, and returns the bytes of its tensors."""
+    """Write a random bfloat16 checkpoint without latent tokens, and returns the bytes of its tensors."""
     published = published_config(max(1, round((gigabytes * 1e9 - TABLE_BYTES) / LAYER_BYTES)))
     (folder / "config.json").write_text(json.dumps(published))
     words = ["assistant", *(token for token in SPECIAL_TOKENS if token not in LATENT_TOKENS)]
@@ -87,20 +88,20 @@ def write_checkpoint(folder: Path, gigabytes: float) -> dict[str, int]:
 
 
 def load(folder: Path, dtype: str) -> int:
-    """Loads a checkpoint as a run does and returns the bytes of the parameters."""
+    """Load a checkpoint as a run does and returns the bytes of the parameters."""
     pretrained = open_pretrained(folder)
-    config = model_config_from_hf(pretrained.published)
+    config = model_config_from_hf(pretrained.hf_config)
     params = jax.block_until_ready(load_params(pretrained, config, dtype, jax.random.key(0)))
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def convert(folder: Path, destination: Path) -> None:
-    """Does what `python -m ilvr_jax.convert from-hf` does."""
+    """Do what `python -m ilvr_jax.convert from-hf` does."""
     save_converted(open_pretrained(folder), destination)
 
 
 def measure(task: Callable[..., int | None], *arguments: object) -> dict[str, float]:
-    """Runs a task in a fresh process and returns its seconds, its result and, in bytes, its memory.
+    """Run a task in a fresh process and returns its seconds, its result and, in bytes, its memory.
 
     `before` and `peak` count what the process itself holds, before the task and at most (sampled). `resident` is the
     system's own record of the most memory, with the pages of libraries and mapped files, which it can take back.
@@ -127,13 +128,13 @@ def _run(connection: Connection, task: Callable[..., int | None], arguments: tup
 
 
 def memory(process: int, field: str) -> int:
-    """Returns a field of a process's /proc status, in bytes."""
+    """Return a field of a process's /proc status, in bytes."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
 
 
 def main() -> None:
-    """Writes the checkpoint, measures each way in and out of it and prints a table."""
+    """Write the checkpoint, measures each way in and out of it and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.0, help="of the checkpoint in bfloat16, from 1.5")
     parser.add_argument("--dtype", default="bfloat16", help="of the loaded parameters")

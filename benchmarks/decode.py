@@ -22,7 +22,7 @@ SPECIAL_IDS = 10  # the first ids of the vocabulary; neither side writes them
 
 
 def describe(arguments: argparse.Namespace) -> dict:
-    """Returns the config.json of the model that is compared; its vision tower is not used and small."""
+    """Return the config.json of the model that is compared; its vision tower is not used and small."""
     head_dim = arguments.hidden // arguments.heads
     return {
         "vocab_size": arguments.vocabulary,
@@ -49,7 +49,7 @@ def describe(arguments: argparse.Namespace) -> dict:
 
 
 def make_torch(description: dict):
-    """Returns transformers' model with random weights, of which no row of the head favours a special token."""
+    """Return transformers' model with random weights, of which no row of the head favours a special token."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -63,7 +63,7 @@ def make_torch(description: dict):
 
 
 def make_ours(torch_model, description: dict, prompts: np.ndarray, new_tokens: int) -> Callable[[], tuple]:
-    """Returns what serves all prompts at once, after compiling, and gives tokens, seconds and those to first tokens."""
+    """Return what serves all prompts at once, after compiling, and gives tokens, seconds and those to first tokens."""
     from ilvr_jax.inference.engine import Engine, Request, fit_settings
     from ilvr_jax.method.layout import build_sample
     from ilvr_jax.method.tokens import SpecialTokens
@@ -90,7 +90,7 @@ def make_ours(torch_model, description: dict, prompts: np.ndarray, new_tokens: i
 
 
 def make_theirs(model, prompts: np.ndarray, new_tokens: int) -> Callable[[], tuple]:
-    """Returns what answers all prompts in one call of `generate`, and gives tokens, seconds and those of one token."""
+    """Return what answers all prompts in one call of `generate`, and gives tokens, seconds and those of one token."""
     import torch
 
     inputs = torch.tensor(prompts, dtype=torch.long)
@@ -111,12 +111,12 @@ def make_theirs(model, prompts: np.ndarray, new_tokens: int) -> Callable[[], tup
 
 
 def rates(batch: int, new_tokens: int, seconds: float, first: float) -> tuple[float, float]:
-    """Returns tokens a second, of the whole and of what follows the first ones."""
+    """Return tokens a second, of the whole and of what follows the first ones."""
     return batch * new_tokens / seconds, batch * (new_tokens - 1) / (seconds - first)
 
 
 def read_flags() -> argparse.Namespace:
-    """Returns the flags; a bad value ends the program with a sentence."""
+    """Return the flags; a bad value ends the program with a sentence."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=positive, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=positive, default=64, help="tokens of a prompt")
@@ -141,7 +141,7 @@ def read_flags() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Lets the two take turns for each batch size and prints a table."""
+    """Let the two take turns for each batch size and prints a table."""
     arguments = read_flags()
     os.environ["JAX_PLATFORMS"] = "cpu"
     try:

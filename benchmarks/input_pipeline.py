@@ -26,14 +26,14 @@ GEOMETRY = WindowGeometry(2)  # that of configs/base.py
 
 
 def milliseconds(make: Callable[[int], object], count: int) -> tuple[float, list]:
-    """Returns the time of one call of `make(i)`, averaged over i < count, and what the calls returned."""
+    """Return the time of one call of `make(i)`, averaged over i < count, and what the calls returned."""
     start = time.perf_counter()
     made = [make(index) for index in range(count)]
     return (time.perf_counter() - start) / count * 1e3, made
 
 
 def main() -> None:
-    """Times each stage for one sample, then the whole pipeline; prints a table."""
+    """Time each stage for one sample, then the whole pipeline; prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=10.0)

@@ -28,8 +28,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import Parser, Peaks, device_line, measure_peaks, positive, refuse
-from ilvr_jax.analysis.compilation import published_description
+from benchmarks.machine import Parser, device_line, measure_peaks, positive, refuse
+from ilvr_jax.analysis.flops import Cost, Peaks, decoder_cost, published_description, vision_cost
 from ilvr_jax.inference.engine import Answer, Engine, Request, fit_settings
 from ilvr_jax.method.layout import Sample, build_sample
 from ilvr_jax.method.tokens import SpecialTokens
@@ -100,7 +100,7 @@ class Trace:
 
 
 def forced_tokens(case: Case, method: str) -> tuple[int, ...]:
-    """Returns the tokens that an answer is made of, -1 for what the method decides."""
+    """Return the tokens that an answer is made of, -1 for what the method decides."""
     text = (FIRST_WORD,) * case.text
     slots = (SPECIAL.latent_start, *(-1,) * (case.slots + 1))
     if method == "single":
@@ -110,7 +110,7 @@ def forced_tokens(case: Case, method: str) -> tuple[int, ...]:
 
 
 def trace(case: Case, method: str) -> Trace:
-    """Returns the steps of an answer, of which the last token is written and not read."""
+    """Return the steps of an answer, of which the last token is written and not read."""
     length, text, slots, pictures = case.prompt, [], [], []
     for token in forced_tokens(case, method)[:-1]:
         if method == "pixels" and token == SPECIAL.latent_start:
@@ -122,62 +122,19 @@ def trace(case: Case, method: str) -> Trace:
     return Trace(tuple(text), tuple(slots), tuple(pictures))
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What something takes at the least."""
-
-    flops: float  # multiplications and additions
-    moved: float  # numbers read from memory
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.moved + other.moved)
-
-
-def layer_weights(config: ModelConfig) -> int:
-    """Returns the numbers in the matrices of a decoder layer."""
-    heads = config.num_attention_heads * config.head_dim
-    shared = config.num_key_value_heads * config.head_dim
-    return config.hidden_size * (2 * heads + 2 * shared + 3 * config.intermediate_size)
-
-
-def decoder_work(config: ModelConfig, start: int, count: int, rows: int, once: int = 0) -> Work:
-    """Returns what it takes `rows` rows to add `count` columns to `start` and to write the token that follows.
-
-    Weights are read once for all rows, as are the first `once` columns' keys and values.
-    """
-    layers, head = config.num_hidden_layers * layer_weights(config), config.vocab_size * config.hidden_size
-    seen = count * start + count * (count + 1) // 2
-    attention = 2 * config.num_hidden_layers * config.hidden_size * seen
-    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return Work(2 * rows * (layers * count + head + attention), layers + head + kept * (rows * (start - once) + once))
-
-
-def vision_work(config: ModelConfig, tokens: int, images: int) -> Work:
-    """Returns what it takes to encode still images of so many vision tokens, which fill their attention windows."""
-    vision = config.vision
-    patches, merged = tokens * MERGE**2, vision.hidden_size * MERGE**2
-    block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
-    blocks, embedding = vision.depth * block, STILL_PATCH_DIM * vision.hidden_size
-    merger = merged * (merged + vision.out_hidden_size)
-    full = len(vision.fullatt_block_indexes)
-    seen = full * patches + (vision.depth - full) * (vision.window_units * MERGE) ** 2
-    flops = patches * (blocks + embedding + 2 * vision.hidden_size * seen) + tokens * merger
-    return Work(2 * images * flops, blocks + embedding + merger)
-
-
 def least(config: ModelConfig, case: Case, method: str, peaks: Peaks) -> dict[str, float]:
-    """Returns the least seconds for each figure that is measured, of the batch as a whole."""
+    """Return the least seconds for each figure that is measured, of the batch as a whole."""
     size = jnp.dtype(config.dtype).itemsize
     steps = trace(case, method)
 
-    def seconds(work: Work) -> float:
-        return peaks.seconds(work.flops, size * work.moved)
+    def seconds(cost: Cost) -> float:
+        return peaks.seconds(cost.flops, size * cost.reads)
 
     def step(columns: int) -> float:
-        return seconds(decoder_work(config, columns - 1, 1, case.batch, case.prompt if case.shared else 0))
+        return seconds(decoder_cost(config, columns - 1, 1, case.batch, case.prompt if case.shared else 0))
 
     def shown(start: int, count: int, rows: int) -> float:
-        return seconds(vision_work(config, case.vision_tokens, rows) + decoder_work(config, start, count, rows))
+        return seconds(vision_cost(config, case.vision_tokens, rows) + decoder_cost(config, start, count, rows))
 
     prompts = shown(0, case.prompt, 1 if case.shared else case.batch)
     text = [step(columns) for columns in steps.text]
@@ -187,14 +144,14 @@ def least(config: ModelConfig, case: Case, method: str, peaks: Peaks) -> dict[st
 
 
 def figures(prompts: float, text: float, looks: float, steps: Trace, method: str, case: Case) -> dict[str, float]:
-    """Returns the seconds to all first tokens, of a look, of a text token and of the whole, from those of each part."""
+    """Return the seconds to all first tokens, of a look, of a text token and of the whole, from those of each part."""
     count = {"latent": case.looks, "pixels": case.looks, "single": 1, "text": 0}[method]
     found = {"first_token": prompts, "text_token": text / len(steps.text), "answer": prompts + text + looks}
     return found | {"text": text, "looks": looks} | ({"look": looks / count} if count else {})
 
 
 def scaled_config(model: str, layers: int | None, dtype: str) -> ModelConfig:
-    """Returns the shape of a published model with so many layers, its vision tower and vocabulary in proportion."""
+    """Return the shape of a published model with so many layers, its vision tower and vocabulary in proportion."""
     full = model_config_from_hf(published_description(MODELS[model]), dtype=dtype)
     if not layers or layers == full.num_hidden_layers:
         return full
@@ -216,8 +173,8 @@ def describe(config: ModelConfig, model: str) -> str:
     full = scaled_config(model, None, config.dtype)
 
     def share(config: ModelConfig) -> float:
-        picture = decoder_work(config, 1062, 1028, 1)
-        return vision_work(config, 1024, 1).flops / picture.flops
+        picture = decoder_cost(config, 1062, 1028, 1)
+        return vision_cost(config, 1024, 1).flops / picture.flops
 
     return (
         f"Qwen2.5-VL {model.upper()}'s layer shapes with random {config.dtype} weights: {config.num_hidden_layers} of "
@@ -229,7 +186,7 @@ def describe(config: ModelConfig, model: str) -> str:
 
 
 def random_params(model: Qwen2_5VL) -> PyTree:
-    """Returns random parameters in the model's dtype, which never end an answer."""
+    """Return random parameters in the model's dtype, which never end an answer."""
 
     @jax.jit
     def make() -> PyTree:
@@ -258,7 +215,7 @@ class Pictures:
 
 
 def make_prompt(image: PatchedImage, seed: int) -> Sample:
-    """Returns a prompt of one image and a question of random words."""
+    """Return a prompt of one image and a question of random words."""
     words = np.random.default_rng(seed).integers(FIRST_WORD, 1000, QUESTION)
     pads = [SPECIAL.image_pad] * image.vision_tokens
     tokens = [SPECIAL.im_start, SPECIAL.vision_start, *pads, SPECIAL.vision_end, *words]
@@ -267,7 +224,7 @@ def make_prompt(image: PatchedImage, seed: int) -> Sample:
 
 
 def make_requests(case: Case, method: str, pictures: Pictures) -> list[Request]:
-    """Returns the requests of a case, with images that no earlier ones had."""
+    """Return the requests of a case, with images that no earlier ones had."""
     prompts = [make_prompt(pictures(), seed) for seed in range(1 if case.shared else case.batch)]
     tokens = forced_tokens(case, method)
     given = () if method == "single" else tokens  # a look first, and then what the model writes
@@ -285,7 +242,7 @@ def make_requests(case: Case, method: str, pictures: Pictures) -> list[Request]:
 
 
 def check_answer(answer: Answer, case: Case, method: str) -> None:
-    """Raises RuntimeError if an answer is not what the case asks for."""
+    """Raise RuntimeError if an answer is not what the case asks for."""
     looks = {"latent": case.looks, "pixels": case.looks, "single": 1, "text": 0}[method]
     written = len(answer.tokens), len(answer.looks), answer.stop_reason
     if written != (len(forced_tokens(case, method)), looks, "length"):
@@ -293,7 +250,7 @@ def check_answer(answer: Answer, case: Case, method: str) -> None:
 
 
 def measure(model: Qwen2_5VL, params: PyTree, case: Case, method: str, repeats: int) -> dict[str, object]:
-    """Serves a case's requests several times and returns the medians, in seconds for the batch as a whole."""
+    """Serve a case's requests several times and returns the medians, in seconds for the batch as a whole."""
     pictures = Pictures(case.vision_tokens)
     requests = make_requests(case, method, pictures)
     settings = fit_settings(requests, case.batch, model.geometry, pictures=case.looks, share_prefixes=case.shared)
@@ -319,7 +276,7 @@ def measure(model: Qwen2_5VL, params: PyTree, case: Case, method: str, repeats: 
 
 
 def show_seconds(seconds: float) -> str:
-    """Returns a time with three digits that count."""
+    """Return a time with three digits that count."""
     scale, unit = (1.0, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
     value = seconds * scale
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
@@ -329,7 +286,7 @@ Grid = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
 
 def tables(results: dict, cases: Sequence[Case]) -> list[Grid]:
-    """Returns the tables of what was measured so far."""
+    """Return the tables of what was measured so far."""
     columns = ["case", SHAPE, "method", "first token", "a look", "a text token", "whole answer", "answers/s"]
     times, ratios = [], []
     for case in cases:
@@ -362,7 +319,7 @@ NOTES = (
 
 
 def show(console: Console, results: dict, cases: Sequence[Case], lines: Sequence[str]) -> None:
-    """Prints the tables and what they were measured with."""
+    """Print the tables and what they were measured with."""
     for title, columns, rows in tables(results, cases):
         table = Table(*columns, title=title)
         for row in rows:
@@ -373,7 +330,7 @@ def show(console: Console, results: dict, cases: Sequence[Case], lines: Sequence
 
 
 def write_markdown(path: Path, results: dict, cases: Sequence[Case], lines: Sequence[str], command: str) -> None:
-    """Writes the tables as a page."""
+    """Write the tables as a page."""
     parts = ["# Latency: slots against pictures", f"![ratios and parts]({path.stem}.png)", *lines]
     for title, columns, rows in tables(results, cases):
         body = [columns, ["---"] * len(columns), *rows]
@@ -387,7 +344,7 @@ DRAWN = ("tokens-2048", "base", "tokens-256", "looks-1", SMALL_GAIN)
 
 
 def draw(path: Path, results: dict, cases: Sequence[Case], caption: str) -> None:
-    """Draws the ratios against the vision tokens of a picture, and where the time of answers goes."""
+    """Draw the ratios against the vision tokens of a picture, and where the time of answers goes."""
     both = [case for case in cases if {"latent", "pixels"} <= results.get(case.name, {}).keys()]
     figure = Figure(figsize=(15, 6.4), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
@@ -465,7 +422,7 @@ def _draw_parts(panel: Axes, results: dict, cases: Sequence[Case]) -> None:
 
 
 def open_results(path: Path | None, settings: dict, make_peaks: Callable[[], Peaks]) -> dict:
-    """Returns an earlier run's results to go on with, or empty ones. Ends the program if they are of something else."""
+    """Return an earlier run's results to go on with, or empty ones. Ends the program if they are of something else."""
     if path is None or not path.exists():
         return {"settings": settings, "peaks": dataclasses.asdict(make_peaks()), "cases": {}, "results": {}}
     try:
@@ -479,14 +436,14 @@ def open_results(path: Path | None, settings: dict, make_peaks: Callable[[], Pea
 
 
 def save(path: Path, kept: dict) -> None:
-    """Writes the raw results; a run stopped meanwhile leaves the former ones."""
+    """Write the raw results; a run stopped meanwhile leaves the former ones."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(kept, indent=1) + "\n")
     os.replace(partial, path)
 
 
 def read_flags() -> argparse.Namespace:
-    """Returns the flags; a bad value ends the program with a sentence."""
+    """Return the flags; a bad value ends the program with a sentence."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="3b")
     parser.add_argument("--layers", type=positive, help=f"of the decoder; all, on a CPU {LAYERS_ON_CPU}")
@@ -508,7 +465,7 @@ def read_flags() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures case by case, keeps what it has after each method, and prints and writes tables and a picture."""
+    """Measure case by case, keeps what it has after each method, and prints and writes tables and a picture."""
     arguments = read_flags()
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config = scaled_config(arguments.model, arguments.layers, dtype)

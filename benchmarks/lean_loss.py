@@ -19,7 +19,7 @@ from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 
 
 def temporary_bytes(model: Qwen2_5VL, columns: int, head_learns: bool, chunk_logits: int | None) -> int:
-    """Returns the temporary memory of the loss's gradient; all logits at once without `chunk_logits`."""
+    """Return the temporary memory of the loss's gradient; all logits at once without `chunk_logits`."""
 
     def loss(decoder, hidden, targets):
         if chunk_logits:
@@ -37,7 +37,7 @@ def temporary_bytes(model: Qwen2_5VL, columns: int, head_learns: bool, chunk_log
 
 
 def main() -> None:
-    """Compiles both for each number of columns and prints a table."""
+    """Compile both for each number of columns and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocabulary", type=int, default=152064)
     parser.add_argument("--hidden-size", type=int, default=2048)

@@ -1,7 +1,6 @@
 """The machine that a figure was measured on, in a line, and what benchmarks share beside it."""
 
 import argparse
-import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -11,15 +10,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ilvr_jax.analysis.flops import Peaks
+
 
 def machine(packages: Sequence[str]) -> str:
-    """Returns the processor, its cores and the versions of Python and of packages."""
+    """Return the processor, its cores and the versions of Python and of packages."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
 
 
 def processor() -> str:
-    """Returns the name of the processor, as far as the system tells it."""
+    """Return the name of the processor, as far as the system tells it."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -27,39 +28,27 @@ def processor() -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers a bad value with one sentence."""
+    """Answer a bad value with one sentence."""
 
     def error(self, message: str) -> NoReturn:
         refuse(message)
 
 
 def positive(text: str) -> int:
-    """Reads the value of a flag that is a whole number from 1."""
+    """Read the value of a flag that is a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
     return int(text)
 
 
 def refuse(sentence: str) -> NoReturn:
-    """Ends the program with a sentence about what it was given."""
+    """End the program with a sentence about what it was given."""
     print(sentence, file=sys.stderr)
     sys.exit(2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Peaks:
-    """What the device does at most, as measured."""
-
-    flops: float  # a second, in a product of large matrices
-    bandwidth: float  # bytes a second, of memory
-
-    def seconds(self, flops: float, moved: float) -> float:
-        """Returns the least time for so many multiplications and additions and bytes moved."""
-        return max(flops / self.flops, moved / self.bandwidth)
-
-
 def measure_peaks(dtype: str, repeats: int = 5) -> Peaks:
-    """Measures JAX's default device: the best of several large products, and of ways to go through a large array."""
+    """Measure JAX's default device: the best of several large products, and of ways to go through a large array."""
     import jax
     import jax.numpy as jnp
 
@@ -87,7 +76,7 @@ def measure_peaks(dtype: str, repeats: int = 5) -> Peaks:
 
 
 def device_line(packages: Sequence[str]) -> str:
-    """Returns the machine line with JAX's default device ahead, if that is not the processor."""
+    """Return the machine line with JAX's default device ahead, if that is not the processor."""
     import jax
 
     device = jax.devices()[0]

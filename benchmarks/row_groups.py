@@ -26,7 +26,7 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def write_file(path: Path, rows: int, group: int, image_bytes: int) -> None:
-    """Writes a file in Zebra-CoT's format, a row group at a time."""
+    """Write a file in Zebra-CoT's format, a row group at a time."""
     random = np.random.default_rng(0)
     schema = pa.schema([(name, pa.string()) for name in TEXT_COLUMNS] + [(name, IMAGE) for name in COLUMNS])
     texts = dict(zip(TEXT_COLUMNS, (marker(COLUMNS[0]), "".join(map(marker, COLUMNS[1:])), "42"), strict=True))
@@ -40,7 +40,7 @@ def write_file(path: Path, rows: int, group: int, image_bytes: int) -> None:
 
 
 def records_a_second(path: Path, order: Sequence[int], seconds: float) -> float:
-    """Returns the rate of reading records in that order, until it ends or the time is up."""
+    """Return the rate of reading records in that order, until it ends or the time is up."""
     source = ZebraCotSource(path)
     start, count = time.perf_counter(), 0
     for number in order:
@@ -52,7 +52,7 @@ def records_a_second(path: Path, order: Sequence[int], seconds: float) -> float:
 
 
 def main() -> None:
-    """Writes the file, reads it in both orders and prints a table."""
+    """Write the file, reads it in both orders and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--group", type=int, default=100, help="rows of a row group")

@@ -16,21 +16,22 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
-from ilvr_jax.checkpoints.manager import build_model
+from ilvr_jax.checkpoints.runs import build_model
 from ilvr_jax.config.flags import read_config_flags
+from ilvr_jax.data.sources import make_tokenizer, open_source
 from ilvr_jax.data.tokenizer import special_tokens
 from ilvr_jax.models.sharding import on_mesh, one_device, place_rows
-from ilvr_jax.training.batches import make_tokenizer, open_iterator, open_source
-from ilvr_jax.training.loop import make_step, start_params
+from ilvr_jax.training.batches import open_iterator
 from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.run import Run
+from ilvr_jax.training.setup import init_params, make_step
 from ilvr_jax.training.state import init_train_state
 
 BATCHES = 32  # kept in memory and given to the step in turn, so that it never waits
 
 
 def samples_per_second(consume: Callable[[], int], seconds: float) -> float:
-    """Returns the rate of `consume`, which returns how many samples a call of it took, over some seconds."""
+    """Return the rate of `consume`, which returns how many samples a call of it took, over some seconds."""
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         count += consume()
@@ -38,10 +39,10 @@ def samples_per_second(consume: Callable[[], int], seconds: float) -> float:
 
 
 def rates(run: Run, stage: str, seconds: float) -> tuple[float, float]:
-    """Returns the samples a second of the pipeline without a step, and of the step without the pipeline."""
+    """Return the samples a second of the pipeline without a step, and of the step without the pipeline."""
     optimizer, step = run.steps[stage]
-    params = start_params(run.config, run.workdir, run.model, None, run.mesh)
-    state = init_train_state(params, optimizer, run.config[stage], jax.random.key(0), run.mesh)
+    params = init_params(run.config, run.workdir, run.model, None, run.mesh)
+    state = init_train_state(params, optimizer, run.config.stages[stage], jax.random.key(0), run.mesh)
     with contextlib.closing(open_iterator(run, stage, 0, state.params["vision"])) as iterator:
         batches = [place_rows(batch, run.mesh) for batch in itertools.islice(iterator, BATCHES)]
         made = samples_per_second(lambda: len(next(iterator).record), seconds)
@@ -60,14 +61,14 @@ def rates(run: Run, stage: str, seconds: float) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Times each stage of a config; prints a table."""
+    """Time each stage of a config; prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="that each figure is measured over")
     options = read_config_flags(parser)
     config = options.config
     table = Table("stage", "batch", "pipeline alone, samples/s", "step alone, samples/s", "ratio")
     with tempfile.TemporaryDirectory() as folder, Progress(Path(folder) / "log") as progress:
-        source = open_source(config)
+        source = open_source(config.data, config.seed)
         tokenizer = make_tokenizer(config, source)
         model = build_model(config, Path(folder), tokenizer)
         mesh = one_device()
@@ -77,7 +78,9 @@ def main() -> None:
             run = Run(config, Path(folder), source, None, tokenizer, special, model, mesh, steps, progress)
             with on_mesh(mesh):
                 made, taken = rates(run, name, options.seconds)
-            table.add_row(name, str(config[name].batch_size), f"{made:.0f}", f"{taken:.1f}", f"{made / taken:.1f}")
+            table.add_row(
+                name, str(config.stages[name].batch_size), f"{made:.0f}", f"{taken:.1f}", f"{made / taken:.1f}"
+            )
     console = Console(width=120)
     console.print(table)
     console.print(machine(["jax", "grain", "numpy"]))

@@ -1,4 +1,4 @@
-"""Compiles a config for TPUs that are not here, and says whether it fits.
+"""Compile a config for TPUs that are not here, and says whether it fits.
 
 python -m ilvr_jax.aot --config=configs/qwen2_5_vl_7b_stage1.py --topology=v5e:4x4 --config.stage1.batch_size=16
 python -m ilvr_jax.aot --sweep=docs/scale.jsonl
@@ -16,8 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ilvr_jax.analysis.compilation import (
-    GIB,
-    Chip,
     DoesNotFit,
     Report,
     compile_decoding,
@@ -25,6 +23,7 @@ from ilvr_jax.analysis.compilation import (
     open_model,
     open_topology,
 )
+from ilvr_jax.analysis.flops import GIB, Chip
 from ilvr_jax.command import ArgumentParser, command, path_flag
 from ilvr_jax.config.experiments import BASE, load_config, parse
 from ilvr_jax.config.fields import BadConfig
@@ -54,7 +53,7 @@ SWEEP_BUCKET = "few_looks"
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0 all fits, 1 something does not, 2 bad input."""
+    """Run the command and returns its exit status: 0 all fits, 1 something does not, 2 bad input."""
     jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, not to run
     parser = ArgumentParser(prog="python -m ilvr_jax.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--topology", help="such as v5e:4x4, v5p:2x2x2 or v6e:4x4")
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = (*config.stages, "decoding")
     if stages[0] not in known:
         raise BadConfig(f"--stage must be one of {', '.join(known)}, got {stages[0]!r}")
-    bucket = options.bucket or largest_bucket(config, model)
+    bucket = options.bucket or largest_bucket(config)
     if bucket not in config.data.buckets:
         raise BadConfig(f"--bucket must be one of {', '.join(config.data.buckets)}, got {bucket!r}")
     chip, devices = open_topology(options.topology)
@@ -97,14 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compile_stage(
     config: RunConfig, stage: str, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]
 ) -> Report:
-    """Compiles a stage's train step, or decoding; raises as these do."""
+    """Compile a stage's train step, or decoding; raises as these do."""
     if stage == "decoding":
         return compile_decoding(config, bucket, model, chip, devices)
     return compile_train_step(config, stage, bucket, model, chip, devices)
 
 
 def sweep(path: Path, console: Console) -> int:
-    """Compiles what is not yet in the file, adds a line for each to it, and prints all as a table for Markdown."""
+    """Compile what is not yet in the file, adds a line for each to it, and prints all as a table for Markdown."""
     lines = path.read_text().splitlines() if path.exists() else []
     found = {tuple(line["case"]): line for line in map(json.loads, lines)}
     cases = [(*case, stage) for case in SWEEP for stage in ("stage1", "stage2")]
@@ -119,7 +118,7 @@ def sweep(path: Path, console: Console) -> int:
 
 
 def sweep_case(size: str, learns: str, topology: str, stage: str) -> dict[str, Any]:
-    """Returns what compiling a case found, as an object of JSON."""
+    """Return what compiling a case found, as an object of JSON."""
     variant = "-".join([size, *["lora"] * (learns == "lora"), stage])
     config = load_config(f"configs/qwen2_5_vl.py:{variant}")
     chip, devices = open_topology(topology)
@@ -146,7 +145,7 @@ def sweep_case(size: str, learns: str, topology: str, stage: str) -> dict[str, A
 
 
 def sweep_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a table for Markdown."""
+    """Return a table for Markdown."""
     rows = [
         "| model | learns | stage | topology | weights | optimizer | teacher | temporaries | all, GiB a chip | spare | "
         "arithmetic at peak, ms | sent a chip, GiB | compiled in, s |",
@@ -167,14 +166,14 @@ def sweep_table(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def largest_bucket(config: RunConfig, model: Qwen2_5VL) -> str:
-    """Returns the name of the bucket with the most columns and vision tokens."""
+def largest_bucket(config: RunConfig) -> str:
+    """Return the name of the bucket with the most columns and vision tokens."""
     buckets = config_buckets(config, "latent")
     return max(buckets, key=lambda name: padded_tokens(buckets[name]))
 
 
 def show(report: Report, topology: str, console: Console) -> None:
-    """Prints what a program takes."""
+    """Print what a program takes."""
     table = Table("memory a chip", "GiB", title=f"{report.name} on {topology}", title_justify="left")
     for kind, size in report.memory.items():
         table.add_row(kind, f"{size / GIB:.2f}")
@@ -196,7 +195,7 @@ def show(report: Report, topology: str, console: Console) -> None:
 
 
 def advice(config: RunConfig, stage: str) -> str:
-    """Returns what to change, most effective first."""
+    """Return what to change, most effective first."""
     if stage == "decoding":
         return "take more chips, divide weights further (mesh.fsdp, mesh.tensor) or lower eval.batch_size"
     ways = ["take more chips"]

@@ -92,7 +92,7 @@ def check(options: argparse.Namespace) -> Survey:
         pretrained = open_init_from(config.model.init_from, weights=False) if config.model.init_from else None
     tokenizer = pretrained.tokenizer if pretrained else make_tokenizer(config, source)
     with config_errors("model"):
-        vision = model_config(config.model, len(tokenizer), pretrained and pretrained.published).vision
+        vision = model_config(config.model, len(tokenizer), pretrained and pretrained.hf_config).vision
     with config_errors("tokenizer"):
         special = special_tokens(tokenizer)
     views = make_views(config, options.config_file is not None, tokenizer, special)

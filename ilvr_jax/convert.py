@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from ilvr_jax.checkpoints.export import export
-from ilvr_jax.checkpoints.pretrained import open_pretrained, save_converted
+from ilvr_jax.checkpoints.pretrained import open_pretrained
+from ilvr_jax.checkpoints.weights import save_converted
 from ilvr_jax.command import DONE, ArgumentParser, command, path_flag
 from ilvr_jax.config.schema import DTYPES
 

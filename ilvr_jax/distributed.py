@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, and what they tell each other beside the devices."""
+"""Several processes as one run: finding each other, and exchanging values outside the devices."""
 
 import argparse
 import contextlib
@@ -19,25 +19,25 @@ from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.errors import InputError, quote
 from ilvr_jax.files import locked_folder
 
-TIMEOUT = 300  # seconds to wait for the others
+TIMEOUT = 300  # seconds
 LONGEST_TIMEOUT = 7 * 24 * 3600
 MOST_PROCESSES = 100_000
-_exchanges = itertools.count()  # processes open exchanges in the same order, so numbers are names
+_exchanges = itertools.count()  # processes open exchanges in the same order, so that numbers name them
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that `join` reads."""
-    parser.add_argument("--distributed", action="store_true", help="find the others as Cloud TPU, GKE or SLURM say")
-    parser.add_argument("--coordinator", help="or where process 0 listens, host:port, the same for all")
-    parser.add_argument("--processes", type=int, help="with --coordinator: how many there are")
-    parser.add_argument("--process", type=int, help="with --coordinator: which this one is, from 0")
-    parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds to wait for the others")
+    """Add the flags that `initialize_distributed` reads."""
+    parser.add_argument("--distributed", action="store_true", help="find the others through Cloud TPU, GKE or SLURM")
+    parser.add_argument("--coordinator", help="or the address of process 0, host:port, the same in all")
+    parser.add_argument("--processes", type=int, help="with --coordinator: the number of processes")
+    parser.add_argument("--process", type=int, help="with --coordinator: the number of this process, from 0")
+    parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds to wait for the other processes")
 
 
-def join(options: argparse.Namespace) -> None:
-    """Makes this process one of several, if its flags say so, before any device is looked at.
+def initialize_distributed(options: argparse.Namespace) -> None:
+    """Make this process one of several if its flags ask for it, before any device is used.
 
-    Raises BadConfig if flags are missing, the surroundings tell nothing, or the coordinator is not reached in time.
+    Raises BadConfig if flags are missing, the environment is not recognised, or the coordinator is not reached in time.
     """
     numbered = options.processes is not None and options.process is not None
     if not 1 <= options.timeout <= LONGEST_TIMEOUT:
@@ -46,7 +46,7 @@ def join(options: argparse.Namespace) -> None:
         if options.processes is not None or options.process is not None:
             raise BadConfig("--processes and --process must come with --coordinator=host:port")
         if options.distributed:
-            _initialize(options, "as the surroundings say")
+            _initialize(options, "found through the environment")
         return
     host, port = split_address(options.coordinator)
     if not numbered or not 0 <= options.process < options.processes <= MOST_PROCESSES:
@@ -60,7 +60,7 @@ def join(options: argparse.Namespace) -> None:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Returns host and port of "host:port"; an IPv6 host is in brackets there, and returned without.
+    """Return host and port of "host:port"; an IPv6 host must be in brackets, and is returned without them.
 
     Raises BadConfig if either is missing, the port is not from 1 to 65535 or brackets hold no IPv6 address.
     """
@@ -84,26 +84,26 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _reach(host: str, port: int, seconds: int) -> None:
-    """Waits until something listens; jax's own client would end the process with a trace."""
+    """Wait until the port accepts connections; jax's own client would end the process with a traceback."""
     end = time.monotonic() + seconds
     while True:
         try:
             with socket.create_connection((host, port), timeout=max(1.0, end - time.monotonic())):
                 return
-        except (OSError, UnicodeError) as error:  # a host of letters that no name has is a UnicodeError
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host with letters that no name can have
             if time.monotonic() >= end:
                 raise BadConfig(
-                    f"--coordinator must be the address of process 0, which must run, but port {port} of {quote(host)} "
-                    f"could not be reached in {seconds} seconds ({error})"
+                    f"--coordinator must be the address of process 0, which must be running, but port {port} of "
+                    f"{quote(host)} could not be reached in {seconds} seconds ({error})"
                 ) from error
             time.sleep(0.2)
 
 
 def _initialize(options: argparse.Namespace, where: str) -> None:
     if jax.config.jax_platforms == "cpu":
-        # Processes must meet in the same order. On CPUs, threads of XLA take what is independent in any, and so does a
-        # program that was read from the cache of compiled ones.
-        os.environ["NPROC"] = "1"  # threads; it is read when the devices are first looked at
+        # Processes must run collectives in the same order. On CPUs, threads of XLA run independent ones in any order,
+        # and so does a program from the compilation cache.
+        os.environ["NPROC"] = "1"  # threads; read when the devices are first used
         jax.config.update("jax_enable_compilation_cache", False)
     try:
         jax.distributed.initialize(
@@ -112,18 +112,18 @@ def _initialize(options: argparse.Namespace, where: str) -> None:
     except (ValueError, RuntimeError) as error:
         raise BadConfig(f"the processes did not find each other ({where}): {str(error).splitlines()[0]}") from error
     if jax.default_backend() == "cpu" and jax.config.jax_platforms != "cpu":
-        raise BadConfig("JAX_PLATFORMS must be cpu for several processes on CPUs, the only devices here")
+        raise BadConfig("JAX_PLATFORMS must be cpu to run several processes on CPUs, the only devices found")
 
 
 def is_main() -> bool:
-    """Says whether this process writes what only one should."""
+    """Return whether this is the process that writes what only one should."""
     return jax.process_index() == 0
 
 
 def in_main(act: Callable[[], None]) -> None:
-    """Calls a function in the process that writes; if it raises InputError or OSError, all processes raise InputError.
+    """Call a function in the main process; if it raises InputError or OSError there, the others raise InputError.
 
-    The others would wait for it in vain.
+    They would otherwise wait for it in vain.
     """
     failure = None
     if is_main():
@@ -140,42 +140,41 @@ def in_main(act: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def locked_workdir(workdir: Path) -> Iterator[None]:
-    """Holds a workdir for one run: its main process has the lock, and all of them raise if there is none to be had."""
-    with contextlib.ExitStack() as held:
-        in_main(lambda: held.enter_context(locked_folder(workdir)))
+    """Lock a workdir for one run: its main process holds the lock, and all of them raise if it cannot be had."""
+    with contextlib.ExitStack() as stack:
+        in_main(lambda: stack.enter_context(locked_folder(workdir)))
         yield
 
 
-def wait_for_all(place: str) -> None:
-    """Returns when every process has come to this place."""
+def wait_for_all(point: str) -> None:
+    """Return once every process has reached this point."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(place)
+        multihost_utils.sync_global_devices(point)
 
 
 def open_exchange() -> Callable[[Any], list[Any]]:
-    """Returns a function that gives every process what each of them called it with, in the order of their numbers.
+    """Return an all-gather of JSON values: called by every process, it returns their values in the processes' order.
 
-    It goes through the coordinator and not through devices, so that it may be called while these are busy, from
-    another thread. Values are JSON.
+    It uses the coordinator and no devices, so that it may be called while these are busy, from another thread.
     """
     if jax.process_count() == 1:
         return lambda value: [value]
-    from jax._src.distributed import global_state  # jax has no public way to the coordinator's values
+    from jax._src.distributed import global_state  # jax has no public access to the coordinator's store
 
     exchange, calls = next(_exchanges), itertools.count()
 
     def key(call: int, process: int) -> str:
         return f"ilvr_jax/exchange_{exchange}/{call}/{process}"
 
-    def tell(value: Any) -> list[Any]:
-        call, client, mine = next(calls), global_state.client, jax.process_index()
-        client.key_value_set(key(call, mine), json.dumps(value))
-        told = [
+    def all_gather_json(value: Any) -> list[Any]:
+        call, client, own = next(calls), global_state.client, jax.process_index()
+        client.key_value_set(key(call, own), json.dumps(value))
+        values = [
             json.loads(client.blocking_key_value_get(key(call, process), 1000 * TIMEOUT))
             for process in range(jax.process_count())
         ]
-        if call:  # everyone has read what was told before the others came here
-            client.key_value_delete(key(call - 1, mine))
-        return told
+        if call:  # all processes have read the values of the call before
+            client.key_value_delete(key(call - 1, own))
+        return values
 
-    return tell
+    return all_gather_json

@@ -1,4 +1,4 @@
-"""Trains a model through the stages of a config: python -m ilvr_jax.train --config=configs/base.py"""
+"""Train a model through the stages of a config: python -m ilvr_jax.train --config=configs/base.py"""
 
 import sys
 from collections.abc import Sequence
@@ -6,25 +6,25 @@ from collections.abc import Sequence
 from ilvr_jax.checkpoints.manager import DiskFull, NoCheckpoint
 from ilvr_jax.command import FAILED, ArgumentParser, command, fail
 from ilvr_jax.config.flags import read_command
-from ilvr_jax.distributed import add_flags, is_main, join
+from ilvr_jax.distributed import add_flags, initialize_distributed, is_main
 from ilvr_jax.files import named_errors
 from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.training.divergence import Diverged
 from ilvr_jax.training.interruption import Interrupted
 from ilvr_jax.training.loop import train
 
-STOPPED_OUTSIDE = "stopped outside a training step; the same command resumes from the newest checkpoint"
+STOPPED = "stopped outside a training step; the same command resumes from the newest checkpoint"
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0 done, 2 bad input, 1 failed, 128 + n stopped by signal n."""
-    parser = ArgumentParser(prog="python -m ilvr_jax.train", description="Trains through a config's stages.")
+    """Run the command and return its exit status: 0 done, 2 bad input, 1 failed, 128 + n stopped by signal n."""
+    parser = ArgumentParser(prog="python -m ilvr_jax.train", description="Train the stages of a config.")
     add_flags(parser)
     try:
         options = read_command(parser, arguments)
-        join(options)
-        with stop_sentence(lambda: STOPPED_OUTSIDE), named_errors(options.workdir):
+        initialize_distributed(options)
+        with stop_sentence(lambda: STOPPED), named_errors(options.workdir):
             summary = train(options.config, options.workdir)
     except (DiskFull, Diverged, NoCheckpoint) as error:
         return fail(FAILED, error)
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"skipped: {summary['skipped_records']} records, {len(summary['skipped_lines'])} lines of the data file")
     evaluated = any("evaluation" in stage for stage in summary["stages"].values())
     results = ", evaluations, solutions.png" if evaluated else ""
-    print(f"everything is in {summary['workdir']}: checkpoints, metrics.jsonl, tensorboard{results}")
+    print(f"Results written to {summary['workdir']}: checkpoints, metrics.jsonl, tensorboard{results}")
     return 0
 
 

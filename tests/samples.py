@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ilvr_jax.checkpoints.manager import Checkpoints, stage_folder
+from ilvr_jax.checkpoints.manager import Checkpoints
+from ilvr_jax.checkpoints.runs import stage_folder
 from ilvr_jax.config.experiments import load_config, parse
 from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.config.workdir import to_json

@@ -23,7 +23,7 @@ from ilvr_jax.method.objectives import cross_entropy  # noqa: E402
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL  # noqa: E402
 from ilvr_jax.models.sharding import AXES, divisor, make_mesh, on_mesh, place_rows, placed_like, shardings  # noqa: E402
 from ilvr_jax.training.optimizer import make_optimizer  # noqa: E402
-from ilvr_jax.training.state import init_train_state, abstract_train_state  # noqa: E402
+from ilvr_jax.training.state import abstract_train_state, init_train_state  # noqa: E402
 from ilvr_jax.training.step import OBJECTIVES, make_train_step  # noqa: E402
 from tests.inference.test_decode import PARAMS, prompts  # noqa: E402
 from tests.inference.test_decode import lay_out as lay_out_prompts  # noqa: E402

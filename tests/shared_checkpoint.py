@@ -46,9 +46,9 @@ def main(folder: Path, port: str, process: int) -> None:
             for part in (folder / "2" / "params").glob("ocdbt.process_1/d/*"):
                 part.write_bytes(b"")
         wait_for_all("damaged")
-        say = (folder / f"said_{process}.txt").open("w").write
-        step, restored = checkpoints.restore_newest(lambda step: checkpoints.restore(step, like), say, set_aside=True)
-        say(f"; restored {step}: {float(restored.params['lm_head'].addressable_data(0).min()):.0f}")
+        log = (folder / f"log_{process}.txt").open("w").write
+        step, restored = checkpoints.restore_newest(lambda step: checkpoints.restore(step, like), log, set_aside=True)
+        log(f"; restored {step}: {float(restored.params['lm_head'].addressable_data(0).min()):.0f}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from benchmarks import decode, latency
-from benchmarks.latency import CASES, Case, Work, decoder_work, figures, forced_tokens, layer_weights, least, trace
-from benchmarks.machine import Peaks
+from benchmarks.latency import CASES, Case, figures, forced_tokens, least, trace
+from ilvr_jax.analysis.flops import Cost, Peaks, decoder_cost, layer_weights, vision_cost
 from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, VisionConfig
 
 VISION = VisionConfig(4, 16, 24, 2, 8, 112, (3,))
@@ -21,33 +21,33 @@ def test_weights_of_a_layer():
 
 def test_one_token_of_the_decoder():
     """416 numbers a layer, 80 in the head; two layers keep 2 x 4 numbers a column, and 5 columns are there."""
-    work = decoder_work(CONFIG, start=5, count=1, rows=1)
-    assert work.moved == 2 * 480 + 80 + 5 * 2 * 2 * 4
+    work = decoder_cost(CONFIG, start=5, count=1, rows=1)
+    assert work.reads == 2 * 480 + 80 + 5 * 2 * 2 * 4
     # Each layer multiplies 8 channels with the keys, and again with the values, of 6 columns.
     assert work.flops == 2 * (2 * 480 + 80 + 2 * 2 * 8 * 6)
 
 
 def test_rows_share_weights_and_what_is_there_once():
-    one, four = (decoder_work(CONFIG, 5, 1, rows) for rows in (1, 4))
+    one, four = (decoder_cost(CONFIG, 5, 1, rows) for rows in (1, 4))
     assert four.flops == 4 * one.flops
-    assert four.moved - one.moved == 3 * 5 * 16
-    assert decoder_work(CONFIG, 5, 1, 4, once=3).moved == 2 * 480 + 80 + 16 * (4 * 2 + 3)
+    assert four.reads - one.reads == 3 * 5 * 16
+    assert decoder_cost(CONFIG, 5, 1, 4, shared=3).reads == 2 * 480 + 80 + 16 * (4 * 2 + 3)
 
 
 def test_many_columns_take_what_they_take_one_by_one_but_for_the_head():
-    together = decoder_work(CONFIG, 5, 4, 1).flops
-    single = sum(decoder_work(CONFIG, start, 1, 1).flops for start in range(5, 9))
+    together = decoder_cost(CONFIG, 5, 4, 1).flops
+    single = sum(decoder_cost(CONFIG, start, 1, 1).flops for start in range(5, 9))
     assert together == single - 3 * 2 * 80
 
 
 def test_an_image():
     """64 vision tokens are 256 patches; 3 blocks see windows of 64 patches, one sees all."""
-    work = latency.vision_work(CONFIG, 64, images=1)
+    work = vision_cost(CONFIG, 64, images=1)
     block, embedding, merger = 4 * 16 * 16 + 3 * 16 * 24, 588 * 16, 64 * (64 + 8)
-    assert work.moved == 4 * block + embedding + merger
+    assert work.reads == 4 * block + embedding + merger
     attention = 256 * 2 * 16 * (3 * 64 + 256)
     assert work.flops == 2 * (256 * (4 * block + embedding) + attention + 64 * merger)
-    assert latency.vision_work(CONFIG, 64, 3) == Work(3 * work.flops, work.moved)
+    assert vision_cost(CONFIG, 64, 3) == Cost(3 * work.flops, work.reads)
 
 
 def test_the_steps_of_an_answer():
@@ -77,7 +77,7 @@ def test_the_least_answer_is_made_of_its_parts():
     peaks = Peaks(flops=1e30, bandwidth=4.0)  # as many numbers of 4 bytes a second as have to be read
     floor = least(CONFIG, SMALL, "latent", peaks)
     weights = 2 * 480 + 80
-    assert floor["first_token"] == latency.vision_work(CONFIG, 64, 1).moved + weights
+    assert floor["first_token"] == vision_cost(CONFIG, 64, 1).reads + weights
     columns = sum(column - 1 for column in trace(SMALL, "latent").slots)
     assert floor["look"] == (10 * weights + 16 * columns) / 2
     assert floor["answer"] == pytest.approx(floor["first_token"] + floor["text"] + floor["looks"])

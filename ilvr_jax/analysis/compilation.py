@@ -15,9 +15,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from ilvr_jax.analysis.flops import CHIPS, GIB, SHAPES, Chip, decoder_flops, published_description, train_flops
 from ilvr_jax.analysis.hlo import Collective, collectives
-from ilvr_jax.checkpoints.manager import abstract_params
 from ilvr_jax.checkpoints.pretrained import open_init_from
+from ilvr_jax.checkpoints.runs import abstract_params
 from ilvr_jax.config.experiments import config_errors
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.schema import RunConfig
@@ -26,46 +27,17 @@ from ilvr_jax.evaluation.maps import decode_settings
 from ilvr_jax.inference.decode import generate
 from ilvr_jax.method.layout import NO_IMAGE, Batch, Layout, collate
 from ilvr_jax.method.tokens import SpecialTokens
-from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, model_config
-from ilvr_jax.models.qwen2_5_vl.images import MERGE, EncodedImage
+from ilvr_jax.models.qwen2_5_vl.config import model_config
+from ilvr_jax.models.qwen2_5_vl.images import EncodedImage
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.sharding import ROWS, check_mesh, divisor, make_mesh, on_mesh
-from ilvr_jax.training.loop import make_step
+from ilvr_jax.training.setup import make_step
 from ilvr_jax.training.state import abstract_train_state
-
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a chip has, as Google Cloud's documentation states it."""
-
-    memory: int  # bytes
-    flops: float  # a second, bfloat16
-    bandwidth: float  # of its memory, bytes a second
-    topologies: tuple[str, ...]
-
-
-PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
-CHIPS = {
-    "v5e": Chip(16 * GIB, 197e12, 819e9, PLANE),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, CUBE),
-    "v6e": Chip(32 * GIB, 918e12, 1640e9, PLANE),
-}
 
 # What the library for TPUs would otherwise ask a cloud that is not there.
 NO_CLOUD = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
 NO_CLOUD["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing runs, so processes may compile beside each other
 
-# The shapes of the published checkpoints, as in their config.json, so that nothing is fetched to compile them.
-VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112}
-SHAPES = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": (2048, 11008, 36, 16, 2, 151936, True),
-    "Qwen/Qwen2.5-VL-7B-Instruct": (3584, 18944, 28, 28, 4, 152064, False),
-    "Qwen/Qwen2.5-VL-32B-Instruct": (5120, 27648, 64, 40, 8, 152064, False),
-    "Qwen/Qwen2.5-VL-72B-Instruct": (8192, 29568, 80, 64, 8, 152064, False),
-}
 # Their values are of no account to a compiled program.
 SPECIAL = SpecialTokens(*range(10))
 
@@ -99,7 +71,7 @@ class Report:
 
 
 def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
-    """Returns kind and devices of a TPU topology such as "v5e:4x4"; raises BadConfig if there is none of that name."""
+    """Return kind and devices of a TPU topology such as "v5e:4x4"; raises BadConfig if there is none of that name."""
     generation, _, shape = name.partition(":")
     chip = CHIPS.get(generation)
     if chip is None or not shape:
@@ -119,40 +91,21 @@ def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
 
 
 def open_model(config: RunConfig) -> Qwen2_5VL:
-    """Returns the model of a config; of a published checkpoint its shape alone is asked for."""
+    """Return the model of a config; of a published checkpoint its shape alone is asked for."""
     name = config.model.init_from
     with config_errors("model"):
         if name in SHAPES:
             return Qwen2_5VL(model_config(config.model, 0, published_description(name)))
         if name:
-            return Qwen2_5VL(model_config(config.model, 0, open_init_from(name, weights=False).published))
+            return Qwen2_5VL(model_config(config.model, 0, open_init_from(name, weights=False).hf_config))
         # The tokenizer that a run makes for itself has some hundred tokens.
         return Qwen2_5VL(model_config(config.model, 256))
-
-
-def published_description(name: str) -> dict[str, Any]:
-    """Returns the part of a published checkpoint's config.json that says its shape."""
-    hidden, intermediate, layers, heads, key_value_heads, vocabulary, tied = SHAPES[name]
-    wide = {"intermediate_size": 3456} if hidden > 4096 else {}
-    return {
-        "model_type": "qwen2_5_vl",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_value_heads,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": tied,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "vision_config": {**VISION, **wide, "out_hidden_size": hidden, "fullatt_block_indexes": [7, 15, 23, 31]},
-    }
 
 
 def compile_train_step(
     config: RunConfig, stage: str, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]
 ) -> Report:
-    """Compiles the train step of a stage for a bucket of its batches, on the mesh of the config.
+    """Compile the train step of a stage for a bucket of its batches, on the mesh of the config.
 
     Raises BadConfig if the mesh does not fit the devices, the batch or the model, DoesNotFit if it needs more memory.
     """
@@ -176,7 +129,7 @@ def compile_train_step(
 
 
 def compile_decoding(config: RunConfig, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]) -> Report:
-    """Compiles decoding as the config's `eval` section says, of prompts as long as a bucket's prefix."""
+    """Compile decoding as the config's `eval` section says, of prompts as long as a bucket's prefix."""
     mesh = _mesh(config, model, devices)
     layout = config_buckets(config, "slots")[bucket]
     layout = Layout(prefix=layout.prefix, images=layout.images, image_tokens=layout.image_tokens, helper_tokens=0)
@@ -245,7 +198,7 @@ def _communication(compiled: jax.stages.Compiled) -> list[Collective] | None:
 
 
 def batch_like(layout: Layout, rows: int, model: Qwen2_5VL, mesh: Mesh, cached: bool) -> Batch:
-    """Returns shapes, dtypes and places of a batch, with images' features if they are `cached`."""
+    """Return shapes, dtypes and places of a batch, with images' features if they are `cached`."""
     features = EncodedImage(np.zeros((0, 0, model.config.hidden_size), jax.numpy.dtype(model.config.dtype)))
     none = collate([], layout, SPECIAL, model.geometry, features if cached else NO_IMAGE)
     place = NamedSharding(mesh, PartitionSpec(ROWS))
@@ -253,7 +206,7 @@ def batch_like(layout: Layout, rows: int, model: Qwen2_5VL, mesh: Mesh, cached: 
 
 
 def local_bytes(tree: PyTree) -> int:
-    """Returns the bytes of a tree on each device, from shapes with where they lie."""
+    """Return the bytes of a tree on each device, from shapes with where they lie."""
 
     def size(leaf: jax.ShapeDtypeStruct) -> int:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -261,44 +214,3 @@ def local_bytes(tree: PyTree) -> int:
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     return sum(map(size, jax.tree.leaves(tree)))
-
-
-def train_flops(
-    config: ModelConfig, objective: str, train: Sequence[str], layout: Layout, rows: int, encodes: bool
-) -> float:
-    """Returns the multiplications and additions of a train step: a pass back costs two forward, frozen weights one.
-
-    The vision tower counts if the step encodes images; the teacher, one pass forward without logits.
-    """
-    learns = "decoder" in train
-    labelled = layout.columns  # of which some carry no loss: the least is not known here
-    forward = decoder_flops(config, layout.columns, labelled)
-    total = forward * (3 if learns else 2)
-    if objective == "alignment":
-        total += decoder_flops(config, layout.columns, labelled=0)
-    if encodes:
-        tokens = layout.images * layout.image_tokens + layout.segments * layout.helper_tokens
-        total += vision_flops(config, tokens) * (3 if "vision" in train else 1)
-    return float(rows * total)
-
-
-def decoder_flops(config: ModelConfig, columns: int, labelled: int) -> float:
-    """Returns the multiplications and additions of one sample's pass through the decoder, causal attention halved."""
-    heads = config.num_attention_heads * config.head_dim
-    projections = config.hidden_size * (2 * heads + 2 * config.num_key_value_heads * config.head_dim)
-    weights = config.num_hidden_layers * (projections + 3 * config.hidden_size * config.intermediate_size)
-    attention = config.num_hidden_layers * 2 * heads * columns**2 / 2
-    return 2.0 * (weights * columns + attention + labelled * config.hidden_size * config.vocab_size)
-
-
-def vision_flops(config: ModelConfig, tokens: int) -> float:
-    """Returns the multiplications and additions of the vision tower on a sample's vision tokens, padding counted."""
-    vision = config.vision
-    patches = MERGE**2 * tokens
-    per_block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
-    full = len(vision.fullatt_block_indexes)
-    window_patches = (2 * vision.window_units) ** 2
-    attention = 2 * vision.hidden_size * (full * patches + (vision.depth - full) * window_patches)
-    merged = 4 * vision.hidden_size
-    merger = (merged * merged + merged * vision.out_hidden_size) / 4
-    return 2.0 * patches * (vision.depth * per_block + attention + merger + vision.patch_dim * vision.hidden_size)

@@ -27,7 +27,7 @@ class Collective:
 
 
 def collectives(program: str) -> list[Collective]:
-    """Returns the communication of a compiled program, from its HLO text after optimisation."""
+    """Return the communication of a compiled program, from its HLO text after optimisation."""
     computations, entry = _computations(program)
     found = {}  # by channel: what is overlapped with arithmetic is written down once for each piece of it
 
@@ -55,13 +55,13 @@ def collectives(program: str) -> list[Collective]:
 
 
 def _trips(condition: list[str]) -> int:
-    """Returns how often a loop runs that counts from 0 to a constant; 1, the least, if it is another kind."""
+    """Return how often a loop runs that counts from 0 to a constant; 1, the least, if it is another kind."""
     constants = {int(value) for line in condition for value in CONSTANT.findall(line)}
     return constants.pop() if len(constants) == 1 else 1
 
 
 def _computations(program: str) -> tuple[dict[str, list[str]], str]:
-    """Returns the lines of each computation by its name, and the name of the one that is run."""
+    """Return the lines of each computation by its name, and the name of the one that is run."""
     computations, entry, name = {}, "", ""
     for line in program.splitlines():
         if head := COMPUTATION.match(line):
@@ -74,7 +74,7 @@ def _computations(program: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _largest(shape: str) -> int:
-    """Returns the bytes of an array, of the largest one in a tuple: the result, beside what it was made of."""
+    """Return the bytes of an array, of the largest one in a tuple: the result, beside what it was made of."""
     return max(
         (
             BYTES.get(dtype, 4) * math.prod(int(size) for size in sizes.split(",") if size)

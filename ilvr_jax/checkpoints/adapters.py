@@ -1,7 +1,7 @@
-"""LoRA adapters as PEFT saves them (adapter_config.json, adapter_model.safetensors), merged into a model or trained on.
+"""LoRA adapters as PEFT saves them (adapter_config.json, adapter_model.safetensors), merged or trained further.
 
-What an adapter changes follows from its tensors; of its config only what changes their effect is used, and a field with
-an effect that is not computed here is refused by name.
+The tensors determine what an adapter changes, and the config how; a config field with an effect that is not
+implemented is an error that names it.
 """
 
 import functools
@@ -35,8 +35,8 @@ from ilvr_jax.models.sharding import to_mesh
 from ilvr_jax.models.tensor_files import BadCheckpoint, TensorFiles, tensor_places
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Fields without effect on what a saved adapter computes: notes, how it was begun, trained and placed. PEFT turns
-# fan_in_fan_out off for every layer that this model has.
+# Fields without effect on the output of a saved adapter: notes, initialisation, training and placement. PEFT disables
+# fan_in_fan_out for every layer of this model.
 WITHOUT_EFFECT = {
     *("auto_mapping", "base_model_class", "parent_library", "peft_version", "task_type", "inference_mode"),
     *("lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
@@ -47,14 +47,14 @@ USED = {
     *("use_rslora", "use_dora", "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform"),
     *("layers_pattern", "init_lora_weights", "bias"),
 }
-# Ways to begin that leave the base as it is; the others take from it what the adapter begins with.
-INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Initialisations, besides true, false and null, that leave the base unchanged.
+INITIALISATIONS = ("gaussian", "eva", "orthogonal")
 MATRIX = re.compile(r"^(?P<module>.+)\.lora_(?P<matrix>A|B|magnitude_vector)(\.(?!weight)\w+)?(\.weight)?$")
 SAVED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")  # around tensors that are saved whole
 
 
 class LowRank(NamedTuple):
-    """What is added to one layer: names of its matrices in the file, and the factor of their product."""
+    """The low-rank change of one layer: the names of its matrices in the file, and the factor of their product."""
 
     module: str  # the layer's name in the file
     rank: int
@@ -63,17 +63,17 @@ class LowRank(NamedTuple):
 
 
 class PeftAdapter(NamedTuple):
-    """A saved adapter, its tensors still on disk; what it changes goes by the flat names of published checkpoints."""
+    """A saved adapter, its tensors still on disk; changed layers have the flat names of published checkpoints."""
 
     folder: Path
     config: Mapping[str, Any]  # its adapter_config.json, checked
     tensors: TensorFiles
     layers: Mapping[str, LowRank]  # by the name of the layer's weight
-    replaced: Mapping[str, str]  # tensors that take the place of the base's, with their names in the file
-    unties: bool  # whether embedding and head are two tensors, whatever the base has
+    replaced: Mapping[str, str]  # tensors that replace those of the base, with their names in the file
+    unties: bool  # whether embedding and head are separate tensors even if the base ties them
 
     def changed(self, published: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the base's config.json with what the adapter changes of it: the rows and tying of embeddings."""
+        """Return the base's config.json with the adapter's changes to it: the rows and tying of embeddings."""
         changes = {"tie_word_embeddings": False} if self.unties else {}
         if EMBEDDING in self.replaced:
             changes["vocab_size"] = self.tensors.places[self.replaced[EMBEDDING]].shape[0]
@@ -83,33 +83,35 @@ class PeftAdapter(NamedTuple):
         return changed
 
     def has_table(self, name: str) -> bool:
-        """Returns whether the embedding, or the head, is the adapter's own."""
+        """Return whether the embedding, or the head, is the adapter's own."""
         return {"embed_tokens": EMBEDDING, "lm_head": HEAD}[name] in self.replaced
 
     def continues(self, lora: LoraConfig, layers: int) -> bool:
-        """Returns whether a run with these settings trains this adapter on, in place of fresh ones on top of it."""
+        """Return whether a run with these settings trains this adapter further, in place of fresh ones on top of it."""
         names = {f"model.layers.{layer}.{place(name)}.weight" for layer in range(layers) for name in lora.targets}
-        plain = all(one.rank == lora.rank and "magnitude_vector" not in one.matrices for one in self.layers.values())
+        plain = all(
+            layer.rank == lora.rank and "magnitude_vector" not in layer.matrices for layer in self.layers.values()
+        )
         return bool(lora.rank) and plain and self.layers.keys() == names
 
 
 def place(target: str) -> str:
-    """Returns where in a layer of the decoder an adapted linear layer is."""
+    """Return the path of an adapted linear layer within a layer of the decoder."""
     return f"self_attn.{target}" if target in ("q_proj", "k_proj", "v_proj", "o_proj") else f"mlp.{target}"
 
 
 def is_adapter(folder: Path) -> bool:
-    """Returns whether a folder holds an adapter and no whole model."""
+    """Return whether a folder holds an adapter and no whole model."""
     whole = ("model.safetensors", "model.safetensors.index.json", "params")
-    held = any((folder / name).exists() for name in (CONFIG, WEIGHTS, "adapter_model.bin"))
-    return held and not any((folder / name).exists() for name in whole)
+    has_adapter = any((folder / name).exists() for name in (CONFIG, WEIGHTS, "adapter_model.bin"))
+    return has_adapter and not any((folder / name).exists() for name in whole)
 
 
 def read_adapter(folder: Path) -> PeftAdapter:
-    """Reads an adapter's config and which tensors it has.
+    """Read an adapter's config and the names and shapes of its tensors.
 
-    Raises BadCheckpoint, naming the file, for a damaged one, a field with an effect that is not computed here, and
-    tensors that are missing, of other shapes than the config's ranks, or of no known use.
+    Raises BadCheckpoint, naming the file, for a damaged file, a field with an effect that is not implemented, and
+    tensors that are missing, do not have the config's ranks, or are unknown.
     """
     config = _read_config(folder / CONFIG)
     path = folder / WEIGHTS
@@ -120,7 +122,7 @@ def read_adapter(folder: Path) -> PeftAdapter:
         )
     tensors = TensorFiles(tensor_places(path))
     layers: dict[str, dict[str, str]] = {}
-    stored: dict[str, str] = {}  # the names of layers as the adapter's own library has them
+    stored: dict[str, str] = {}  # the names of layers in the file
     replaced: dict[str, str] = {}
     for name in tensors:
         if (dtype := tensors.places[name].dtype) not in FLOATS:
@@ -133,26 +135,26 @@ def read_adapter(folder: Path) -> PeftAdapter:
             other = replaced.setdefault(_flat(SAVED.sub("", unwrapped(name))), name)
         if other != name:
             raise BadCheckpoint(f"{path} must hold a tensor once, but has {quote(other)} and {quote(name)}")
-    kept = config["modules_to_save"]
-    if odd := [own for name, own in replaced.items() if not _is_kept(name, kept)]:
-        raise BadCheckpoint(f"{path} must hold LoRA matrices and `modules_to_save`, but has {listed(odd)} besides")
-    if lost := [name for name in kept if not any(_is_kept(other, [name], embeddings=False) for other in replaced)]:
-        raise BadCheckpoint(f"{path} must hold the `modules_to_save` of {CONFIG}, but lacks {listed(lost)}")
+    saved = config["modules_to_save"]
+    if unknown := [tensor for name, tensor in replaced.items() if not _is_saved(name, saved)]:
+        raise BadCheckpoint(f"{path} must hold LoRA matrices and `modules_to_save`, but has {listed(unknown)} besides")
+    if missing := [name for name in saved if not any(_is_saved(other, [name], embeddings=False) for other in replaced)]:
+        raise BadCheckpoint(f"{path} must hold the `modules_to_save` of {CONFIG}, but lacks {listed(missing)}")
     if not layers and not replaced:
-        raise BadCheckpoint(f"{path} must hold LoRA matrices, but is without tensors")
+        raise BadCheckpoint(f"{path} must hold LoRA matrices, but has no tensors")
     low_rank = {name: _low_rank(config, stored[name], matrices, tensors, path) for name, matrices in layers.items()}
-    unties = HEAD in layers or any(_is_kept(name, kept, embeddings=False) for name in (HEAD, EMBEDDING))
+    unties = HEAD in layers or any(_is_saved(name, saved, embeddings=False) for name in (HEAD, EMBEDDING))
     return PeftAdapter(folder, config, tensors, low_rank, replaced, unties)
 
 
 def check_fit(adapter: PeftAdapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises BadCheckpoint if an adapter does not fit a model whose tensors have these flat names and shapes.
+    """Raise BadCheckpoint if an adapter does not fit a model whose tensors have these flat names and shapes.
 
-    It may lack no layer that its `target_modules` names, for PEFT saves all.
+    It must have every layer that its `target_modules` names, as PEFT saves them.
     """
     path = adapter.folder / WEIGHTS
     if foreign := [name for name in (*adapter.layers, *adapter.replaced) if name not in shapes]:
-        raise BadCheckpoint(f"{path} must be for layers of its base, but has {listed(foreign)}, which that lacks")
+        raise BadCheckpoint(f"{path} must be for layers of its base, but has {listed(foreign)}, which the base lacks")
     if EMBEDDING in adapter.layers:
         raise BadCheckpoint(f"{path} must be for linear layers, but has one for the embedding, model.embed_tokens")
     for name, layer in adapter.layers.items():
@@ -173,54 +175,54 @@ def check_fit(adapter: PeftAdapter, shapes: Mapping[str, tuple[int, ...]]) -> No
 
 
 def merge_adapter(params: PyTree, adapter: PeftAdapter) -> PyTree:
-    """Returns params with an adapter's effect added to the weights in float32; dtypes stay.
+    """Return params with an adapter merged into the weights in float32; dtypes stay.
 
-    Buffers of what changes are given away. Sources: LoRA, arXiv 2106.09685; rsLoRA, 2312.03732; DoRA, 2402.09353.
+    Donates the buffers of what changes. Sources: LoRA, arXiv 2106.09685; rsLoRA, 2312.03732; DoRA, 2402.09353.
     """
     return _changed(params, adapter, adapter.layers)
 
 
 def replace_tensors(params: PyTree, adapter: PeftAdapter) -> PyTree:
-    """Returns params with those tensors that an adapter has whole (`modules_to_save`)."""
+    """Return params with the tensors that an adapter replaces (`modules_to_save`)."""
     return _changed(params, adapter, adapter.replaced)
 
 
 def trained_matrices(adapters: PyTree, adapter: PeftAdapter, lora: LoraConfig) -> PyTree:
-    """Returns an adapter's matrices in place of fresh `adapters`, to which it must fit (see `continues`).
+    """Return an adapter's matrices with the structure of the fresh `adapters`, which they must fit (see `continues`).
 
-    Where its factor differs from that of the settings, the second matrix makes up for it.
+    If its factor differs from that of `lora`, the second matrix is scaled to make up for it.
     """
 
     def matrices(keys: tuple[Any, ...], fresh: Array) -> Array:
         matrix = keys[-1].key.upper()
         stacked = []
         for layer in range(fresh.shape[0]):
-            one = adapter.layers[f"model.layers.{layer}.{place(keys[-2].key.removesuffix(SUFFIX))}.weight"]
-            factor = one.scale / lora.scale if matrix == "B" else 1.0
-            stacked.append(_read(adapter, one.matrices[matrix]).T * np.float32(factor))
+            change = adapter.layers[f"model.layers.{layer}.{place(keys[-2].key.removesuffix(SUFFIX))}.weight"]
+            factor = change.scale / lora.scale if matrix == "B" else 1.0
+            stacked.append(_read(adapter, change.matrices[matrix]).T * np.float32(factor))
         return jax.device_put(np.stack(stacked), fresh.sharding)
 
     return jax.tree_util.tree_map_with_path(matrices, adapters)
 
 
 def _changed(params: PyTree, adapter: PeftAdapter, changes: Mapping[str, Any]) -> PyTree:
-    params = jax.tree.map(lambda leaf: leaf, params)  # its dictionaries are changed, not the caller's
+    params = jax.tree.map(lambda leaf: leaf, params)  # a copy of the dictionaries, which are changed below
     for name, path, layer in list(named_tensors(params)):
         if name not in changes:
             continue
         *parents, last = path
-        inside = functools.reduce(lambda tree, key: tree[key], parents, params)
+        parent = functools.reduce(lambda tree, key: tree[key], parents, params)
         if isinstance(changes[name], LowRank):
             read = {matrix: _read(adapter, tensor) for matrix, tensor in changes[name].matrices.items()}
             down, up = read["A"].reshape(len(read["A"]), -1), read["B"].reshape(len(read["B"]), -1)
             magnitude = read["magnitude_vector"].reshape(-1) if "magnitude_vector" in read else None
             transposed = last == "kernel"
-            inside[last] = _add(inside[last], layer, down, up, changes[name].scale, magnitude, transposed)
+            parent[last] = _add(parent[last], layer, down, up, changes[name].scale, magnitude, transposed)
         else:
             tensor = _read(adapter, changes[name])
             tensor = tensor.reshape(len(tensor), -1).T if last == "kernel" else tensor
-            leaf = inside[last]
-            inside[last] = (
+            leaf = parent[last]
+            parent[last] = (
                 to_mesh(tensor, leaf.sharding).astype(leaf.dtype) if layer is None else put(leaf, tensor, layer)
             )
     return params
@@ -236,14 +238,14 @@ def _add(
     magnitude: Float[Array, " outputs"] | None,
     transposed: bool,
 ) -> Float[Array, "..."]:
-    """Returns a layer's weights, or those of all layers with that of one, after a low-rank change."""
-    one = weights if layer is None else jax.lax.dynamic_index_in_dim(weights, layer, keepdims=False)
-    one = one.astype(jnp.float32).T if transposed else one.astype(jnp.float32)
-    one += scale * jnp.matmul(up, down, precision="highest")
+    """Return weights after a low-rank change of `layer`, or of the whole if it is None."""
+    changed = weights if layer is None else jax.lax.dynamic_index_in_dim(weights, layer, keepdims=False)
+    changed = changed.astype(jnp.float32).T if transposed else changed.astype(jnp.float32)
+    changed += scale * jnp.matmul(up, down, precision="highest")
     if magnitude is not None:
-        one *= (magnitude / jnp.linalg.norm(one, axis=1))[:, None]
-    one = one.T if transposed else one
-    return one.astype(weights.dtype) if layer is None else put(weights, one, layer)
+        changed *= (magnitude / jnp.linalg.norm(changed, axis=1))[:, None]
+    changed = changed.T if transposed else changed
+    return changed.astype(weights.dtype) if layer is None else put(weights, changed, layer)
 
 
 def _read(adapter: PeftAdapter, tensor: str) -> Float[np.ndarray, "..."]:
@@ -251,25 +253,25 @@ def _read(adapter: PeftAdapter, tensor: str) -> Float[np.ndarray, "..."]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Returns the content of an adapter_config.json, checked."""
+    """Return the content of an adapter_config.json, checked."""
     config = read_json(path, BadCheckpoint)
 
-    def must_be(name: str, what: str) -> BadCheckpoint:
+    def must_be(name: str, expected: str) -> BadCheckpoint:
         got = quote(config[name]) if name in config else "nothing"
-        return BadCheckpoint(f"`{name}` in {path} must be {what}, got {got}")
+        return BadCheckpoint(f"`{name}` in {path} must be {expected}, got {got}")
 
     if not isinstance(config, dict):
         raise BadCheckpoint(f"{path} must hold a JSON object, got {quote(config)}")
     if config.get("peft_type") != "LORA":
-        raise must_be("peft_type", "'LORA', the kind of adapter that is computed here")
+        raise must_be("peft_type", "'LORA', the only kind of adapter that is implemented")
     for name, value in config.items():
         if name not in USED | WITHOUT_EFFECT and value not in (None, False, [], {}):
-            raise must_be(name, "null or false, since its effect is not computed here")
+            raise must_be(name, "null or false, since its effect is not implemented")
     if config.get("bias", "none") != "none":
         raise must_be("bias", "'none'")
-    begun = config.get("init_lora_weights", True)
-    if not any(begun is one or (isinstance(one, str) and begun == one) for one in INITIALISATIONS):
-        raise must_be("init_lora_weights", "one that leaves the base as it was; convert it to plain LoRA with PEFT")
+    initialisation = config.get("init_lora_weights", True)
+    if not (initialisation is None or type(initialisation) is bool or initialisation in INITIALISATIONS):
+        raise must_be("init_lora_weights", "one that leaves the base unchanged; convert it to plain LoRA with PEFT")
     for name in ("use_rslora", "use_dora"):
         if config.get(name) not in (None, True, False):
             raise must_be(name, "true or false")
@@ -277,19 +279,15 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise must_be("r", "a whole number from 1")
     if not _is_number(config.get("lora_alpha")):
         raise must_be("lora_alpha", "a number above 0")
-    kept = config.get("modules_to_save")
-    if not (kept is None or (isinstance(kept, list) and all(isinstance(name, str) and name for name in kept))):
+    saved = config.get("modules_to_save")
+    if not (saved is None or _are_names(saved)):
         raise must_be("modules_to_save", "null or a list of names")
     for name in ("target_modules", "exclude_modules"):
         value = config.get(name)
-        if not (
-            value is None
-            or _is_pattern(value)
-            or (isinstance(value, list) and all(isinstance(one, str) and one for one in value))
-        ):
+        if not (value is None or _is_pattern(value) or _are_names(value)):
             raise must_be(name, "null, a list of names or a regular expression")
     layers = config.get("layers_to_transform")
-    if not all(type(one) is int for one in (layers if isinstance(layers, list) else [layers or 0])):
+    if not all(type(layer) is int for layer in (layers if isinstance(layers, list) else [layers or 0])):
         raise must_be("layers_to_transform", "null, a layer's number or a list of them")
     patterns = {}
     for name, whole in (("rank_pattern", True), ("alpha_pattern", False)):
@@ -299,7 +297,11 @@ def _read_config(path: Path) -> dict[str, Any]:
             for pattern, value in patterns[name].items()
         ):
             raise must_be(name, "an object of numbers above 0 by patterns")
-    return {**config, **patterns, "modules_to_save": kept or []}
+    return {**config, **patterns, "modules_to_save": saved or []}
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
 def _is_number(value: Any) -> bool:
@@ -316,11 +318,11 @@ def _is_pattern(value: Any) -> bool:
 def _low_rank(
     config: Mapping[str, Any], module: str, matrices: Mapping[str, str], tensors: TensorFiles, path: Path
 ) -> LowRank:
-    wanted = {"A", "B", "magnitude_vector"} if config.get("use_dora") else {"A", "B"}
-    if lacking := sorted(wanted - matrices.keys()):
-        raise BadCheckpoint(f"{path} must hold all matrices of {quote(module)}, but lacks its lora_{lacking[0]}")
-    if matrices.keys() - wanted:
-        raise BadCheckpoint(f"{path} must hold magnitudes with `use_dora` alone, but has one for {quote(module)}")
+    expected = {"A", "B", "magnitude_vector"} if config.get("use_dora") else {"A", "B"}
+    if missing := sorted(expected - matrices.keys()):
+        raise BadCheckpoint(f"{path} must hold all matrices of {quote(module)}, but lacks its lora_{missing[0]}")
+    if matrices.keys() - expected:
+        raise BadCheckpoint(f"{path} must hold magnitudes only with `use_dora`, but has one for {quote(module)}")
     rank = config["rank_pattern"].get(_pattern(config["rank_pattern"], module), config["r"])
     alpha = config["alpha_pattern"].get(_pattern(config["alpha_pattern"], module), config["lora_alpha"])
     for matrix, axis in (("A", 0), ("B", 1)):
@@ -333,43 +335,43 @@ def _low_rank(
 
 
 def _pattern(patterns: Iterable[str], module: str) -> str | None:
-    """Returns the first pattern that an end of a module's name matches, as PEFT does."""
+    """Return the first pattern that the end of a module's name matches, as PEFT does."""
     return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
 
 
 def _flat(name: str) -> str:
-    """Returns a name as in published checkpoints, where PEFT was given the whole model or the part without a head."""
+    """Return a name as in published checkpoints, for adapters of the whole model or of the part without a head."""
     name = re.sub(r"^language_model\.(model\.)?", "model.", name)
     return flat_name(re.sub(r"^(layers|embed_tokens|norm)\.", r"model.\1.", name))
 
 
-def _is_kept(name: str, kept: Iterable[str], embeddings: bool = True) -> bool:
-    """Returns whether a tensor is of `modules_to_save`, ends of names; embeddings may be saved unasked."""
+def _is_saved(name: str, saved: Iterable[str], embeddings: bool = True) -> bool:
+    """Return whether a tensor is of `modules_to_save`, ends of names; PEFT may save embeddings besides."""
     if embeddings and name in (HEAD, EMBEDDING):
         return True
     modules = name.split(".")
     paths = [".".join(modules[:end]) for end in range(1, len(modules))]
-    return any(path.endswith((one, _flat(one))) for path in paths for one in kept)
+    return any(path.endswith((module, _flat(module))) for path in paths for module in saved)
 
 
 def _is_target(adapter: PeftAdapter, module: str) -> bool:
-    """Returns whether `target_modules` surely names a module: in the naming scheme of the file, or in both."""
+    """Return whether `target_modules` certainly names a module: in the naming scheme of the file, or in both."""
     config = adapter.config
-    targets, wanted = config.get("target_modules"), config.get("layers_to_transform")
+    targets, numbers = config.get("target_modules"), config.get("layers_to_transform")
     if targets is None or config.get("exclude_modules") or config.get("layers_pattern"):
         return False
-    if wanted is not None:
+    if numbers is not None:
         number = re.search(r"\.(\d+)\.", module)
-        if number is None or int(number[1]) not in (wanted if isinstance(wanted, list) else [wanted]):
+        if number is None or int(number[1]) not in (numbers if isinstance(numbers, list) else [numbers]):
             return False
     if targets == "all-linear":
         return True
     layers = {name.removesuffix(".weight"): layer.module for name, layer in adapter.layers.items()}
-    nested = all(own == nested_name(name) for name, own in layers.items())
+    nested = all(module == nested_name(name) for name, module in layers.items())
     spellings = {nested_name(module)} if nested else {module, nested_name(module)}
     if isinstance(targets, str):
         return all(re.fullmatch(targets, name) for name in spellings)
-    return any(all(f".{name}".endswith(f".{one}") for name in spellings) for one in targets)
+    return any(all(f".{name}".endswith(f".{target}") for name in spellings) for target in targets)
 
 
 def _misshapen(path: Path, tensor: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

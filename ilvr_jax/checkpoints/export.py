@@ -1,8 +1,8 @@
-"""Runs as folders in the Hugging Face layout: whole models for transformers and vLLM, adapters for PEFT."""
+"""Export of runs as folders in the Hugging Face layout: whole models for transformers and vLLM, adapters for PEFT."""
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,120 +10,163 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 from safetensors.numpy import save_file
-from transformers import Qwen2_5_VLConfig
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
-from ilvr_jax.checkpoints.manager import PRETRAINED, restore_run, restore_teacher
-from ilvr_jax.checkpoints.pretrained import (
-    CONVERTED,
-    IMAGE_PROCESSOR,
-    KEPT,
-    SOURCE,
-    load_params,
-    names_adapter,
-    open_pretrained,
-    read_nested,
-    read_published,
-)
+from ilvr_jax.checkpoints.converted import SOURCE, is_converted, read_nested
+from ilvr_jax.checkpoints.pretrained import COPIED, IMAGE_PROCESSOR, names_adapter, open_pretrained, read_published
+from ilvr_jax.checkpoints.runs import PRETRAINED, RestoredRun, restore_run, restore_teacher
 from ilvr_jax.checkpoints.stop_tokens import GENERATION, generation_config, read_generation_config, set_stop_tokens
+from ilvr_jax.checkpoints.weights import load_params
 from ilvr_jax.config.experiments import resolve_path
 from ilvr_jax.config.fields import BadConfig
-from ilvr_jax.config.schema import LoraConfig
+from ilvr_jax.config.schema import LoraConfig, RunConfig
 from ilvr_jax.config.workdir import read_config
 from ilvr_jax.data.examples import chat_template
 from ilvr_jax.data.tokenizer import special_tokens
 from ilvr_jax.files import check_new_folder, copy, new_folder, read_object, write_json
 from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.lora import SUFFIX, merge_adapters
-from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, model_config_from_hf
+from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
 from ilvr_jax.models.qwen2_5_vl.published import described_scaling, published_dtype
 from ilvr_jax.models.qwen2_5_vl.weights import state_dict_from_params
 from ilvr_jax.models.tensor_files import BadCheckpoint, write_tensors
 
 
+@dataclasses.dataclass(frozen=True)
+class ExportedModel:
+    """A whole model to be written in the Hugging Face layout."""
+
+    params: PyTree
+    config: ModelConfig
+    tokenizer: PreTrainedTokenizerFast
+    special: SpecialTokens
+    ends: Sequence[int]  # ids that end an answer
+    description: Path  # the folder of the files that are copied
+    hf_config: Mapping[str, Any]  # the config.json that is adapted
+    nested: bool  # whether tensors get nested names
+    latent_size: int | None = None  # slots per look, written into config.json
+
+
 def export(
     source: Path, destination: Path, stage: str | None, dtype: str | None, teacher: bool, lora: str | None
 ) -> None:
-    """Writes the model of a run, a folder made by `from-hf` or an adapter on its base as a published checkpoint.
+    """Write the model of a run, a converted folder or an adapter on its base as a published checkpoint.
 
-    `stage` is by default the last with a checkpoint, `dtype` that of the checkpoint that the run began from. `lora`
-    says what becomes of adapters: "merge" into the weights or "adapter", a PEFT folder of them alone.
+    `stage` is by default the last with a checkpoint, `dtype` that of the checkpoint that the run began from. `lora` is
+    what to do with adapters: "merge" them into the weights, or write an "adapter", a PEFT folder of them alone.
 
-    Raises BadConfig and NoCheckpoint if the run or its stage does not fit what is asked for, and InputError and OSError
-    as `new_folder` does.
+    Raises BadConfig and NoCheckpoint if the run or its stage does not fit the arguments, and InputError and OSError as
+    `new_folder` does.
     """
     check_new_folder(destination)
-    if (source / CONVERTED).is_dir() or names_adapter(source):
+    if is_converted(source) or names_adapter(source):
         if teacher or lora or stage:
             raise BadConfig(
                 f"--teacher, --stage, --adapter and --merge-lora must not be given for {source}: it is no run"
             )
-        pretrained = open_pretrained(source)
-        config, tokenizer = model_config_from_hf(pretrained.published), pretrained.tokenizer
-        config = dataclasses.replace(config, vocab_size=max(config.vocab_size, len(tokenizer)))
-        params = load_params(pretrained, config, dtype or pretrained.dtype, jax.random.key(0))
-        published, nested = pretrained.folder, pretrained.nested
-        settings, latent_size = pretrained.published, None
-        special = special_tokens(tokenizer, pretrained.stop)
-        ends = pretrained.stop or special.ends
-    else:
-        run = read_config(source)
-        if (slot_input := run.model.slot_input) != "hidden":
-            raise BadConfig(
-                f"`model.slot_input` of {source} must be hidden for an export, since the published layout has no other "
-                f"rule, got {slot_input}"
-            )
-        model, params, tokenizer, special = restore_run(source, run, stage)
-        if teacher:
-            params = {**params, **restore_teacher(source, run, stage)}
-        config, published, latent_size = model.config, source / PRETRAINED, run.latents.latent_size
-        nested = (published / SOURCE).is_file() and read_nested(published)
-        settings = read_published(published) if run.model.init_from else published_config(config)
-        ends, tokenizer.eos_token = special.ends, "<|im_end|>"  # with which answers end in training
-        if not run.model.init_from:
-            tokenizer.chat_template = chat_template(run.data.system)
-        if "adapters" in params:
-            if lora is None:
-                raise BadConfig(f"{source} trained LoRA adapters; give --merge-lora or --adapter")
-            if lora == "adapter":
-                base = run.model.init_from
-                if base and (published / SOURCE).is_file():
-                    base = read_object(published / SOURCE, BadCheckpoint).get("base", base)
-                if run.model.init_from and not base:
-                    raise BadConfig(
-                        f"--merge-lora must be given for {source}, not --adapter: it began from an adapter merged into "
-                        "its base, and of that model there is no folder that an adapter could be for"
-                    )
-                with new_folder(destination):
-                    write_adapter(params["adapters"], config.lora, base, destination)
-                    tokenizer.save_pretrained(destination)
-                return
-            params = merge_adapters(params, config.lora)
-        elif lora:
-            raise BadConfig(f"{source} has no LoRA adapters; without --merge-lora and --adapter it can be exported")
-    dtype = dtype or published_dtype(settings) or "float32"
+        write_model(from_pretrained(source, dtype), destination, dtype)
+        return
+    config = read_config(source)
+    if (slot_input := config.model.slot_input) != "hidden":
+        raise BadConfig(
+            f"`model.slot_input` of {source} must be hidden for an export, since the published layout has no other "
+            f"rule, got {slot_input}"
+        )
+    run = restore_run(source, config, stage)
+    if teacher:
+        run = run._replace(params={**run.params, **restore_teacher(source, config, stage)})
+    run.tokenizer.eos_token = "<|im_end|>"  # with which answers end in training
+    if not config.model.init_from:
+        run.tokenizer.chat_template = chat_template(config.data.system)
+    has_adapters = "adapters" in run.params
+    if has_adapters and lora is None:
+        raise BadConfig(f"{source} trained LoRA adapters; give --merge-lora or --adapter")
+    if lora and not has_adapters:
+        raise BadConfig(f"{source} has no LoRA adapters; export it without --merge-lora and --adapter")
+    if lora == "adapter":
+        base = adapter_base(source, config)
+        with new_folder(destination):
+            write_adapter(run.params["adapters"], run.model.config.lora, base, destination)
+            run.tokenizer.save_pretrained(destination)
+        return
+    if has_adapters:
+        run = run._replace(params=merge_adapters(run.params, run.model.config.lora))
+    write_model(from_run(source, config, run), destination, dtype)
+
+
+def from_pretrained(source: Path, dtype: str | None) -> ExportedModel:
+    """Load a converted folder or an adapter on its base for export."""
+    pretrained = open_pretrained(source)
+    config = pretrained.model_config()
+    special = special_tokens(pretrained.tokenizer, pretrained.stop)
+    return ExportedModel(
+        params=load_params(pretrained, config, dtype or pretrained.dtype, jax.random.key(0)),
+        config=config,
+        tokenizer=pretrained.tokenizer,
+        special=special,
+        ends=pretrained.stop or special.ends,
+        description=pretrained.folder,
+        hf_config=pretrained.hf_config,
+        nested=pretrained.nested,
+    )
+
+
+def from_run(source: Path, config: RunConfig, run: RestoredRun) -> ExportedModel:
+    """Return the model of a run, without adapters, for export."""
+    description = source / PRETRAINED
+    return ExportedModel(
+        params=run.params,
+        config=run.model.config,
+        tokenizer=run.tokenizer,
+        special=run.special,
+        ends=run.special.ends,
+        description=description,
+        hf_config=read_published(description) if config.model.init_from else published_config(run.model.config),
+        nested=(description / SOURCE).is_file() and read_nested(description),
+        latent_size=config.latents.latent_size,
+    )
+
+
+def adapter_base(source: Path, config: RunConfig) -> str:
+    """Return the name of the model that a run's adapters are for, empty for a run from fresh parameters."""
+    base, facts = config.model.init_from, source / PRETRAINED / SOURCE
+    if base and facts.is_file():
+        base = read_object(facts, BadCheckpoint).get("base", base)
+    if config.model.init_from and not base:
+        raise BadConfig(
+            f"--merge-lora must be given for {source}, not --adapter: it began from an adapter merged into its base, "
+            "which no folder holds as a model that an adapter could be for"
+        )
+    return base
+
+
+def write_model(model: ExportedModel, destination: Path, dtype: str | None) -> None:
+    """Write a model as a new folder in the Hugging Face layout, by default in the dtype of its config.json."""
+    config, special = model.config, model.special
+    dtype = dtype or published_dtype(model.hf_config) or "float32"
     with new_folder(destination):
-        write_tensors(state_dict_from_params(params, config, dtype, nested), destination)
-        tokenizer.save_pretrained(destination)
-        for name in KEPT:
-            if (published / name).is_file():
-                copy(published / name, destination / name)
+        write_tensors(state_dict_from_params(model.params, config, dtype, model.nested), destination)
+        model.tokenizer.save_pretrained(destination)
+        for name in COPIED:
+            if (model.description / name).is_file():
+                copy(model.description / name, destination / name)
         if not any((destination / name).is_file() for name in IMAGE_PROCESSOR):
             write_json(destination / "preprocessor_config.json", image_processor(config))
-        generation = generation_config(read_generation_config(published), ends, special.pad, config.vocab_size)
-        write_json(destination / GENERATION, generation)
-        described = with_tokens(settings, config.vocab_size, special, ends, dtype, latent_size)
-        write_json(destination / "config.json", described)
+        published = read_generation_config(model.description)
+        write_json(destination / GENERATION, generation_config(published, model.ends, special.pad, config.vocab_size))
+        hf_config = with_tokens(model.hf_config, config.vocab_size, special, model.ends, dtype, model.latent_size)
+        write_json(destination / "config.json", hf_config)
 
 
 def with_tokens(
-    published: dict[str, Any],
+    published: Mapping[str, Any],
     vocabulary: int,
     special: SpecialTokens,
     ends: Sequence[int],
     dtype: str,
     latent_size: int | None,
 ) -> dict[str, Any]:
-    """Returns a config.json with the sizes and token ids of a run; latent fields are named as Mirage and ILVR do."""
+    """Return a config.json with the sizes and token ids of a run; latent fields have the names of Mirage and ILVR."""
     described = json.loads(json.dumps(published))
     for section in (described, described.get("text_config") or {}):
         for key in ("vocab_size", "dtype", "torch_dtype"):
@@ -142,7 +185,7 @@ def with_tokens(
 
 
 def published_config(config: ModelConfig) -> dict[str, Any]:
-    """Returns the config.json of a model that began from nothing."""
+    """Return the config.json of a model with fresh parameters."""
     vision = dataclasses.asdict(config.vision)
     for name in ("image_mean", "image_std", "patch_init_std"):
         del vision[name]
@@ -170,7 +213,7 @@ def published_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def image_processor(config: ModelConfig) -> dict[str, Any]:
-    """Returns the preprocessor_config.json of a model that began from nothing: its pixels, and no bound on sizes."""
+    """Return the preprocessor_config.json of a model with fresh parameters, in practice without a bound on sizes."""
     vision = config.vision
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
@@ -185,7 +228,7 @@ def image_processor(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_adapter(adapters: PyTree, lora: LoraConfig, base: str, destination: Path) -> None:
-    """Writes adapters as PEFT does, for the module names that transformers has had since version 4.52."""
+    """Write adapters as PEFT does, with the module names of transformers from version 4.52 on."""
     tensors = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(adapters)[0]:
         *modules, matrix = [key.key.removesuffix(SUFFIX) for key in keys]

@@ -1,4 +1,4 @@
-"""The tokens that end an answer of a published checkpoint, as transformers' `generate` finds them."""
+"""The tokens that end an answer of a published checkpoint, found as transformers' `generate` finds them."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,15 +14,15 @@ from ilvr_jax.models.tensor_files import BadCheckpoint
 GENERATION = "generation_config.json"
 KEY = "eos_token_id"
 BEGINNING, PADDING = "bos_token_id", "pad_token_id"
-# What transformers writes for models that were made without this key. A vocabulary too small for it never had it.
+# The id that transformers writes for models created without this key; ignored in a vocabulary too small for it.
 DEFAULT = 151645
 
 
 def read_stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> tuple[int, ...]:
-    """Returns the ids that end an answer: generation_config.json's, else config.json's, else the tokenizer's.
+    """Return the ids that end an answer: generation_config.json's, else config.json's, else the tokenizer's.
 
-    A file without the key, or with null, leaves it to the next; so does a folder without the file. Raises
-    BadCheckpoint as `check_stop_tokens` does and for ids that are not below `vocabulary`, the embedding's rows.
+    A missing file, a missing key and null leave it to the next. Raises BadCheckpoint as `check_stop_tokens` does, and
+    for ids that are not below `vocabulary`, the embedding's rows.
     """
     for path, ids in _named(folder):
         if ids == (DEFAULT,) and DEFAULT >= vocabulary:
@@ -34,13 +34,13 @@ def read_stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast, vocabular
 
 
 def check_stop_tokens(folder: Path) -> None:
-    """Raises BadCheckpoint, naming file and key, for what is neither a token id nor a list of them, in either file."""
+    """Raise BadCheckpoint, naming file and key, unless the key holds a token id or a list of them in both files."""
     for _ in _named(folder):
         pass
 
 
 def _named(folder: Path) -> Iterator[tuple[Path, tuple[int, ...]]]:
-    """Yields the files that name ids, the one that counts first, with these."""
+    """Yield the files that have stop tokens, with their ids, in order of precedence."""
     generation, config = folder / GENERATION, folder / "config.json"
     described = read_object(config, BadCheckpoint)
     text, own = described.get("text_config"), described.get(KEY)
@@ -57,15 +57,15 @@ def _named(folder: Path) -> Iterator[tuple[Path, tuple[int, ...]]]:
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """Returns the content of generation_config.json, empty without one; raises BadCheckpoint if it is damaged."""
+    """Return the content of generation_config.json, empty without one; raises BadCheckpoint if it is damaged."""
     path = folder / GENERATION
     return read_object(path, BadCheckpoint) if os.path.lexists(path) else {}
 
 
 def generation_config(published: Mapping[str, Any], ends: Sequence[int], pad: int, vocabulary: int) -> dict[str, Any]:
-    """Returns a generation_config.json of a model whose answers end with `ends`; the other fields are kept.
+    """Return the generation_config.json of a model whose answers end with `ends`, with the other fields of `published`.
 
-    So are the ids of padding and of a beginning that are in the vocabulary; otherwise they are `pad`.
+    The ids of padding and of the beginning become `pad` if they are not in the vocabulary.
     """
     described = {name: value for name, value in published.items() if name != "_from_model_config"}
     ids = {name: _kept(described.get(name), pad, vocabulary) for name in (BEGINNING, PADDING)}
@@ -73,10 +73,10 @@ def generation_config(published: Mapping[str, Any], ends: Sequence[int], pad: in
 
 
 def set_stop_tokens(described: dict[str, Any], ends: Sequence[int], pad: int, vocabulary: int) -> None:
-    """Sets these ids in a config.json: in its text_config, if it has one, and at the top wherever they are there.
+    """Set these ids in a config.json: in its text_config, if it has one, and at the top if they are present there.
 
-    Only the first of `ends` is named, as in the files of Qwen2.5-VL; padding, for which embeddings in PyTorch learn
-    nothing, only where it is named already.
+    Only the first of `ends` is set, as in the files of Qwen2.5-VL. Padding, whose embedding PyTorch does not train, is
+    set only where it is present.
     """
     decoder = described.get("text_config", described)
     for section in (described, decoder):

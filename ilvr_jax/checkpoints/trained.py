@@ -1,4 +1,4 @@
-"""A model to be used: a run of ours, or a Qwen2.5-VL from the Hugging Face hub or a folder."""
+"""A model loaded for use: from a run, or a Qwen2.5-VL from the Hugging Face hub or a folder."""
 
 import dataclasses
 import hashlib
@@ -10,8 +10,9 @@ from jaxtyping import PyTree
 from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.checkpoints.adapters import is_adapter
-from ilvr_jax.checkpoints.manager import choose_stage, restore_run
-from ilvr_jax.checkpoints.pretrained import IMAGE_PROCESSOR, load_params, open_pretrained
+from ilvr_jax.checkpoints.pretrained import IMAGE_PROCESSOR, open_pretrained
+from ilvr_jax.checkpoints.runs import choose_stage, restore_run
+from ilvr_jax.checkpoints.weights import load_params
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.schema import LatentsConfig, RunConfig
 from ilvr_jax.config.workdir import read_config
@@ -21,31 +22,30 @@ from ilvr_jax.data.sources import prompt_settings
 from ilvr_jax.data.tokenizer import special_tokens
 from ilvr_jax.files import read_json
 from ilvr_jax.method.tokens import SpecialTokens
-from ilvr_jax.models.qwen2_5_vl.config import model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.tensor_files import BadCheckpoint
 
-SYSTEM = "You are a helpful assistant."  # what Qwen2.5-VL's chat template begins with
+SYSTEM = "You are a helpful assistant."  # the system message of Qwen2.5-VL's chat template
 MAX_NEW_TOKENS = 1024  # of an answer of a published checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """A model with its parameters, and how it is asked."""
+    """A model with its parameters, tokenizer and prompt settings; a published one is of no run."""
 
     model: Qwen2_5VL
     params: PyTree
     tokenizer: PreTrainedTokenizerFast
     special: SpecialTokens
-    prompts: ExampleSettings  # how prompts are made, latent_size included
-    max_new_tokens: int
-    looks: bool  # whether it came with latent tokens; without, it has never learnt to look
-    config: RunConfig | None  # of a run of ours
-    stage: str | None  # of that run
-    step: int | None  # of that stage
+    prompts: ExampleSettings  # of prompts, latent_size included
+    max_new_tokens: int  # the default
+    looks: bool  # False for a checkpoint without latent tokens, which has not been trained to look
+    config: RunConfig | None = None
+    stage: str | None = None
+    step: int | None = None
 
     def digest(self) -> str:
-        """Returns a digest of all that answers follow from: parameters, tokenizer, shape and how prompts are made."""
+        """Return a digest of everything that answers depend on: parameters, tokenizer, shape and prompt settings."""
         digest = hashlib.sha256(repr((self.model.config, self.special, self.prompts)).encode())
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
@@ -55,10 +55,10 @@ class TrainedModel:
 
 
 def load_model(checkpoint: str, stage: str | None = None, dtype: str | None = None) -> TrainedModel:
-    """Returns the model of a workdir, by default after its last stage, or of a published checkpoint.
+    """Load the model of a workdir, by default after its last stage, or of a published checkpoint.
 
     `dtype` is that of parameters and activations, by default the run's or the checkpoint's own. Raises BadConfig,
-    NoCheckpoint or BadCheckpoint, one sentence, if it cannot be opened.
+    NoCheckpoint or BadCheckpoint if it cannot be loaded.
     """
     if not checkpoint:  # as a path it would be the current folder
         raise BadConfig("the checkpoint must be a folder or a name on the hub, got ''")
@@ -69,13 +69,12 @@ def load_model(checkpoint: str, stage: str | None = None, dtype: str | None = No
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
         prompts = prompt_settings(config)
         stage = choose_stage(folder, config, stage)
-        step, *restored = restore_run(folder, config, stage)
-        return TrainedModel(*restored, prompts, config.eval.max_new_tokens, True, config, stage, step)
+        step, *parts = restore_run(folder, config, stage)
+        return TrainedModel(*parts, prompts, config.eval.max_new_tokens, True, config, stage, step)
     if stage is not None:
-        raise BadConfig(f"--stage must not be given for {checkpoint}, which is no run of ours, got {stage!r}")
+        raise BadConfig(f"--stage must not be given for {checkpoint}, which is not a run, got {stage!r}")
     pretrained = open_pretrained(checkpoint)
-    config = model_config_from_hf(pretrained.published, dtype=dtype or pretrained.dtype)
-    config = dataclasses.replace(config, vocab_size=max(config.vocab_size, len(pretrained.tokenizer)))
+    config = pretrained.model_config(dtype=dtype or pretrained.dtype)
     bounds = {}
     if any((pretrained.folder / name).is_file() for name in IMAGE_PROCESSOR):
         processor = image_processor_settings(pretrained.folder)
@@ -89,14 +88,11 @@ def load_model(checkpoint: str, stage: str | None = None, dtype: str | None = No
         ExampleSettings(latent_size=LatentsConfig().latent_size, system=SYSTEM, **bounds),
         MAX_NEW_TOKENS,
         not pretrained.missing,
-        None,
-        None,
-        None,
     )
 
 
 def is_published(folder: Path) -> bool:
-    """Returns whether a folder is a published checkpoint; raises BadCheckpoint if its config.json cannot be read."""
+    """Return whether a folder is a published checkpoint; raises BadCheckpoint if its config.json cannot be read."""
     path = folder / "config.json"
     if not path.is_file():
         raise BadCheckpoint(f"{folder} must be the workdir of a run or a published checkpoint, but has no config.json")

@@ -25,7 +25,7 @@ from ilvr_jax.training.vision_features import complete_features, open_features
 
 
 def open_iterator(run: Run, stage: str, seed: int, vision: PyTree) -> grain.DatasetIterator:
-    """Returns the endless batches of a stage, with kept features of images if it has them; see `with_features`."""
+    """Return the endless batches of a stage, with stored image features if it uses them; see `with_features`."""
     data, helper_images = run.config.data, run.config.stages[stage].helper_images
     geometry = run.model.geometry
     settings = example_settings(run.config, helper_images)
@@ -51,15 +51,15 @@ def open_iterator(run: Run, stage: str, seed: int, vision: PyTree) -> grain.Data
 
 
 def place_to_resume(run: Run, stage: str, step: int, place: dict[str, Any]) -> dict[str, Any]:
-    """Returns where a stage resumes in its records: the place of its checkpoint, if it trained on the same ones.
+    """Return the place in its records where a stage resumes: that of its checkpoint, if the records are the same.
 
-    Raises BadConfig if its records have changed, unless `data.accept_change` is true: then a new epoch begins.
+    Raises BadConfig if they have changed, unless `data.accept_change` is true: then a new epoch begins.
     """
     before, now = place.get("records"), fingerprint(run.source)
     if before == now:
         return place
     if before is None:
-        run.progress.log(f"{stage}: its checkpoints are older than fingerprints of records; these are not compared")
+        run.progress.log(f"{stage}: its checkpoints have no fingerprint of the records, which are not compared")
         return place
     name = run.config.data.path or "data.frozen_lake"
     changed = f"{name} holds {now}, and {stage} was trained until step {step} on {before}"
@@ -68,25 +68,25 @@ def place_to_resume(run: Run, stage: str, step: int, place: dict[str, Any]) -> d
             f"{changed}; restore the records, start afresh with another --workdir, or train on with "
             "--config.data.accept_change=true"
         )
-    run.progress.log(f"{changed}: accepted, a new epoch begins")
+    run.progress.log(f"{changed}: accepted by data.accept_change, a new epoch begins")
     return next_epoch(place, len(run.source))
 
 
 def open_share(mesh: Mesh, batch_size: int) -> Share:
-    """Returns what this process loads and which rows of a batch its devices work on."""
+    """Return the rows of a batch that this process loads, and its number and exchange among all processes."""
     return Share(local_rows(mesh, batch_size), jax.process_index(), jax.process_count(), open_exchange())
 
 
 def with_features(
     run: Run, stage: str, settings: ExampleSettings, buckets: Sequence[Layout], vision: PyTree
 ) -> ExampleSettings:
-    """Returns settings with a store of the features of all images of the records, computed now where it lacks them."""
-    if jax.process_count() > 1:  # one of them encodes, with weights of its own
+    """Return settings with a store of the features of all the records' images, computing those that it lacks."""
+    if jax.process_count() > 1:  # the main process encodes alone, so it needs all weights
         vision = multihost_utils.process_allgather(vision, tiled=True)
     store = open_features(Path(run.config.data.feature_cache).expanduser(), run.model, vision, settings)
     workers = run.config.data.workers
     if is_main():
         count = complete_features(store, run.model, vision, run.source, settings, buckets, workers, run.progress)
         run.progress.log(f"{stage}: encoded {count} images; their features are in {store.folder}")
-    wait_for_all("features are there")
+    wait_for_all("features are stored")
     return dataclasses.replace(settings, features=store)

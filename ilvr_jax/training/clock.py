@@ -1,4 +1,4 @@
-"""How long the steps of a stage take, and what else its time goes into."""
+"""The time that the steps of a stage take, and the rest of its time."""
 
 import contextlib
 import time
@@ -8,12 +8,13 @@ import jax
 
 
 class Clock:
-    """Measures the rate of a stage and how long the device stood idle because no batch was ready."""
+    """Timer of a stage: its rate, and the time in which the device was idle because no batch was ready."""
 
     def __init__(self, batch_size: int, first: int, seconds: float, seconds_in_steps: float, began: float):
-        """`seconds` were spent on the stage before, up to step `first`, `seconds_in_steps` of them in steps.
+        """Resume the times of a stage after step `first`, and start its first lap.
 
-        The stage `began` at that monotonic time: what was done since, such as restoring, is no part of its rate.
+        `seconds` were spent on the stage before, `seconds_in_steps` of them in steps. The stage `began` at that
+        monotonic time; what was done since, such as restoring, does not count in its rate.
         """
         self.seconds, self.compilation_seconds = seconds, 0.0
         self._seconds_in_steps = seconds_in_steps
@@ -23,27 +24,27 @@ class Clock:
 
     @property
     def goodput(self) -> float:
-        """The share of the stage's time, up to the last lap, in steps: not compiling, saving or without data."""
+        """The share of the stage's time, up to the last lap, in steps: not compiling, saving or waiting for data."""
         return self._seconds_in_steps / self.seconds if self.seconds else 0.0
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Times what happens within it as no part of a step."""
+        """Count the time of the block as saving."""
         began = time.monotonic()
         yield
         self._saved += time.monotonic() - began
 
     @contextlib.contextmanager
     def waiting_for_data(self, running: Mapping[str, jax.Array]) -> Iterator[None]:
-        """Times what happens within it, unless `running`, the results of the step before, were not ready after it."""
+        """Count the time of the block as waiting, if `running`, the results of the step before, are ready after it."""
         began = time.monotonic()
         yield
         if all(value.is_ready() for value in running.values()):
             self._waited += time.monotonic() - began
 
     @contextlib.contextmanager
-    def setting_compilation_apart(self, function: Callable) -> Iterator[None]:
-        """Keeps a call of a jitted function out of the rate if it is compiled for it."""
+    def excluding_compilation(self, function: Callable) -> Iterator[None]:
+        """Exclude the time of the block from the rate if the jitted function is compiled in it."""
         programs, began = function._cache_size(), time.monotonic()
         yield
         if function._cache_size() > programs:
@@ -51,7 +52,7 @@ class Clock:
             self.compilation_seconds += time.monotonic() - began
 
     def lap(self, step: int) -> dict[str, float]:
-        """Returns rate and share of time without data since the lap before, and seconds and goodput so far."""
+        """Return rate and share of time spent waiting for data since the last lap, and seconds and goodput so far."""
         taken = time.monotonic() - self._since
         running = taken - self._apart
         figures = {
@@ -65,5 +66,5 @@ class Clock:
         return {**figures, "seconds": self.seconds, "goodput": self.goodput}
 
     def seconds_left(self, steps: int) -> float:
-        """Returns how long the stage will take from the last lap on, compilation aside."""
+        """Return the expected seconds from the last lap to the end of the stage, without compilation."""
         return self._seconds_here / self._steps_here * (steps - self._step)

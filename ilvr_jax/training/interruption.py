@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal after saving; the sentence says how to go on."""
+    """Raised when a signal has stopped training after a save; its message names the step and how to resume."""
 
     def __init__(self, sentence: str, signal_number: int):
         super().__init__(sentence)
@@ -14,14 +14,14 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Which signal asked for an end, None while none has."""
+    """The signal that asked training to stop, None before it."""
 
     signal_number: int | None = None
 
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Within it SIGINT and SIGTERM are noted instead of ending the process; a second one acts as usual."""
+    """Record SIGINT and SIGTERM in the block instead of ending the process; a second one acts as usual."""
     request = StopRequest()
     before = {}
 

@@ -1,4 +1,4 @@
-"""What training measured: one JSON object a line, and TensorBoard."""
+"""Metrics of training: one JSON object per line, and TensorBoard."""
 
 import json
 import math
@@ -13,29 +13,29 @@ from ilvr_jax.files import open_regular, write_text
 
 
 class Metrics:
-    """Writes the metrics of a stage to workdir/metrics.jsonl and workdir/tensorboard/<stage>.
+    """Writer of a stage's metrics to workdir/metrics.jsonl and workdir/tensorboard/<stage>.
 
-    `after` is the step that the stage goes on from: lines of later steps, left by a run that was cut off before it
-    could save, are taken out first. `seconds_before` says how long the stage had taken by the last line kept, and
-    `seconds_in_steps_before` how much of it was spent in steps. Of several processes one `writes`.
+    `after` is the step that the stage resumes from: lines of later steps, left by a run that ended before it could
+    save, are removed first. `seconds_before` is the time of the stage up to the last line that remains, and
+    `seconds_in_steps_before` the part of it that was spent in steps. Of several processes one `writes`.
     """
 
     def __init__(self, workdir: Path, stage: str, after: int, writes: bool = True):
         self.stage = stage
         self._path = workdir / "metrics.jsonl"
         self._writes = writes
-        kept = [line for line in read_metrics(workdir) if line["stage"] != stage or line["step"] <= after]
-        times = [(line.get("seconds", 0.0), line.get("goodput", 0.0)) for line in kept if line["stage"] == stage]
+        lines = [line for line in read_metrics(workdir) if line["stage"] != stage or line["step"] <= after]
+        times = [(line.get("seconds", 0.0), line.get("goodput", 0.0)) for line in lines if line["stage"] == stage]
         self.seconds_before, goodput = max(times, default=(0.0, 0.0))
         self.seconds_in_steps_before = self.seconds_before * goodput
         if not writes:
             return
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=after + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one line, {"stage", "step", ...values}; null is a value that is not finite, since JSON has none such."""
+        """Append {"stage", "step", ...values} as a line; JSON has null in place of values that are not finite."""
         if not self._writes:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -57,9 +57,9 @@ class Metrics:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the objects of workdir/metrics.jsonl; a line that is cut off or no step's metrics is skipped.
+    """Return the objects of workdir/metrics.jsonl, skipping lines that are cut off or not the metrics of a step.
 
-    Raises OSError if the file is there and cannot be read.
+    Raises OSError if the file exists but cannot be read.
     """
     path = workdir / "metrics.jsonl"
     if not os.path.lexists(path):

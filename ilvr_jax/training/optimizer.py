@@ -9,7 +9,7 @@ from ilvr_jax.config.schema import StageConfig
 
 
 def learning_rate_schedule(stage: StageConfig) -> optax.Schedule:
-    """Returns learning rate by step: `warmup_steps` of linear rise, then the named decay to the stage's end."""
+    """Return the learning rate by step: a linear rise over `warmup_steps`, then the named decay to the stage's end."""
     peak, warmup = stage.learning_rate, stage.warmup_steps
     remaining = max(1, stage.steps - warmup)
     decays = {
@@ -22,14 +22,15 @@ def learning_rate_schedule(stage: StageConfig) -> optax.Schedule:
 
 
 def decayed(params: PyTree) -> PyTree:
-    """Says which parameters weight decay applies to: matrices, not biases and norms."""
+    """Return whether weight decay applies, for each parameter: to matrices, not to biases and norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("bias", "weight"), params)
 
 
 def muon_dimensions(params: PyTree) -> PyTree:
-    """Says which parameters Muon orthogonalises, and over which axes: the matrices between hidden layers.
+    """Return the axes over which Muon orthogonalises each parameter, None for those that Adam updates.
 
-    Leading axes are stacked layers. Embeddings, the output head, the patch embedding, biases and norms are Adam's.
+    Muon updates the matrices between hidden layers, whose leading axes are stacked layers; Adam updates embeddings, the
+    output head, the patch embedding, biases and norms.
     """
 
     def dimensions(path, leaf) -> contrib.MuonDimensionNumbers | None:
@@ -42,10 +43,10 @@ def muon_dimensions(params: PyTree) -> PyTree:
 
 
 def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
-    """Returns gradient clipping by global norm, then the stage's optimizer.
+    """Return gradient clipping by global norm followed by the stage's optimizer.
 
-    "muon" takes orthogonalised steps in hidden matrices, each with a root mean square of the learning rate like
-    Adam's first ones, and Adam's steps elsewhere; there weight decay is on the hidden matrices alone.
+    "muon" updates hidden matrices with orthogonalised steps, whose root mean square is the learning rate, as that of
+    Adam's first steps is, and all other parameters with Adam; weight decay then applies to the hidden matrices alone.
     """
     schedule = learning_rate_schedule(stage)
     if stage.optimizer == "adamw":

@@ -1,4 +1,4 @@
-"""How training goes, for the person who waits: a live bar on a terminal, elsewhere a line now and then."""
+"""Progress of a run: a live bar on a terminal, lines elsewhere, and a log file."""
 
 import contextlib
 import os
@@ -16,14 +16,14 @@ SHOWN = ("loss", "similarity")  # the metrics that fit on a terminal
 
 
 class Progress:
-    """Prints sentences and the progress of stages, and writes both to a log file, if there is one."""
+    """Printer of messages and of the progress of stages, which also writes them to a log file, if one is given."""
 
     def __init__(self, log: Path | None, console: Console | None = None):
         self.console = console or Console()
         if log:
             check_output(log)
         self._path = log or Path(os.devnull)
-        self._log = self._path.open("a")
+        self._file = self._path.open("a")
         self._bar = Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=30),
@@ -33,14 +33,14 @@ class Progress:
             disable=not self.console.is_terminal,
         )
 
-    def say(self, sentence: str) -> None:
-        """Prints a sentence, above the bar if there is one."""
-        self._write(sentence)
-        self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    def log(self, message: str) -> None:
+        """Print a message, above the bar if there is one, and write it to the log file."""
+        self._write(message)
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def stage(self, name: str, step: int, steps: int) -> Iterator[None]:
-        """Shows a stage that goes on from a step, while it lasts."""
+        """Show a stage, from the step that it resumes at, in the block."""
         self._stage, self._step, self._steps = name, step, steps
         self._task = self._bar.add_task(name, total=steps, completed=step, text="compiling")
         with self._bar:
@@ -48,12 +48,12 @@ class Progress:
         self._bar.remove_task(self._task)
 
     def advance(self) -> None:
-        """Counts one step."""
+        """Count a step."""
         self._step += 1
         self._bar.advance(self._task)
 
     def report(self, values: Mapping[str, float], rate: float, left: float) -> None:
-        """Shows the newest losses and the rate in samples a second, and the seconds left."""
+        """Show the newest losses, the rate in samples per second and the seconds left."""
         losses = " ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
         text = f"{rate:.1f} samples/s {losses} {int(left // 60)}:{int(left % 60):02d} left"
         self._bar.update(self._task, text=text)
@@ -61,16 +61,16 @@ class Progress:
         if self.console.is_terminal:
             self._write(line)
         else:
-            self.say(line)
+            self.log(line)
 
     def _write(self, line: str) -> None:
         with named_errors(self._path):
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-            self._log.flush()
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            self._file.flush()
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *error) -> None:
-        with contextlib.suppress(OSError):  # what a full disk refused was raised when it was written
-            self._log.close()
+        with contextlib.suppress(OSError):  # a full disk was reported when the line was written
+            self._file.close()

@@ -23,7 +23,7 @@ from ilvr_jax.training.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the stages of a run share."""
+    """The parts that the stages of a run share."""
 
     config: RunConfig
     workdir: Path

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""The train state, which a run carries from step to step."""
 
 import functools
 from collections.abc import Callable
@@ -17,16 +17,16 @@ from ilvr_jax.models.sharding import placed_like, places
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a checkpoint must hold. The optimizer covers the trained parts of `params` alone."""
+    """The state that a checkpoint holds. The optimizer covers the trained parts of `params` alone."""
 
     step: Int[Array, ""]
     params: PyTree  # {"vision": ..., "decoder": ...}, and "adapters" with LoRA; float32 where trained
     opt_state: PyTree
-    # Moving averages, float32, of the trained parts; those it lacks are the student's. None in a stage without teacher.
+    # Moving averages, float32, of the trained parts; other parts are shared with the student. None without teacher.
     teacher: PyTree | None
     rng: PRNGKeyArray
-    skipped: Int[Array, ""]  # updates of the stage left out, since loss or gradient were not finite
-    skipped_in_row: Int[Array, ""]  # those of them since the last one that was not
+    skipped: Int[Array, ""]  # updates skipped in this stage, since loss or gradient were not finite
+    skipped_in_row: Int[Array, ""]  # consecutive skips up to this step
 
 
 def create_state(
@@ -36,9 +36,9 @@ def create_state(
     with_teacher: bool,
     key: PRNGKeyArray,
 ) -> TrainState:
-    """Returns the state at the start of a stage: a fresh optimizer, and a teacher that equals the student."""
+    """Return the state at the start of a stage: a fresh optimizer, and a teacher that equals the student."""
     trained, teacher = {name: params[name] for name in train}, None
-    if with_teacher:  # a copy, since the step gives away the buffers of the state that it is called with
+    if with_teacher:  # a copy, since the step donates the buffers of its state
         teacher = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
     return TrainState(jnp.int32(0), params, optimizer.init(trained), teacher, key, jnp.int32(0), jnp.int32(0))
 
@@ -46,13 +46,15 @@ def create_state(
 def init_train_state(
     params: PyTree, optimizer: optax.GradientTransformation, stage: StageConfig, key: PRNGKeyArray, mesh: Mesh
 ) -> TrainState:
-    """Returns `create_state` of a stage of the config, made where it belongs; it gives away the buffers of `params`."""
-    like = abstract_train_state(params, optimizer, stage, mesh)
-    return jax.jit(_creator(optimizer, stage, key), donate_argnums=0, out_shardings=places(like))(params)
+    """Return the state at the start of a stage of the config, created sharded; donates `params`."""
+    abstract = abstract_train_state(params, optimizer, stage, mesh)
+    return jax.jit(_creator(optimizer, stage, key), donate_argnums=0, out_shardings=places(abstract))(params)
 
 
-def abstract_train_state(params: PyTree, optimizer: optax.GradientTransformation, stage: StageConfig, mesh: Mesh) -> TrainState:
-    """Returns shapes, dtypes and places of a stage's state; of `params` these are enough."""
+def abstract_train_state(
+    params: PyTree, optimizer: optax.GradientTransformation, stage: StageConfig, mesh: Mesh
+) -> TrainState:
+    """Return shapes, dtypes and shardings of a stage's state; `params` may be abstract themselves."""
     return placed_like(jax.eval_shape(_creator(optimizer, stage, jax.random.key(0)), params), mesh)
 
 

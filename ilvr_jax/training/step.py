@@ -1,4 +1,4 @@
-"""One optimizer step of a stage."""
+"""The train step: one update of a stage."""
 
 from collections.abc import Callable
 
@@ -27,9 +27,9 @@ def loss_and_gradients(
     latents: LatentsConfig,
     key: PRNGKeyArray,
 ) -> tuple[Losses, PyTree]:
-    """Returns the losses of `objective` by row, and the gradient of their mean for the parts named in `train`.
+    """Return the losses of `objective` by row, and the gradient of their mean for the parts named in `train`.
 
-    The rows are worked on in `accumulation` equal parts, one after another, which changes nothing else.
+    The rows are processed in `accumulation` equal parts, one after another, with the same result.
     """
     frozen = {part: value for part, value in params.items() if part not in train}
 
@@ -54,33 +54,33 @@ def loss_and_gradients(
 
 
 def _in_parts(array: Array, count: int) -> Array:
-    """Returns every count-th row as a part, so that each device finds rows of its own in every part."""
+    """Return every count-th row as a part, so that each device has rows in every part."""
     return jnp.swapaxes(array.reshape(len(array) // count, count, *array.shape[1:]), 0, 1)
 
 
 def accumulation_parts(batch_size: int, accumulation: int, devices: int) -> int:
-    """Returns how many parts a batch is worked on in, so that a device has no more rows at a time than one alone would.
+    """Return the number of parts of a batch that leaves each device at most batch_size / accumulation rows at a time.
 
-    One device has batch_size / accumulation of them. Raises ValueError if the rows cannot be shared out evenly.
+    Raises ValueError if the rows cannot be divided evenly.
     """
     if batch_size % accumulation:
         raise ValueError(f"accumulation must divide batch_size ({batch_size}), got {accumulation}")
     if batch_size % devices:
         raise ValueError(
-            f"batch_size must be a multiple of {devices}, the devices that share its rows, got {batch_size}"
+            f"batch_size must be a multiple of {devices}, the devices that divide its rows, got {batch_size}"
         )
-    rows, at_a_time = batch_size // devices, batch_size // accumulation
-    return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= at_a_time)
+    rows, limit = batch_size // devices, batch_size // accumulation
+    return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= limit)
 
 
 def offending_record(losses: Float[Array, " rows"], records: Int[Array, " rows"]) -> Int[Array, ""]:
-    """Returns the record of the first row whose loss is not finite, -1 if there is none."""
-    wrong = ~jnp.isfinite(losses)
-    return jnp.where(wrong.any(), records[jnp.argmax(wrong)], -1)
+    """Return the record of the first row whose loss is not finite, -1 if there is none."""
+    failed = ~jnp.isfinite(losses)
+    return jnp.where(failed.any(), records[jnp.argmax(failed)], -1)
 
 
 def weighted_mean(metric: Metric) -> Float[Array, ""]:
-    """Returns the mean of a metric over rows, 0 if no row has a weight."""
+    """Return the weighted mean of a metric over rows, 0 if all weights are 0."""
     return (metric.values * metric.weights).sum() / jnp.maximum(metric.weights.sum(), 1)
 
 
@@ -91,12 +91,12 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     devices: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """Returns the stage's jitted step. It gives away the buffers of the state it is called with.
+    """Return the stage's jitted step, which donates its state.
 
-    A loss or gradient that is not finite leaves parameters, optimizer and teacher as they were and is counted; the
-    metric `offending_record` is then the first record whose loss is at fault, -1 if none alone is.
+    If loss or gradient are not finite, parameters, optimizer and teacher stay unchanged, and the skip is counted; the
+    metric `offending_record` is then the first record whose loss is not finite, -1 if all are.
 
-    Rows are shared out over `devices`. Raises ValueError for a batch size that `accumulation` or `devices` do not
+    Rows are divided over `devices`. Raises ValueError for a batch size that `accumulation` or `devices` do not
     divide, and BadConfig for an unknown objective.
     """
     objective, train = choose(OBJECTIVES, stage.objective, "objective").loss, stage.train
@@ -115,7 +115,7 @@ def make_train_step(
         metrics = {"loss": rows.loss.mean(), "cross_entropy": rows.cross_entropy.mean()}
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-        # A select of each array, which is done where the new one is written: both sides are there anyway.
+        # A select per array, fused with the update that writes it: both operands are in memory anyway.
         student, opt_state, teacher = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (student, opt_state, teacher),

@@ -1,4 +1,4 @@
-"""Encodes the images of a data set with the frozen vision tower, each distinct one once, before a stage trains."""
+"""Image features of a data set from the frozen vision tower, computed once per distinct image before a stage."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.progress import Progress
 
-VERSION = 1  # of what is computed and how it is stored
-BATCH_TOKENS = 1024  # vision tokens that are encoded at a time, or those of one image
-FILE_BYTES = 2**28  # of features that one file holds; a process that dies loses no more than these
+VERSION = 1  # of the features and of their files
+BATCH_TOKENS = 1024  # vision tokens encoded at a time, unless one image has more
+FILE_BYTES = 2**28  # of features per file; a process that dies loses no more than these
 
 
 def open_features(folder: Path, model: Qwen2_5VL, vision: PyTree, settings: ExampleSettings) -> FeatureStore:
-    """Returns the store, a folder inside `folder`, of this vision tower's features of images so prepared."""
-    made_of = {
+    """Return the store, inside `folder`, for the features that this vision tower computes with these settings."""
+    origin = {
         "version": VERSION,
         "image_scale": settings.image_scale,
         "min_pixels": settings.min_pixels,
@@ -38,12 +38,12 @@ def open_features(folder: Path, model: Qwen2_5VL, vision: PyTree, settings: Exam
         "dtype": model.config.dtype,
         "weights": weights_hash(vision),
     }
-    name = hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
+    name = hashlib.blake2b(json.dumps(origin).encode(), digest_size=16).hexdigest()
     return FeatureStore(folder / name, model.config.vision.out_hidden_size, model.config.dtype)
 
 
 def weights_hash(params: PyTree) -> str:
-    """Returns a hash of every parameter's name, shape, dtype and value."""
+    """Return a hash of every parameter's name, shape, dtype and value."""
     content = hashlib.blake2b(digest_size=16)
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         content.update(f"{jax.tree_util.keystr(keys)} {leaf.shape} {leaf.dtype}".encode())
@@ -61,13 +61,13 @@ def complete_features(
     workers: int,
     progress: Progress,
 ) -> int:
-    """Adds to the store what it lacks of the source's images, and returns how many that were.
+    """Add the features of the source's images that the store lacks, and return their number.
 
-    Images that cannot be read, or are too large for every bucket, stay out: training says so. The vision tower is
-    compiled once for each size of an image that `buckets` have room for.
+    Images that cannot be read, or are too large for every bucket, are skipped: training reports them. The vision tower
+    is compiled once for each image size of `buckets`.
     """
     for name in store.repair():
-        progress.log(f"features: {store.folder / name} was damaged, its images are encoded again")
+        progress.log(f"features: {store.folder / name} was damaged; its images are encoded again")
     rooms = sorted({room for bucket in buckets for room in (bucket.image_tokens, bucket.helper_tokens) if room})
     encode, geometry = jax.jit(model.encode_images), model.geometry
     pending: dict[int, dict[str, PatchedImage]] = {room: {} for room in rooms}
@@ -103,14 +103,14 @@ def complete_features(
 
 
 def batch_size(room: int) -> int:
-    """Return how many images of `room` vision tokens are encoded at a time."""
+    """Return the number of images of up to `room` vision tokens that are encoded at a time."""
     return max(1, BATCH_TOKENS // room)
 
 
 def new_images(
     store: FeatureStore, source: Source, settings: ExampleSettings, workers: int, progress: Progress
 ) -> Iterator[tuple[str, PatchedImage]]:
-    """Yields the images of the records that the store lacks, some of them more than once."""
+    """Yield the images of the records that the store lacks, some more than once."""
     load = functools.partial(load_new_images, source=source, store=store, settings=settings)
     records = grain.MapDataset.range(len(source)).map(load)
     shown = {"description": "features", "total": len(source), "console": progress.console, "transient": True}
@@ -121,7 +121,7 @@ def new_images(
 def load_new_images(
     number: int, source: Source, store: FeatureStore, settings: ExampleSettings
 ) -> list[tuple[str, PatchedImage]]:
-    """Returns a record's images that the store lacks, in patches, with their keys; those that are bad left out."""
+    """Return the keys and patches of a record's images that the store lacks, skipping unreadable ones."""
     images = []
     try:
         record = source[number]

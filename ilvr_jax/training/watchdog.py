@@ -1,4 +1,4 @@
-"""Steps that take far longer than usual are spoken of, while they last and when they have ended."""
+"""Logs steps that take much longer than usual, while they run and when they have ended."""
 
 import statistics
 import threading
@@ -6,62 +6,62 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 
-REMEMBERED = 50  # so many steps say what is usual
-NEEDED = 5  # before so many have ended nothing is
-TIMES_USUAL = 10.0
-LEAST_SECONDS = 5.0  # less is a hiccup of the machine, however short the steps are
+WINDOW = 50  # recent steps whose median is the typical time
+MIN_STEPS = 5  # steps before there is a typical time
+FACTOR = 10.0  # of the typical time, above which a step is long
+MIN_SECONDS = 5.0  # a shorter step is never long
 
 
-def long_for(durations: Sequence[float]) -> float | None:
-    """Returns from how many seconds on a step is far longer than these; None if they are too few to say."""
-    if len(durations) < NEEDED:
+def time_limit(durations: Sequence[float]) -> float | None:
+    """Return the seconds above which a step is long, given those of recent steps; None if these are too few."""
+    if len(durations) < MIN_STEPS:
         return None
-    return max(TIMES_USUAL * statistics.median(durations), LEAST_SECONDS)
+    return max(FACTOR * statistics.median(durations), MIN_SECONDS)
 
 
 class Watchdog:
-    """Times the steps of a stage. A thread of its own speaks while a step hangs, once each time that doubles.
+    """Timer of the steps of a stage; a thread logs a step that hangs, again each time its duration doubles.
 
-    What happens between `step_ends` and the next `step_begins`, such as saving, is not watched, nor a compilation.
+    The time between `end_step` and the next `start_step`, such as that of saving, is not watched, nor a compilation.
     """
 
-    def __init__(self, stage: str, say: Callable[[str], None]):
-        self._stage, self._say = stage, say
-        self._durations: deque[float] = deque(maxlen=REMEMBERED)
+    def __init__(self, stage: str, log: Callable[[str], None]):
+        self._stage, self._log = stage, log
+        self._durations: deque[float] = deque(maxlen=WINDOW)
         self._programs: set[Hashable] = set()
         self._step, self._began, self._compiles = 0, 0.0, False
-        self._next: float | None = None  # when to speak; None while nothing is watched
+        self._next: float | None = None  # when to log; None while nothing is watched
         self._changed, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def step_begins(self, step: int) -> None:
-        """Starts the time of a step, the wait for its data included."""
+    def start_step(self, step: int) -> None:
+        """Start the timer of a step, before the wait for its data."""
         with self._changed:
-            limit = long_for(self._durations)
+            limit = time_limit(self._durations)
             self._step, self._began, self._compiles = step, time.monotonic(), False
             self._next = None if limit is None else self._began + limit
             self._changed.notify()
 
-    def runs(self, program: Hashable) -> None:
-        """Says what the step runs: a program is compiled when it is first met, and that step is no longer watched."""
+    def start_program(self, program: Hashable) -> None:
+        """Take the program that the step runs; a new one is compiled first, so that step is no longer watched."""
         with self._changed:
             if program not in self._programs:
                 self._programs.add(program)
                 self._compiles, self._next = True, None
 
-    def step_ends(self) -> None:
-        """Ends the time of the step; one that took far longer than usual gets a sentence."""
+    def end_step(self) -> None:
+        """Stop the timer of the step, and log the step if it was long."""
         with self._changed:
-            taken, limit = time.monotonic() - self._began, long_for(self._durations)
+            taken, limit = time.monotonic() - self._began, time_limit(self._durations)
             self._next = None
             if self._compiles:
                 return
-            usual = self._usual()
+            typical = self._typical()
             self._durations.append(taken)
         if limit is not None and taken > limit:
-            self._say(f"{self._stage}, step {self._step} took {taken:.1f} s; usual are {usual:.3g} s")
+            self._log(f"{self._stage}, step {self._step} took {taken:.1f} s (typical: {typical:.3g} s)")
 
-    def _usual(self) -> float:
+    def _typical(self) -> float:
         return statistics.median(self._durations) if self._durations else 0.0
 
     def _watch(self) -> None:
@@ -73,9 +73,9 @@ class Watchdog:
                     continue
                 taken = now - self._began
                 self._next = self._began + 2 * taken
-                self._say(
-                    f"{self._stage}, step {self._step}: no step has ended for {taken:.1f} s; usual are "
-                    f"{self._usual():.3g} s"
+                self._log(
+                    f"{self._stage}, step {self._step}: still running after {taken:.1f} s (typical: "
+                    f"{self._typical():.3g} s)"
                 )
 
     def __enter__(self) -> "Watchdog":

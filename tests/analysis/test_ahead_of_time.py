@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ilvr_jax import aot
-from ilvr_jax.analysis.compilation import SHAPES, decoder_flops, open_model, open_topology, train_flops, vision_flops
+from ilvr_jax.analysis.compilation import open_model, open_topology
+from ilvr_jax.analysis.flops import SHAPES, decoder_flops, train_flops, vision_flops
 from ilvr_jax.config.experiments import load_config, parse
 from ilvr_jax.method.layout import Layout
 from ilvr_jax.models.attention import causal_attention, causal_mask

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from ilvr_jax import convert, generate
 from ilvr_jax.checkpoints.adapters import read_adapter
-from ilvr_jax.checkpoints.pretrained import load_params, open_pretrained
+from ilvr_jax.checkpoints.pretrained import open_pretrained
+from ilvr_jax.checkpoints.weights import load_params
 from ilvr_jax.config.schema import LORA_TARGETS, LoraConfig
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.lora import decoder_params, merge_adapters
@@ -49,7 +50,7 @@ def open_base(folder):
 
 
 def save_adapter(base, folder, resized=0, **settings):
-    """Saves an adapter of PEFT with random matrices; returns PEFT's model as it opens that again."""
+    """Save an adapter of PEFT with random matrices; returns PEFT's model as it opens that again."""
     model = open_base(base)
     if resized:
         model.resize_token_embeddings(resized)
@@ -67,9 +68,9 @@ def save_adapter(base, folder, resized=0, **settings):
 
 
 def ours(name, lora=NO_LORA):
-    """Returns the opened checkpoint, its shape and parameters, and the tensors that they are as a published one."""
+    """Return the opened checkpoint, its shape and parameters, and the tensors that they are as a published one."""
     pretrained = open_pretrained(name)
-    config = dataclasses.replace(model_config_from_hf(pretrained.published), lora=lora)
+    config = dataclasses.replace(model_config_from_hf(pretrained.hf_config), lora=lora)
     config = dataclasses.replace(config, vocab_size=max(config.vocab_size, len(pretrained.tokenizer)))
     params = load_params(pretrained, config, "float32", jax.random.key(0))
     merged = merge_adapters(params, lora) if lora.rank else params
@@ -85,7 +86,7 @@ def logits(config, params, ids):
 
 
 def same_logits(theirs, config, params):
-    """Asserts that our model has the logits of PEFT's, whose adapters are apart, on tokens that both have."""
+    """Assert that our model has the logits of PEFT's, whose adapters are apart, on tokens that both have."""
     ids = list(range(2, 40))
     with torch.no_grad():
         expected = theirs(input_ids=torch.tensor([ids])).logits.numpy()
@@ -93,7 +94,7 @@ def same_logits(theirs, config, params):
 
 
 def same_tensors(theirs, ours, rows_apart=()):
-    """Asserts that PEFT's merged model has our tensors, but for rows of latent tokens."""
+    """Assert that PEFT's merged model has our tensors, but for rows of latent tokens."""
     theirs = {flat_name(name): tensor.numpy() for name, tensor in theirs.state_dict().items()}
     assert ours.keys() - theirs.keys() == set()
     for name, tensor in ours.items():
@@ -155,7 +156,7 @@ def whole_decoder(base, tmp_path_factory):
 
 
 def rewritten(source, folder, change=None, rename=None, tensors=None):
-    """Copies an adapter with changed fields, names or tensors."""
+    """Copy an adapter with changed fields, names or tensors."""
     shutil.copytree(source, folder)
     config = json.loads((folder / "adapter_config.json").read_text()) | (change or {})
     (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -11,7 +11,8 @@ import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from ilvr_jax.checkpoints.pretrained import load_params, open_pretrained
+from ilvr_jax.checkpoints.pretrained import open_pretrained
+from ilvr_jax.checkpoints.weights import load_params
 from ilvr_jax.models.qwen2_5_vl.config import model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.qwen2_5_vl.weights import check_tensors, nested_name
@@ -41,19 +42,19 @@ def sharded(published, tmp_path):
 
 def load(folder):
     pretrained = open_pretrained(folder)
-    config = model_config_from_hf(pretrained.published)
+    config = model_config_from_hf(pretrained.hf_config)
     return load_params(pretrained, config, "float32", jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def model(published):
     """Shapes of the parameters, and the config that they are of."""
-    config = model_config_from_hf(open_pretrained(published).published)
+    config = model_config_from_hf(open_pretrained(published).hf_config)
     return jax.eval_shape(Qwen2_5VL(config).init, jax.random.key(0)), config
 
 
 def final_norm(folder) -> float:
-    """Returns a weight by which the tests tell checkpoints apart."""
+    """Return a weight by which the tests tell checkpoints apart."""
     return float(load(folder)["decoder"]["norm"]["weight"][0])
 
 
@@ -64,13 +65,13 @@ def theirs(folder) -> float:
 
 @pytest.fixture
 def check(model):
-    """Returns a function that opens a folder's weights, without reading them, and returns their names by ours."""
+    """Return a function that opens a folder's weights, without reading them, and returns their names by ours."""
     return lambda folder: check_tensors(checkpoint_tensors(folder), *model)
 
 
 @pytest.fixture
 def refusal(check):
-    """Returns a function that returns the sentence with which a folder's weights are refused."""
+    """Return a function that returns the sentence with which a folder's weights are refused."""
     return lambda folder: sentence_of(check, folder)
 
 
@@ -82,12 +83,12 @@ def sentence_of(check, folder) -> str:
 
 
 def rewrite(path, change):
-    """Writes a file of tensors again as `change`, which takes and returns them by name, makes them."""
+    """Write a file of tensors again as `change`, which takes and returns them by name, makes them."""
     save_file(change(load_file(path)), path)
 
 
 def other_weights(folder, name):
-    """Writes the weights, with another norm, under a name of their own."""
+    """Write the weights, with another norm, under a name of their own."""
     tensors = load_file(folder / WEIGHTS)
     save_file({**tensors, NORM: np.full_like(tensors[NORM], 9.0)}, folder / name)
 
@@ -236,7 +237,7 @@ FP8 = ml_dtypes.float8_e4m3fn
 
 
 def quantised(parts):
-    """Returns the change that puts the parts of a quantised layer in the place of its weights."""
+    """Return the change that puts the parts of a quantised layer in the place of its weights."""
 
     def change(tensors):
         del tensors[f"{UP}weight"]

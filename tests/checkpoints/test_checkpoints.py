@@ -13,14 +13,8 @@ import optax
 import pytest
 from etils import epath
 
-from ilvr_jax.checkpoints.manager import (
-    Checkpoints,
-    DamagedCheckpoint,
-    DiskFull,
-    OtherCheckpoint,
-    stage_folder,
-    stages_with_checkpoints,
-)
+from ilvr_jax.checkpoints.manager import Checkpoints, DamagedCheckpoint, DiskFull, OtherCheckpoint
+from ilvr_jax.checkpoints.runs import stage_folder, stages_with_checkpoints
 from ilvr_jax.config.workdir import is_checkpoint
 
 
@@ -197,7 +191,7 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two, tmp_path, damage):
-    folder, like, said = tmp_path / "stage", jax.eval_shape(make_state), []
+    folder, like, messages = tmp_path / "stage", jax.eval_shape(make_state), []
     shutil.copytree(two, folder)
     DAMAGES[damage](folder / "2")
     with Checkpoints(folder, keep=2) as checkpoints:
@@ -207,14 +201,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two, tmp_path,
             return checkpoints.restore(step, like)
 
         assert checkpoints.latest() == 2
-        step, state = checkpoints.restore_newest(restore, said.append, set_aside=True)
+        step, state = checkpoints.restore_newest(restore, messages.append, set_aside=True)
         assert step == int(state.step) == checkpoints.latest() == 1
-        assert len(said) == 1 and said[0].startswith(f"the checkpoint {folder / '2'} is damaged (")
-        assert said[0].endswith("), kept as 2.damaged; the one before, of step 1, is used") and "\n" not in said[0]
+        assert len(messages) == 1 and messages[0].startswith(f"the checkpoint {folder / '2'} is damaged (")
+        assert (
+            messages[0].endswith("), renamed to 2.damaged; the one before, of step 1, is used")
+            and "\n" not in messages[0]
+        )
         checkpoints.save(2, state.replace(step=jnp.int32(2)), make_iterator())
         checkpoints.wait()
-        step, state = checkpoints.restore_newest(restore, said.append)
-        assert (step, int(state.step), len(said)) == (2, 2, 1)
+        step, state = checkpoints.restore_newest(restore, messages.append)
+        assert (step, int(state.step), len(messages)) == (2, 2, 1)
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "2.damaged"]
     with Checkpoints(folder, keep=1) as checkpoints:  # what was set aside is none of those that are counted
         checkpoints.save(3, state, make_iterator())
@@ -251,13 +248,13 @@ def test_damage_everywhere_is_an_error_that_leaves_the_folder_as_it_is(two, tmp_
 
 
 def test_a_reader_leaves_a_damaged_checkpoint_where_it_is(two, tmp_path):
-    folder, said = tmp_path / "stage", []
+    folder, messages = tmp_path / "stage", []
     shutil.copytree(two, folder)
     DAMAGES["data of arrays gone"](folder / "2")
     with Checkpoints(folder) as checkpoints:
         like = make_state().params
-        step, params = checkpoints.restore_newest(lambda step: checkpoints.restore_params(step, like), said.append)
-    assert step == 1 and said[0].endswith("); the one before, of step 1, is used")
+        step, params = checkpoints.restore_newest(lambda step: checkpoints.restore_params(step, like), messages.append)
+    assert step == 1 and messages[0].endswith("); the one before, of step 1, is used")
     np.testing.assert_array_equal(params["decoder"]["kernel"], like["decoder"]["kernel"])
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
 
@@ -273,7 +270,7 @@ def test_a_reader_leaves_a_damaged_checkpoint_where_it_is(two, tmp_path):
             {"params": {"decoder": {"kernels": jnp.zeros((500, 400))}}},
             "params has decoder.kernel, which is none",
         ),
-        ({"teacher": None}, "training has teacher.kernel, which is none of this run's"),
+        ({"teacher": None}, "training has the unexpected teacher.kernel"),
         ({"opt_state": (*make_state().opt_state, {"new": jnp.zeros(3)})}, r"training has no opt_state.\d.new"),
     ],
 )

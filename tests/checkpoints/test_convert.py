@@ -21,8 +21,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ilvr_jax import convert
-from ilvr_jax.checkpoints.manager import build_model
-from ilvr_jax.checkpoints.pretrained import keep_description, load_params, open_pretrained
+from ilvr_jax.checkpoints.pretrained import keep_description, open_pretrained
+from ilvr_jax.checkpoints.runs import build_model
+from ilvr_jax.checkpoints.weights import load_params
 from ilvr_jax.config.workdir import read_config, to_json
 from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.records import Record
@@ -63,7 +64,7 @@ def test_latent_tokens_get_the_mean_of_the_rows_in_use(tmp_path):
     pretrained = open_pretrained(tmp_path / "published")
     first = min(pretrained.added)
     assert pretrained.added == tuple(range(first, first + 3)) and first + 3 == len(pretrained.tokenizer) <= VOCABULARY
-    config = model_config_from_hf(pretrained.published)
+    config = model_config_from_hf(pretrained.hf_config)
     params = load_params(pretrained, config, "float32", jax.random.key(0))
     theirs = read_all(tmp_path / "published")
     for ours, name in (("embed_tokens", "model.embed_tokens.weight"), ("lm_head", "lm_head.weight")):
@@ -86,7 +87,7 @@ def test_rows_are_added_where_none_is_spare(tmp_path):
     assert back.config.get_text_config().vocab_size == rows + 3
     # So are the checkpoints of the published ILVR and Mirage code: latent tokens, fields of their own, no spare row.
     again = open_pretrained(tmp_path / "back")
-    assert again.added == () and len(again.tokenizer) == rows + 3 and "latent_token_id" in again.published
+    assert again.added == () and len(again.tokenizer) == rows + 3 and "latent_token_id" in again.hf_config
     assert convert.main(["from-hf", str(tmp_path / "back"), str(tmp_path / "again")]) == 0
 
 
@@ -98,7 +99,7 @@ def their_logits(folder, ids):
 
 def our_logits(folder, ids):
     pretrained = open_pretrained(folder)
-    config = model_config_from_hf(pretrained.published)
+    config = model_config_from_hf(pretrained.hf_config)
     model, params = Qwen2_5VL(config), load_params(pretrained, config, "float32", jax.random.key(0))
     inputs = model.embed(params["decoder"], np.array([ids]))
     positions = np.broadcast_to(np.arange(len(ids)), (1, 3, len(ids)))
@@ -156,7 +157,7 @@ def test_a_head_of_its_own_is_used_whatever_the_config_ties(tmp_path, capsys, ne
     config = tiny_config()
     config.model = {"init_from": str(published), "frozen_dtype": "float32"}
     keep_description(pretrained, tmp_path / "kept")
-    for folder, description in ((published, pretrained.published), (tmp_path / "kept", None)):
+    for folder, description in ((published, pretrained.hf_config), (tmp_path / "kept", None)):
         model = build_model(parse(config), folder, pretrained.tokenizer, description)
         assert not model.config.tie_word_embeddings
     assert embedding in read_all(published)
@@ -173,7 +174,7 @@ def test_equal_or_single_tensors_are_tied_without_a_word(tmp_path, capsys):
     for change in (copy_head, lambda tensors: tensors.pop("model.embed_tokens.weight")):
         change_tensors(tmp_path / "published", change)
         capsys.readouterr()
-        assert model_config_from_hf(open_pretrained(tmp_path / "published").published).tie_word_embeddings
+        assert model_config_from_hf(open_pretrained(tmp_path / "published").hf_config).tie_word_embeddings
         found = our_logits(tmp_path / "published", ids)[..., :used]
         assert not capsys.readouterr().err
         np.testing.assert_allclose(found, expected[..., :used], atol=2e-4)
@@ -398,7 +399,7 @@ CONVERSATION = [{"role": "user", "content": "up"}]
 
 
 def with_template(folder, place):
-    """Puts a chat template where published checkpoints have one."""
+    """Put a chat template where published checkpoints have one."""
     if place == "chat_template.jinja":
         (folder / place).write_text(JINJA)
     elif place == "chat_template.json":
@@ -409,7 +410,7 @@ def with_template(folder, place):
 
 
 def rendered(folder) -> list[str | None]:
-    """Returns a conversation as the tokenizer's and the processor's template write it, each None without one."""
+    """Return a conversation as the tokenizer's and the processor's template write it, each None without one."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     templates = [tokenizer.chat_template]
     templates.append(transformers.Qwen2_5_VLProcessor.get_processor_dict(str(folder))[0].get("chat_template"))

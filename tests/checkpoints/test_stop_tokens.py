@@ -35,7 +35,7 @@ def published(tmp_path_factory):
 
 
 def with_ids(published, folder, generation=UNSET, config=UNSET, tokenizer=None):
-    """Returns a copy of the checkpoint with these ids in its files, and without all others."""
+    """Return a copy of the checkpoint with these ids in its files, and without all others."""
     shutil.copytree(published, folder)
     (folder / "generation_config.json").unlink()
     if generation is not UNSET:
@@ -53,7 +53,7 @@ def with_ids(published, folder, generation=UNSET, config=UNSET, tokenizer=None):
 
 
 def answers(folder):
-    """Returns the model, the engine's answer, the tokens of the loop over a batch, and the prompt's."""
+    """Return the model, the engine's answer, the tokens of the loop over a batch, and the prompt's."""
     trained = load_model(str(folder))
     prompt = build_prompt(Record(QUESTION, (), ()), trained.tokenizer, trained.special, trained.prompts)
     request = Request(prompt, NEW_TOKENS, 4, method="text")

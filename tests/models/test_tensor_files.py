@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ilvr_jax.checkpoints.pretrained import load_params, open_pretrained
+from ilvr_jax.checkpoints.pretrained import open_pretrained
+from ilvr_jax.checkpoints.weights import load_params
 from ilvr_jax.models.qwen2_5_vl.config import model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl.weights import put
 from ilvr_jax.models.tensor_files import TensorFiles, TensorToWrite, checkpoint_tensors, write_tensors
@@ -46,7 +47,7 @@ def test_a_tensor_is_let_go_before_the_next_is_read(tmp_path, monkeypatch, dtype
         return held.hand_out(read(self, name))
 
     monkeypatch.setattr(TensorFiles, "__getitem__", watched)
-    config = model_config_from_hf(pretrained.published)
+    config = model_config_from_hf(pretrained.hf_config)
     params = load_params(pretrained, config, dtype, jax.random.key(0))
     assert len(held.references) == len(checkpoint_tensors(tmp_path))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from ilvr_jax.checkpoints.manager import build_model
+from ilvr_jax.checkpoints.runs import build_model
 from ilvr_jax.config.experiments import evaluation_file, load_config, parse
 from ilvr_jax.config.flags import override
 from ilvr_jax.data.sources import make_tokenizer, open_source
@@ -19,8 +19,8 @@ from ilvr_jax.inference.decode import generate
 from ilvr_jax.method.layout import Layout
 from ilvr_jax.models.sharding import one_device
 from ilvr_jax.training.batches import open_iterator
-from ilvr_jax.training.loop import make_step, open_evaluation_source
 from ilvr_jax.training.run import Run
+from ilvr_jax.training.setup import make_step, open_evaluation_source
 from ilvr_jax.training.state import init_train_state
 from tests.paths import REPOSITORY
 
@@ -43,7 +43,7 @@ SMALLER = {
 
 
 def open_run(path: Path, workdir: Path) -> Run:
-    """Returns a config's run with its data and layouts, but a smaller model and smaller batches."""
+    """Return a config's run with its data and layouts, but a smaller model and smaller batches."""
     values = load_config(path).to_dict()
     for key, value in SMALLER.items():
         override(values, key, str(value))

@@ -28,7 +28,7 @@ def tiny() -> ConfigDict:
 
 
 def run(folder: Path, name: str, file_size: int | None) -> None:
-    """Runs the training command in this process and ends it with the command's status."""
+    """Run the training command in this process and ends it with the command's status."""
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if file_size:
@@ -40,7 +40,7 @@ def run(folder: Path, name: str, file_size: int | None) -> None:
 
 
 class Trainer:
-    """Starts training processes, which are forked from one that has imported what they need."""
+    """Start training processes, which are forked from one that has imported what they need."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -131,5 +131,5 @@ def test_sigterm_saves_within_a_step_and_a_full_disk_leaves_it(trainer, whole):
     process = trainer.start("stopped")
     process.join()
     assert process.exitcode == 0, trainer.errors("stopped")
-    assert (workdir / "train.log").read_text().count(f"stage1: resumes after step {last}") == 2
+    assert (workdir / "train.log").read_text().count(f"stage1: resuming from step {last}") == 2
     assert losses(workdir) == whole

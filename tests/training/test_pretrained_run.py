@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from ilvr_jax import convert
 from ilvr_jax.checkpoints.export import write_adapter
-from ilvr_jax.checkpoints.manager import build_model, restore_run
+from ilvr_jax.checkpoints.runs import build_model, restore_run
 from ilvr_jax.checkpoints.trained import load_model
 from ilvr_jax.config.experiments import load_config, parse
 from ilvr_jax.config.fields import BadConfig
@@ -38,7 +38,7 @@ STAGES, STEPS = ("stage1", "stage2"), 10
 
 
 def tiny_run(checkpoint, examples, lora):
-    """Returns the published settings on a tiny checkpoint, few records and few steps."""
+    """Return the published settings on a tiny checkpoint, few records and few steps."""
     config = load_config(f"{CONFIGS / 'qwen2_5_vl.py'}:7b{'-lora' * lora}-stage2")
     config.model.init_from = str(checkpoint)
     config.model.lora.dropout = 0.0
@@ -67,7 +67,7 @@ def compiled_well():
 
 
 def end_with_text(folder):
-    """Lets the answers of a checkpoint end with <|endoftext|>."""
+    """Let the answers of a checkpoint end with <|endoftext|>."""
     end = read_tokenizer(folder).convert_tokens_to_ids("<|endoftext|>")
     described = {"eos_token_id": [end], "temperature": 0.5, "do_sample": True}
     (folder / "generation_config.json").write_text(json.dumps(described))
@@ -119,7 +119,7 @@ def test_losses_fall_in_both_stages(finished):
 
 
 def stop_after(stage, step, config, workdir):
-    """Trains until a step, and stops there as Ctrl-C does."""
+    """Train until a step, and stops there as Ctrl-C does."""
     advance = Progress.advance
 
     def advance_or_stop(progress):
@@ -151,7 +151,7 @@ def test_a_run_that_encodes_images_in_every_step_has_the_same_losses(finished, t
 
 def test_what_is_frozen_stays_in_bfloat16_and_what_learns_is_float32(finished):
     config, workdir = finished
-    _, params, *_ = restore_run(workdir)
+    params = restore_run(workdir).params
     lora = "adapters" in params
     assert lora == bool(config.model.lora.rank)
     dtypes = {part: {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} for part, tree in params.items()}
@@ -160,7 +160,7 @@ def test_what_is_frozen_stays_in_bfloat16_and_what_learns_is_float32(finished):
 
 
 def our_logits(workdir, ids):
-    return logits_of(*restore_run(workdir)[:2], ids)
+    return logits_of(*restore_run(workdir)[1:3], ids)
 
 
 def logits_of(model, params, ids):
@@ -191,7 +191,7 @@ def test_transformers_opens_the_result_with_the_same_logits(finished, tmp_path, 
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])  # of training, of the checkpoint begun from
     assert theirs.generation_config.eos_token_id == ends and theirs.generation_config.temperature == 0.5
     assert theirs.config.get_text_config().eos_token_id == tokenizer.eos_token_id == ends[0]
-    assert restore_run(workdir)[3].ends == tuple(ends)
+    assert restore_run(workdir).special.ends == tuple(ends)
     # bfloat16 kernels that adapters are merged into are rounded once more.
     np.testing.assert_allclose(our_logits(workdir, ids), their_logits(theirs, ids), atol=2e-2 if lora else 2e-4)
 
@@ -214,7 +214,7 @@ def test_adapters_have_pefts_names_and_shapes(finished, tmp_path, capsys):
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 3 * 7 * 2  # layers, targets, matrices
     again = load_model(str(tmp_path / "adapter"), dtype="float32")
-    assert again.looks and again.special == restore_run(workdir)[3]
+    assert again.looks and again.special == restore_run(workdir).special
     np.testing.assert_allclose(logits_of(again.model, again.params, ids), our_logits(workdir, ids), atol=2e-4)
 
 
@@ -245,7 +245,7 @@ def test_stage_2_goes_on_in_the_workdir_of_stage_1(small, tmp_path):
     for stage in STAGES:
         first[stage].steps = config[stage].steps = 2
     train(parse(first), workdir)
-    learnt = restore_run(workdir)[1]["adapters"]
+    learnt = restore_run(workdir).params["adapters"]
     for one, other in zip(jax.tree.leaves(learnt), jax.tree.leaves(begun), strict=True):
         assert 0 < np.abs(one - other).max() < 0.1  # two steps on from where it began
     shutil.rmtree(adapter)

@@ -54,7 +54,7 @@ def free_port(family: socket.AddressFamily = socket.AF_INET) -> int:
 def start(
     config_file: Path, workdir: Path, processes: int, devices: int = 8, flags: tuple[str, ...] = ()
 ) -> list[subprocess.Popen]:
-    """Starts the training command in some processes, of so many devices together."""
+    """Start the training command in some processes, of so many devices together."""
     command = [sys.executable, "-m", "ilvr_jax.train", f"--config={config_file}", f"--workdir={workdir}", *flags]
     command.append(f"--config.data.feature_cache={workdir / 'features'}")
     where = f"--coordinator=127.0.0.1:{free_port()}"
@@ -78,7 +78,7 @@ def start(
 
 
 def train(config_file: Path, workdir: Path, processes: int) -> list[str]:
-    """Runs the training command to its end; returns what each process printed."""
+    """Run the training command to its end; returns what each process printed."""
     started = start(config_file, workdir, processes)
     try:
         printed = [process.communicate(timeout=240)[0] for process in started]
@@ -110,7 +110,7 @@ def test_two_processes_have_the_losses_of_one_and_one_of_them_writes(one, two):
     workdir, printed = two
     assert curve(one).shape == (12, 2)
     np.testing.assert_allclose(curve(workdir), curve(one), atol=1e-4)
-    assert "everything is in" in printed[0] and "success" in printed[0]
+    assert "Results written to" in printed[0] and "success" in printed[0]
     assert "stage1" not in printed[1]
     assert "stage1: encoded" in printed[0] and "stage2: encoded 0 images" in printed[0]
     answers = [folder / "evaluations" / "stage2.samples.jsonl" for folder in (one, workdir)]
@@ -124,7 +124,7 @@ def test_a_checkpoint_crosses_over(begun_by, ended_by, one, two, config_file, tm
     shutil.rmtree(workdir / "checkpoints" / "stage2" / "6")
     (workdir / "stages" / "stage2.json").unlink()
     printed = train(config_file, workdir, ended_by)
-    assert "stage2: resumes after step 4" in printed[0]
+    assert "stage2: resuming from step 4" in printed[0]
     np.testing.assert_allclose(curve(workdir), curve(one), atol=1e-4)
 
 
@@ -132,9 +132,9 @@ def test_what_one_process_cannot_read_is_damaged_for_all(tmp_path):
     command = [sys.executable, "-m", "tests.shared_checkpoint", str(tmp_path), str(free_port())]
     started = [subprocess.Popen([*command, str(process)], cwd=REPOSITORY) for process in range(2)]
     assert [process.wait(timeout=120) for process in started] == [0, 0]
-    said = [(tmp_path / f"said_{process}.txt").read_text() for process in range(2)]
-    assert said[0] == said[1] and said[0].endswith("; restored 1: 1")
-    assert "2 is damaged" in said[0] and "kept as 2.damaged; the one before, of step 1, is used" in said[0]
+    logs = [(tmp_path / f"log_{process}.txt").read_text() for process in range(2)]
+    assert logs[0] == logs[1] and logs[0].endswith("; restored 1: 1")
+    assert "2 is damaged" in logs[0] and "renamed to 2.damaged; the one before, of step 1, is used" in logs[0]
 
 
 def test_sigterm_to_one_stops_all_at_the_same_step(config_file, tmp_path):
@@ -247,6 +247,6 @@ BASE = f"--config={REPOSITORY / 'configs' / 'base.py'}"
 )
 def test_bad_flags_get_one_sentence(flags, sentence, tmp_path, capsys):
     assert main([BASE, f"--workdir={tmp_path / 'run'}", *flags]) == 2
-    said = capsys.readouterr().err
-    assert sentence in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""The training command on a tiny model: all stages, stopped and gone on with, and what it says to bad input."""
+"""The training command on a tiny model: all stages, stopping and resuming, and errors for bad input."""
 
 import json
 import os
@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from ilvr_jax.checkpoints.manager import NoCheckpoint, restore_run
+from ilvr_jax.checkpoints.manager import NoCheckpoint
+from ilvr_jax.checkpoints.runs import restore_run
 from ilvr_jax.checkpoints.trained import load_model
 from ilvr_jax.config.experiments import evaluation_file, parse
 from ilvr_jax.config.fields import BadConfig
@@ -25,10 +26,12 @@ from ilvr_jax.train import main
 from ilvr_jax.training.batches import place_to_resume
 from ilvr_jax.training.clock import Clock
 from ilvr_jax.training.divergence import Diverged
+from ilvr_jax.training.evaluations import is_evaluated
 from ilvr_jax.training.interruption import Interrupted
-from ilvr_jax.training.loop import is_evaluated, make_step, open_evaluation_source, train, with_steps
+from ilvr_jax.training.loop import train
 from ilvr_jax.training.metrics import read_metrics
 from ilvr_jax.training.progress import Progress
+from ilvr_jax.training.setup import make_step, open_evaluation_source, with_steps
 from tests.samples import POISON, export_maps, poison_objective, tiny_config
 
 BASE = Path(__file__).parents[2] / "configs" / "base.py"
@@ -83,11 +86,11 @@ def test_every_stage_runs_and_leaves_its_results(finished, config):
 
 def test_parts_that_a_stage_does_not_train_stay_as_they_are(finished):
     workdir, _ = finished
-    params = {name: restore_run(workdir, stage=name)[1] for name in STAGES}
+    params = {name: restore_run(workdir, stage=name).params for name in STAGES}
     assert same(params["warm_up"]["vision"], params["stage2"]["vision"])
     assert not same(params["warm_up"]["decoder"], params["stage1"]["decoder"])
     assert not same(params["stage1"]["decoder"], params["stage2"]["decoder"])
-    assert same(restore_run(workdir)[1], params["stage2"])
+    assert same(restore_run(workdir).params, params["stage2"])
 
 
 def test_a_finished_run_is_not_run_again(finished, config):
@@ -134,10 +137,10 @@ def test_stopped_and_killed_runs_end_as_one_that_was_not(finished, config, tmp_p
     monkeypatch.setattr(Progress, "advance", advance)
     train(parse(config), workdir)
     log = (workdir / "train.log").read_text()
-    assert "stage1: resumes after step 3" in log and "stage2: resumes after step 4" in log
+    assert "stage1: resuming from step 3" in log and "stage2: resuming from step 4" in log
     assert losses(workdir) == losses(finished[0])
     for name in STAGES:
-        assert same(restore_run(workdir, stage=name)[1], restore_run(finished[0], stage=name)[1])
+        assert same(restore_run(workdir, stage=name).params, restore_run(finished[0], stage=name).params)
 
 
 def test_a_run_stopped_at_the_last_step_of_a_stage_keeps_its_figures(config, tmp_path, monkeypatch):
@@ -200,7 +203,7 @@ def poison(monkeypatch, calls):
         return optimizer, steps[-1]
 
     poison_objective(monkeypatch, "text")
-    monkeypatch.setattr("ilvr_jax.training.loop.make_step", poisoned_step)
+    monkeypatch.setattr("ilvr_jax.training.setup.make_step", poisoned_step)
     return steps
 
 
@@ -232,21 +235,24 @@ def test_a_record_of_eval_data_without_map_is_named(config):
         open_evaluation_source(config)
 
 
-def test_skipped_updates_are_said_and_counted(config, tmp_path, monkeypatch):
-    """Two apart of six, with lines for every second step: each gets its sentence, none ends the run."""
+def test_skipped_updates_are_logged_and_counted(config, tmp_path, monkeypatch):
+    """Two apart of six, with lines for every second step: each is logged, none ends the run."""
     step = poison(monkeypatch, (3, 5))
     summary = train(parse(warm_up_alone(config, log_every=2, max_skipped=2)), tmp_path / "run")
     stage = summary["stages"]["warm_up"]
     assert stage["skipped_updates"] == 2 and 0 < stage["goodput"] < 1 and stage["compilations"] == 1
     assert [(line["step"], line["skipped"]) for line in read_metrics(tmp_path / "run")] == [(2, 0), (4, 1), (6, 2)]
-    said = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "skipped" in line]
-    assert len(said) == 2
-    for line, number, record in zip(said, (3, 5), step[0].records, strict=True):
-        assert f"warm_up, step {number}: the update is skipped, since the loss is nan, of record {record}" in line
+    lines = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "skipped" in line]
+    assert len(lines) == 2
+    for line, number, record in zip(lines, (3, 5), step[0].records, strict=True):
+        assert (
+            f"warm_up, step {number}: the update is skipped, since the loss is nan, first that of record {record}"
+            in line
+        )
 
 
 def test_too_many_skipped_in_a_row_end_the_run_with_the_records(config, tmp_path, monkeypatch, capsys):
-    """What is in the last checkpoint is finite, and the count goes on from there."""
+    """The last checkpoint is finite, and the count resumes from there."""
     steps = poison(monkeypatch, range(4, 100))
     workdir, config = tmp_path / "run", warm_up_alone(config, log_every=100, checkpoint_every=2, max_skipped=3)
     records = r"\(records at fault: \d+(, \d+){%d}\)"
@@ -255,9 +261,9 @@ def test_too_many_skipped_in_a_row_end_the_run_with_the_records(config, tmp_path
     assert f"records at fault: {', '.join(map(str, steps[0].records))})" in str(error.value)
     assert "\n" not in str(error.value) and str(workdir / "checkpoints" / "warm_up") in str(error.value)
     assert sorted(path.name for path in (workdir / "checkpoints" / "warm_up").iterdir()) == ["2", "4"]
-    _, params, *_ = restore_run(workdir)
+    params = restore_run(workdir).params
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-    poison(monkeypatch, range(1, 100))  # goes on from step 4, where one in a row was skipped
+    poison(monkeypatch, range(1, 100))  # resumes from step 4, where one in a row was skipped
     with pytest.raises(Diverged, match="warm_up, step 6: the updates of 3 steps in a row"):
         train(parse(config), workdir)
     poison(monkeypatch, ())
@@ -266,7 +272,7 @@ def test_too_many_skipped_in_a_row_end_the_run_with_the_records(config, tmp_path
 
 
 def test_changed_records_are_refused_or_accepted(config, tmp_path):
-    """Once accepted, they are those of the checkpoints from then on."""
+    """Once accepted, later checkpoints are of the new records."""
     config, workdir, path = warm_up_alone(config), tmp_path / "run", export_maps(tmp_path / "data", 40)
     config.data.update(source="ilvr", path=str(path), image_scale=28 / 64)
     train(parse(config), workdir)
@@ -285,7 +291,7 @@ def test_changed_records_are_refused_or_accepted(config, tmp_path):
     assert (workdir / "metrics.jsonl").read_bytes() == metrics
     config.data.accept_change = True
     train(parse(config), workdir)
-    assert "accepted, a new epoch begins" in (workdir / "train.log").read_text()
+    assert "accepted by data.accept_change, a new epoch begins" in (workdir / "train.log").read_text()
     config.data.accept_change = False
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:9]))
     train(parse(config), workdir)  # stages that are to come may have others
@@ -294,13 +300,13 @@ def test_changed_records_are_refused_or_accepted(config, tmp_path):
 
 def test_the_same_records_or_unknown_ones_resume_where_they_were(config):
     """Workdirs older than fingerprints have none to compare."""
-    said, source = [], FrozenLakeSource(FrozenLakeConfig(), 0, 200)
-    run = types.SimpleNamespace(config=config, source=source, progress=types.SimpleNamespace(say=said.append))
+    messages, source = [], FrozenLakeSource(FrozenLakeConfig(), 0, 200)
+    run = types.SimpleNamespace(config=config, source=source, progress=types.SimpleNamespace(log=messages.append))
     place = {"position": 7, "pending": [5], "skipped": [], "records": source.fingerprint()}
-    assert place_to_resume(run, "stage1", 3, place) == place and not said
+    assert place_to_resume(run, "stage1", 3, place) == place and not messages
     older = {key: value for key, value in place.items() if key != "records"}
     assert place_to_resume(run, "stage1", 3, older) == older
-    assert len(said) == 1 and "are not compared" in said[0]
+    assert len(messages) == 1 and "are not compared" in messages[0]
     with pytest.raises(BadConfig, match="data.frozen_lake holds 200 records .* until step 3 on 9 records; restore"):
         place_to_resume(run, "stage1", 3, {**place, "records": "9 records"})
 
@@ -363,17 +369,19 @@ def damage(workdir, stage, step):
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, copied, config, capsys):
     folder = damage(copied, "stage2", 6)
-    _, params, *_ = restore_run(copied)
+    params = restore_run(copied).params
     said = capsys.readouterr().err
     assert f"the checkpoint {folder} is damaged (" in said and "the one before, of step 4, is used" in said
-    assert not same(params, restore_run(finished[0])[1])
+    assert not same(params, restore_run(finished[0]).params)
     train(parse(config), copied)
     log = (copied / "train.log").read_text()
-    assert f"the checkpoint {folder} is damaged (" in log and "kept as 6.damaged; the one before, of step 4, is" in log
-    assert log.count("stage2: resumes after step 4") == 1
+    assert (
+        f"the checkpoint {folder} is damaged (" in log and "renamed to 6.damaged; the one before, of step 4, is" in log
+    )
+    assert log.count("stage2: resuming from step 4") == 1
     assert sorted(path.name for path in folder.parent.iterdir()) == ["4", "6", "6.damaged"]
     assert losses(copied) == losses(finished[0])
-    assert same(restore_run(copied)[1], restore_run(finished[0])[1])
+    assert same(restore_run(copied).params, restore_run(finished[0]).params)
 
 
 def test_damage_to_all_checkpoints_of_a_stage_is_an_error_and_never_a_fresh_start(
@@ -389,11 +397,11 @@ def test_damage_to_all_checkpoints_of_a_stage_is_an_error_and_never_a_fresh_star
     shutil.rmtree(folders[0].parent)  # as it says
     train(parse(config), copied)
     assert losses(copied) == losses(finished[0])
-    assert same(restore_run(copied)[1], restore_run(finished[0])[1])
+    assert same(restore_run(copied).params, restore_run(finished[0]).params)
 
 
 def test_a_checkpoint_of_another_model_is_one_sentence(copied, config_file, capsys):
-    """The config is that of the workdir, so only the checkpoint can tell."""
+    """The config is that of the workdir, so that only the checkpoint differs."""
     stored = json.loads((copied / "config.json").read_text())
     stored["model"]["intermediate_size"] = 32
     (copied / "config.json").write_text(json.dumps(stored))
@@ -462,7 +470,7 @@ def test_what_is_damaged_in_a_workdir_is_rebuilt(finished, copied, config_file, 
     for stage in STAGES:
         figures = [{**one[stage]["evaluation"], "seconds": 0} for one in (stages, before)]
         assert figures[0] == figures[1] and stages[stage]["steps"] == STEPS
-    assert same(restore_run(copied)[1], restore_run(finished[0])[1])
+    assert same(restore_run(copied).params, restore_run(finished[0]).params)
 
 
 @pytest.mark.parametrize(("name", "damage"), REFUSED)
@@ -581,7 +589,7 @@ def test_the_clock_keeps_compilation_out_of_rate_and_time_left(monkeypatch):
     for took, compiled, waited in ((30.0, True, 0.0), (2.0, False, 1.0), (2.0, False, 1.0)):
         with clock.waiting_for_data({}):
             now[0] += waited
-        with clock.setting_compilation_apart(Function()):
+        with clock.excluding_compilation(Function()):
             now[0] += took
             programs[0] += compiled
     figures = clock.lap(13)
