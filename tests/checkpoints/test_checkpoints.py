@@ -220,7 +220,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two, tmp_path,
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"metrics": 3}', '{"init_timestamp_nsecs": "x"}'])
 def test_the_file_that_orbax_reads_first_is_named(two, tmp_path, content):
-    """Without it the checkpoint can be read."""
+    """Without the file the checkpoint can be read."""
     folder, state = tmp_path / "stage", make_state()
     shutil.copytree(two, folder)
     path = folder / "2" / "_CHECKPOINT_METADATA"
@@ -264,18 +264,18 @@ def test_a_reader_leaves_a_damaged_checkpoint_where_it_is(two, tmp_path):
     [
         (
             {"params": {"decoder": {"kernel": jnp.zeros((5, 4))}}},
-            r"decoder.kernel of shape \(500, 400\), here it is \(5",
+            r"decoder.kernel of shape \(500, 400\) in place of \(5, 4\)",
         ),
         (
             {"params": {"decoder": {"kernels": jnp.zeros((500, 400))}}},
-            "params has decoder.kernel, which is none",
+            "params has the unexpected decoder.kernel",
         ),
         ({"teacher": None}, "training has the unexpected teacher.kernel"),
         ({"opt_state": (*make_state().opt_state, {"new": jnp.zeros(3)})}, r"training has no opt_state.\d.new"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_no_damaged_one(two, tmp_path, changes, difference):
-    """It is not passed over for one before it: none of them is this model's."""
+    """It is not skipped for the one before it, which is not this model's either."""
     folder = tmp_path / "stage"
     shutil.copytree(two, folder)
     like = make_state().replace(**changes)

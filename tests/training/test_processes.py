@@ -78,11 +78,11 @@ def start(
 
 
 def train(config_file: Path, workdir: Path, processes: int) -> list[str]:
-    """Run the training command to its end; returns what each process printed."""
+    """Run the training command to its end and return the output of each process."""
     started = start(config_file, workdir, processes)
     try:
         printed = [process.communicate(timeout=240)[0] for process in started]
-    finally:  # of several that wait for each other none would end
+    finally:  # processes that wait for each other would never end
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0] * processes, "\n".join(printed)[-3000:]
@@ -138,7 +138,7 @@ def test_what_one_process_cannot_read_is_damaged_for_all(tmp_path):
 
 
 def test_sigterm_to_one_stops_all_at_the_same_step(config_file, tmp_path):
-    # A device a process, where collectives of XLA on CPUs were met in different orders.
+    # One device per process, where collectives of XLA on CPUs were met in different orders.
     started = start(config_file, tmp_path, 2, devices=2, flags=("--config.mesh.data=1",))
     while all(process.poll() is None for process in started) and not (tmp_path / "metrics.jsonl").exists():
         time.sleep(0.01)
@@ -178,13 +178,13 @@ BAD_ADDRESSES = [
 ]
 
 
-JOIN = """
+INITIALIZE = """
 import argparse, sys
 import jax
-from ilvr_jax.distributed import add_flags, join, open_exchange
+from ilvr_jax.distributed import add_flags, initialize_distributed, open_exchange
 parser = argparse.ArgumentParser()
 add_flags(parser)
-join(parser.parse_args(sys.argv[1:]))
+initialize_distributed(parser.parse_args(sys.argv[1:]))
 print(open_exchange()(jax.process_index()))
 """
 
@@ -193,7 +193,7 @@ def test_processes_meet_at_an_ipv6_address():
     address = f"localhost:{free_port()}"
     with contextlib.suppress(OSError):  # a machine without IPv6
         address = f"[::1]:{free_port(socket.AF_INET6)}"
-    command = [sys.executable, "-c", JOIN, f"--coordinator={address}", "--processes=2", "--timeout=60"]
+    command = [sys.executable, "-c", INITIALIZE, f"--coordinator={address}", "--processes=2", "--timeout=60"]
     started = [
         subprocess.Popen(
             [*command, f"--process={process}"],
