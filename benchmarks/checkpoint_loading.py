@@ -1,9 +1,9 @@
-"""Host memory and time that published checkpoints take to load, convert and export. Linux only (/proc).
+"""Host memory and time to load, convert and export published checkpoints. Linux only (/proc).
 
 python -m benchmarks.checkpoint_loading [--gigabytes=4] [--dtype=bfloat16]
 
 A random checkpoint with the widths of Qwen2.5-VL-3B and as many layers as fit is written to a temporary folder. Each
-row is a process of its own. The device is the CPU, so that a process must hold the parameters in host memory.
+row of the table is a separate process. The device is the CPU, so that the parameters are in host memory.
 """
 
 import argparse
@@ -36,13 +36,13 @@ from ilvr_jax.models.qwen2_5_vl.weights import published_shapes
 from ilvr_jax.models.tensor_files import TensorToWrite, write_tensors
 
 SHARD_BYTES = 10**9
-SAMPLED_EVERY = 0.002  # seconds
+SAMPLING_INTERVAL = 0.002  # seconds
 TABLE_BYTES = 2 * 151936 * 2048 * 2  # the embedding and the output head
 LAYER_BYTES = 195_000_000  # a decoder layer and a block of the vision tower
 
 
 def published_config(layers: int) -> dict:
-    """Return the config.json of a Qwen2.5-VL-3B with that many layers in each tower and an output head of its own."""
+    """Return the config.json of a Qwen2.5-VL-3B with `layers` layers in each tower and a separate output head."""
     return {
         "model_type": "qwen2_5_vl",
         "torch_dtype": "bfloat16",
@@ -68,7 +68,7 @@ def published_config(layers: int) -> dict:
 
 
 def write_checkpoint(folder: Path, gigabytes: float) -> dict[str, int]:
-    """Write a random bfloat16 checkpoint without latent tokens, and returns the bytes of its tensors."""
+    """Write a random bfloat16 checkpoint without latent tokens, and return the bytes of its tensors."""
     published = published_config(max(1, round((gigabytes * 1e9 - TABLE_BYTES) / LAYER_BYTES)))
     (folder / "config.json").write_text(json.dumps(published))
     words = ["assistant", *(token for token in SPECIAL_TOKENS if token not in LATENT_TOKENS)]
@@ -88,7 +88,7 @@ def write_checkpoint(folder: Path, gigabytes: float) -> dict[str, int]:
 
 
 def load(folder: Path, dtype: str) -> int:
-    """Load a checkpoint as a run does and returns the bytes of the parameters."""
+    """Load a checkpoint as a run does, and return the bytes of the parameters."""
     pretrained = open_pretrained(folder)
     config = model_config_from_hf(pretrained.hf_config)
     params = jax.block_until_ready(load_params(pretrained, config, dtype, jax.random.key(0)))
@@ -96,22 +96,22 @@ def load(folder: Path, dtype: str) -> int:
 
 
 def convert(folder: Path, destination: Path) -> None:
-    """Do what `python -m ilvr_jax.convert from-hf` does."""
+    """Convert a checkpoint as `python -m ilvr_jax.convert from-hf` does."""
     save_converted(open_pretrained(folder), destination)
 
 
 def measure(task: Callable[..., int | None], *arguments: object) -> dict[str, float]:
-    """Run a task in a fresh process and returns its seconds, its result and, in bytes, its memory.
+    """Run a task in a fresh process, and return its seconds, its result and its memory in bytes.
 
-    `before` and `peak` count what the process itself holds, before the task and at most (sampled). `resident` is the
-    system's own record of the most memory, with the pages of libraries and mapped files, which it can take back.
+    `before` and `peak` are the process's own memory, before the task and at its maximum (sampled). `resident` is the
+    maximum that the system recorded, including pages of libraries and mapped files, which it can reclaim.
     """
     parent, child = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_run, args=(child, task, arguments))
     process.start()
     child.close()
     before, peak = parent.recv(), 0
-    while not parent.poll(SAMPLED_EVERY):
+    while not parent.poll(SAMPLING_INTERVAL):
         peak = max(peak, memory(process.pid, "RssAnon"))
     result = parent.recv()
     process.join()
@@ -119,7 +119,7 @@ def measure(task: Callable[..., int | None], *arguments: object) -> dict[str, fl
 
 
 def _run(connection: Connection, task: Callable[..., int | None], arguments: tuple) -> None:
-    jax.block_until_ready(jax.numpy.zeros(1))  # the runtime is started
+    jax.block_until_ready(jax.numpy.zeros(1))  # starts the runtime
     connection.send({"before": memory(os.getpid(), "RssAnon")})
     start = time.perf_counter()
     result = task(*arguments)
@@ -134,7 +134,7 @@ def memory(process: int, field: str) -> int:
 
 
 def main() -> None:
-    """Write the checkpoint, measures each way in and out of it and prints a table."""
+    """Write the checkpoint, measure loading, conversion and export, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.0, help="of the checkpoint in bfloat16, from 1.5")
     parser.add_argument("--dtype", default="bfloat16", help="of the loaded parameters")
@@ -142,22 +142,22 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     columns = ("before", "peak", "above parameters", "peak with file pages", "seconds", "GB/s")
     table = Table("", *columns, title="host memory in GB")
-    with tempfile.TemporaryDirectory() as name:
-        published, converted, exported = (Path(name, part) for part in ("published", "converted", "exported"))
+    with tempfile.TemporaryDirectory() as folder:
+        published, converted, exported = (Path(folder, part) for part in ("published", "converted", "exported"))
         published.mkdir()
         sizes = write_checkpoint(published, arguments.gigabytes)
         stored = sum(sizes.values())
-        for what, task, *task_arguments in (
+        for name, task, *task_arguments in (
             (f"load published files as {arguments.dtype}", load, published, arguments.dtype),
             ("convert them (from-hf)", convert, published, converted),
             (f"load the converted folder as {arguments.dtype}", load, converted, arguments.dtype),
             ("export it (to-hf)", export, converted, exported, None, None, False, None),
         ):
-            found = measure(task, *task_arguments)
-            above = found["peak"] - found["before"] - (found["result"] or stored)
-            sizes_shown = (found["before"], found["peak"], above, found["resident"])
-            speed = (f"{found['seconds']:.1f}", f"{stored / found['seconds'] / 1e9:.2f}")
-            table.add_row(what, *(f"{size / 1e9:.2f}" for size in sizes_shown), *speed)
+            result = measure(task, *task_arguments)
+            above = result["peak"] - result["before"] - (result["result"] or stored)
+            sizes_shown = (result["before"], result["peak"], above, result["resident"])
+            speed = (f"{result['seconds']:.1f}", f"{stored / result['seconds'] / 1e9:.2f}")
+            table.add_row(name, *(f"{size / 1e9:.2f}" for size in sizes_shown), *speed)
     console = Console(width=120)
     console.print(table)
     largest = max(sizes, key=sizes.get)

@@ -1,9 +1,9 @@
-"""Tokens a second of the engine beside transformers' PyTorch `generate`, on the same random weights and prompts.
+"""Tokens per second of the engine and of transformers' PyTorch `generate`, on the same random weights and prompts.
 
 python -m benchmarks.decode [--batches 1 16] [--prompt=64] [--new-tokens=64] [--repeats=5]
 
-Text alone, greedy, float32 on the CPU. The two take turns in one process, with the threads that they take by
-themselves. Needs PyTorch (requirements-dev.txt).
+Text only, greedy, float32 on the CPU. The two alternate in one process, each with its default number of threads. Needs
+PyTorch (requirements-dev.txt).
 """
 
 import argparse
@@ -18,11 +18,11 @@ from rich.table import Table
 
 from benchmarks.machine import Parser, machine, positive, refuse
 
-SPECIAL_IDS = 10  # the first ids of the vocabulary; neither side writes them
+SPECIAL_IDS = 10  # the first ids of the vocabulary, which neither generates
 
 
 def describe(arguments: argparse.Namespace) -> dict:
-    """Return the config.json of the model that is compared; its vision tower is not used and small."""
+    """Return the config.json of the model; its vision tower is small and unused."""
     head_dim = arguments.hidden // arguments.heads
     return {
         "vocab_size": arguments.vocabulary,
@@ -49,7 +49,7 @@ def describe(arguments: argparse.Namespace) -> dict:
 
 
 def make_torch(description: dict):
-    """Return transformers' model with random weights, of which no row of the head favours a special token."""
+    """Return transformers' model with random weights, in which special tokens are never the most likely."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -58,12 +58,12 @@ def make_torch(description: dict):
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     with torch.no_grad():
-        model.lm_head.weight[:SPECIAL_IDS] = 0.0  # the largest of the other logits is above 0
+        model.lm_head.weight[:SPECIAL_IDS] = 0.0  # the largest other logit is above 0
     return model
 
 
 def make_ours(torch_model, description: dict, prompts: np.ndarray, new_tokens: int) -> Callable[[], tuple]:
-    """Return what serves all prompts at once, after compiling, and gives tokens, seconds and those to first tokens."""
+    """Return a compiled function that answers all prompts and returns tokens, seconds and seconds to first tokens."""
     from ilvr_jax.inference.engine import Engine, Request, fit_settings
     from ilvr_jax.method.layout import build_sample
     from ilvr_jax.method.tokens import SpecialTokens
@@ -90,7 +90,7 @@ def make_ours(torch_model, description: dict, prompts: np.ndarray, new_tokens: i
 
 
 def make_theirs(model, prompts: np.ndarray, new_tokens: int) -> Callable[[], tuple]:
-    """Return what answers all prompts in one call of `generate`, and gives tokens, seconds and those of one token."""
+    """Return a function that answers all prompts with `generate`; it returns tokens, seconds and those of one token."""
     import torch
 
     inputs = torch.tensor(prompts, dtype=torch.long)
@@ -111,12 +111,12 @@ def make_theirs(model, prompts: np.ndarray, new_tokens: int) -> Callable[[], tup
 
 
 def rates(batch: int, new_tokens: int, seconds: float, first: float) -> tuple[float, float]:
-    """Return tokens a second, of the whole and of what follows the first ones."""
+    """Return tokens per second of whole answers, and of the tokens after the first ones."""
     return batch * new_tokens / seconds, batch * (new_tokens - 1) / (seconds - first)
 
 
 def read_flags() -> argparse.Namespace:
-    """Return the flags; a bad value ends the program with a sentence."""
+    """Read the flags; a bad value ends the program with a message."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=positive, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=positive, default=64, help="tokens of a prompt")
@@ -134,14 +134,14 @@ def read_flags() -> argparse.Namespace:
     if arguments.heads % arguments.key_value_heads:
         refuse(f"--key-value-heads must divide --heads ({arguments.heads}), got {arguments.key_value_heads}")
     if arguments.prompt < 3 or arguments.new_tokens < 2:
-        refuse("--prompt has to be 3 or more, --new-tokens 2 or more")
+        refuse("--prompt must be at least 3, and --new-tokens at least 2")
     if arguments.vocabulary < 2 * SPECIAL_IDS:
         refuse(f"--vocabulary must be at least {2 * SPECIAL_IDS}, got {arguments.vocabulary}")
     return arguments
 
 
 def main() -> None:
-    """Let the two take turns for each batch size and prints a table."""
+    """Measure both in turns for each batch size, and print a table."""
     arguments = read_flags()
     os.environ["JAX_PLATFORMS"] = "cpu"
     try:
@@ -169,10 +169,10 @@ def main() -> None:
             side()
         turns = []
         for turn in range(arguments.repeats):
-            found = [side() for side in sides]
-            turns.append([rates(batch, arguments.new_tokens, *times) for _, *times in found])
+            results = [side() for side in sides]
+            turns.append([rates(batch, arguments.new_tokens, *times) for _, *times in results])
             console.print(f"batch {batch}, turn {turn + 1} of {arguments.repeats}", style="dim")
-        ours, theirs = (tokens for tokens, *_ in found)
+        ours, theirs = (tokens for tokens, *_ in results)
         same = int((ours == theirs).sum())
         agreements.append(f"{same} of {ours.size} new tokens at batch {batch}")
         for place, what in enumerate(("whole, with prompts", "after first tokens")):

@@ -1,4 +1,4 @@
-"""How many samples a second the input pipeline makes by itself, on generated FrozenLake maps.
+"""Samples per second of the input pipeline alone, on generated FrozenLake maps.
 
 python -m benchmarks.input_pipeline [--batch-size=64] [--seconds=10] [--workers 0 2]
 """
@@ -21,19 +21,19 @@ from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenize
 from ilvr_jax.method.layout import collate, merge_layouts, required_layout
 from ilvr_jax.models.qwen2_5_vl.images import WindowGeometry
 
-MEASURED = 256  # records of which the stages are timed one by one, and which set the bucket's shape
+MEASURED = 256  # records, for which each step of the pipeline is timed, and which set the bucket's shape
 GEOMETRY = WindowGeometry(2)  # that of configs/base.py
 
 
 def milliseconds(make: Callable[[int], object], count: int) -> tuple[float, list]:
-    """Return the time of one call of `make(i)`, averaged over i < count, and what the calls returned."""
+    """Return the mean time of `make(i)` for i < count, and the results."""
     start = time.perf_counter()
     made = [make(index) for index in range(count)]
     return (time.perf_counter() - start) / count * 1e3, made
 
 
 def main() -> None:
-    """Time each stage for one sample, then the whole pipeline; prints a table."""
+    """Time each step for one sample, then the whole pipeline, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=10.0)
@@ -41,17 +41,17 @@ def main() -> None:
     arguments = parser.parse_args()
 
     source = FrozenLakeSource(FrozenLakeConfig(), seed=0, count=1_000_000)
-    source[0]  # sprites are read once
+    source[0]  # reads the sprites
     record_time, records = milliseconds(source.__getitem__, MEASURED)
     tokenizer = train_tokenizer(record_texts(records))
     special = special_tokens(tokenizer)
     table = Table(
-        "helper images", "what", "workers", "ms a sample", "samples/s", f"ms a batch of {arguments.batch_size}"
+        "helper images", "step", "workers", "ms per sample", "samples/s", f"ms per batch of {arguments.batch_size}"
     )
 
-    def row(kind: str, what: str, workers: str, sample_time: float) -> None:
+    def row(kind: str, step: str, workers: str, sample_time: float) -> None:
         batch_time = sample_time * arguments.batch_size
-        table.add_row(kind, what, workers, f"{sample_time:.2f}", f"{1e3 / sample_time:.0f}", f"{batch_time:.1f}")
+        table.add_row(kind, step, workers, f"{sample_time:.2f}", f"{1e3 / sample_time:.0f}", f"{batch_time:.1f}")
 
     row("", "make the map and draw it", "", record_time)
     for kind in ("omit", "latent"):
@@ -60,7 +60,7 @@ def main() -> None:
         )
         build_time, samples = milliseconds(lambda index, make=to_sample: make(records[index]), MEASURED)
         layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in samples])
-        # What 256 records do not show is rare, and has a bucket of its own.
+        # Samples that do not occur in 256 records are rare, and have their own bucket.
         longest = dataclasses.replace(
             layout, prefix=layout.prefix + 64, segments=2 * layout.segments, text=2 * layout.text
         )
@@ -74,7 +74,7 @@ def main() -> None:
         row(kind, f"collate ({layout.columns} columns)", "", collate_time / len(batches[0]))
         for workers in arguments.workers:
             iterator = make_iterator(source, to_sample, [layout, longest], size, 0, special, GEOMETRY, workers)
-            for _ in range(4):  # what was prefetched, and starting the workers, does not count
+            for _ in range(4):  # excludes the start of the workers, and prefetched batches
                 next(iterator)
             count, start = 0, time.perf_counter()
             while time.perf_counter() - start < arguments.seconds:

@@ -1,8 +1,8 @@
-"""Memory that the loss and its gradient take beside their inputs, in chunks and with all logits at once.
+"""Temporary memory of the loss and its gradient, in chunks and with all logits at once.
 
 python -m benchmarks.lean_loss [--vocabulary=152064] [--hidden-size=2048] [--columns 1024 4096]
 
-Nothing is run: the figures are the compiler's, for the device that it compiles for.
+Nothing is run: the figures are those of the compiler, for its device.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, VisionConfig
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 
 
-def temporary_bytes(model: Qwen2_5VL, columns: int, head_learns: bool, chunk_logits: int | None) -> int:
-    """Return the temporary memory of the loss's gradient; all logits at once without `chunk_logits`."""
+def temporary_bytes(model: Qwen2_5VL, columns: int, head_trained: bool, chunk_logits: int | None) -> int:
+    """Return the temporary memory of the loss's gradient; without `chunk_logits` all logits are computed at once."""
 
     def loss(decoder, hidden, targets):
         if chunk_logits:
@@ -31,13 +31,13 @@ def temporary_bytes(model: Qwen2_5VL, columns: int, head_learns: bool, chunk_log
     decoder = jax.eval_shape(model.init, jax.random.key(0))["decoder"]
     hidden = jax.ShapeDtypeStruct((1, columns, model.config.hidden_size), model.config.dtype)
     targets = jax.ShapeDtypeStruct((1, columns), jnp.int32)
-    gradient = jax.grad(loss, (0, 1) if head_learns else 1)
+    gradient = jax.grad(loss, (0, 1) if head_trained else 1)
     compiled = jax.jit(gradient).lower(decoder, hidden, targets).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 def main() -> None:
-    """Compile both for each number of columns and prints a table."""
+    """Compile both for each number of columns, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocabulary", type=int, default=152064)
     parser.add_argument("--hidden-size", type=int, default=2048)
@@ -51,10 +51,10 @@ def main() -> None:
     model = Qwen2_5VL(config)
     title = "temporary memory of the loss's gradient"
     table = Table("output head", "columns", "all logits at once, GB", "in chunks, GB", title=title)
-    for head_learns in (True, False):
+    for head_trained in (True, False):
         for columns in arguments.columns:
-            sizes = [temporary_bytes(model, columns, head_learns, chunk) for chunk in (None, CHUNK_LOGITS)]
-            name = "learns" if head_learns else "frozen, as with LoRA"
+            sizes = [temporary_bytes(model, columns, head_trained, chunk) for chunk in (None, CHUNK_LOGITS)]
+            name = "trained" if head_trained else "frozen, as with LoRA"
             table.add_row(name, str(columns), *(f"{size / 1e9:.2f}" for size in sizes))
     console = Console()
     console.print(table)

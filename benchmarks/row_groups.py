@@ -1,8 +1,8 @@
-"""How many records a second are read from a parquet file in random order, and in the order that training reads it.
+"""Records per second read from a parquet file, in random order and in the order of training.
 
 python -m benchmarks.row_groups [--rows=2000] [--group=100] [--image-bytes=200000] [--seconds=20]
 
-The file is generated, in a temporary folder: three images to a row, of random bytes. Only reading is timed.
+The file is generated in a temporary folder, with three images of random bytes per row. Only reading is timed.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def write_file(path: Path, rows: int, group: int, image_bytes: int) -> None:
 
 
 def records_a_second(path: Path, order: Sequence[int], seconds: float) -> float:
-    """Return the rate of reading records in that order, until it ends or the time is up."""
+    """Return the rate of reading records in this order, to its end or until the time is up."""
     source = ZebraCotSource(path)
     start, count = time.perf_counter(), 0
     for number in order:
@@ -52,12 +52,12 @@ def records_a_second(path: Path, order: Sequence[int], seconds: float) -> float:
 
 
 def main() -> None:
-    """Write the file, reads it in both orders and prints a table."""
+    """Write the file, read it in both orders, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--group", type=int, default=100, help="rows of a row group")
+    parser.add_argument("--group", type=int, default=100, help="rows per row group")
     parser.add_argument("--image-bytes", type=int, default=200_000)
-    parser.add_argument("--seconds", type=float, default=20.0, help="at most, for each line")
+    parser.add_argument("--seconds", type=float, default=20.0, help="at most, for each row of the table")
     arguments = parser.parse_args()
     table = Table("order", "reads", "records/s")
     with tempfile.TemporaryDirectory() as folder:
@@ -67,8 +67,8 @@ def main() -> None:
         random = np.random.default_rng(0).permutation(arguments.rows).tolist()
         training = [numbers[position] for position in range(arguments.rows)]
         for name, order in (("random", random), ("training", training)):
-            for reads, every in (("every record", 1), ("every second, one of two workers", 2)):
-                table.add_row(name, reads, f"{records_a_second(path, order[::every], arguments.seconds):.0f}")
+            for reads, stride in (("every record", 1), ("every second, as one of two workers", 2)):
+                table.add_row(name, reads, f"{records_a_second(path, order[::stride], arguments.seconds):.0f}")
     console = Console(width=120)
     console.print(table)
     console.print(

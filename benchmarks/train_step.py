@@ -1,4 +1,4 @@
-"""How many samples a second a train step consumes, beside what the input pipeline makes by itself.
+"""Samples per second of a train step alone, and of the input pipeline alone.
 
 python -m benchmarks.train_step --config=configs/base.py [--seconds=20]
 """
@@ -27,11 +27,11 @@ from ilvr_jax.training.run import Run
 from ilvr_jax.training.setup import init_params, make_step
 from ilvr_jax.training.state import init_train_state
 
-BATCHES = 32  # kept in memory and given to the step in turn, so that it never waits
+BATCHES = 32  # held in memory and reused in turn, so that the step never waits
 
 
 def samples_per_second(consume: Callable[[], int], seconds: float) -> float:
-    """Return the rate of `consume`, which returns how many samples a call of it took, over some seconds."""
+    """Return the rate over some seconds of calls of `consume`, each of which returns its number of samples."""
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         count += consume()
@@ -39,7 +39,7 @@ def samples_per_second(consume: Callable[[], int], seconds: float) -> float:
 
 
 def rates(run: Run, stage: str, seconds: float) -> tuple[float, float]:
-    """Return the samples a second of the pipeline without a step, and of the step without the pipeline."""
+    """Return the samples per second of the pipeline without a step, and of the step without the pipeline."""
     optimizer, step = run.steps[stage]
     params = init_params(run.config, run.workdir, run.model, None, run.mesh)
     state = init_train_state(params, optimizer, run.config.stages[stage], jax.random.key(0), run.mesh)
@@ -61,9 +61,9 @@ def rates(run: Run, stage: str, seconds: float) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Time each stage of a config; prints a table."""
+    """Time each stage of a config, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=20.0, help="that each figure is measured over")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     options = read_config_flags(parser)
     config = options.config
     table = Table("stage", "batch", "pipeline alone, samples/s", "step alone, samples/s", "ratio")

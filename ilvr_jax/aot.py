@@ -1,6 +1,6 @@
-"""Compile a config for TPUs that are not here, and says whether it fits.
+"""Compile a config for a TPU topology on any machine, and print whether it fits.
 
-python -m ilvr_jax.aot --config=configs/qwen2_5_vl_7b_stage1.py --topology=v5e:4x4 --config.stage1.batch_size=16
+python -m ilvr_jax.aot --config=configs/qwen2_5_vl.py:7b-stage1 --topology=v5e:4x4 --config.stage1.batch_size=16
 python -m ilvr_jax.aot --sweep=docs/scale.jsonl
 """
 
@@ -20,7 +20,7 @@ from ilvr_jax.analysis.compilation import (
     Report,
     compile_decoding,
     compile_train_step,
-    open_model,
+    config_model,
     open_topology,
 )
 from ilvr_jax.analysis.flops import GIB, Chip
@@ -34,8 +34,8 @@ from ilvr_jax.method.layout import padded_tokens
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.run import check_choices
 
-SPARE = 0.05  # of a chip's memory, below which a program does not count as fitting
-# The cases of docs/scale.md: size, what learns and topology; a row a chip, everything divided over all.
+SPARE = 0.05  # the share of a chip's memory that must remain free
+# The cases of docs/scale.md: size, trained parts and topology; one row per chip, all arrays divided over all chips.
 SWEEP = (
     ("7b", "full", "v5e:4x4"),
     ("7b", "full", "v5e:8x8"),
@@ -53,11 +53,11 @@ SWEEP_BUCKET = "few_looks"
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and returns its exit status: 0 all fits, 1 something does not, 2 bad input."""
-    jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, not to run
+    """Run the command and return its exit status: 0 all fits, 1 something does not, 2 bad input."""
+    jax.config.update("jax_platforms", "cpu")  # libtpu compiles here, and runs nothing
     parser = ArgumentParser(prog="python -m ilvr_jax.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--topology", help="such as v5e:4x4, v5p:2x2x2 or v6e:4x4")
-    parser.add_argument("--sweep", type=path_flag, help="compiles the cases of docs/scale.md, each kept in this file")
+    parser.add_argument("--sweep", type=path_flag, help="compile the cases of docs/scale.md into this file")
     parser.add_argument(
         "--stage", help="the stage to compile, or decoding (default: the config's stages, then decoding)"
     )
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.config_file is None or options.topology is None:
         raise BadConfig("--config and --topology are needed, or --sweep; --topology=v5e:4x4 is one")
     check_choices(options.config)
-    config, model = options.config, open_model(options.config)
+    config, model = options.config, config_model(options.config)
     stages = [options.stage] if options.stage else [*config.stages, "decoding"]
     known = (*config.stages, "decoding")
     if stages[0] not in known:
@@ -96,37 +96,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compile_stage(
     config: RunConfig, stage: str, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]
 ) -> Report:
-    """Compile a stage's train step, or decoding; raises as these do."""
+    """Compile a stage's train step, or decoding; raises as `compile_train_step` does."""
     if stage == "decoding":
         return compile_decoding(config, bucket, model, chip, devices)
     return compile_train_step(config, stage, bucket, model, chip, devices)
 
 
 def sweep(path: Path, console: Console) -> int:
-    """Compile what is not yet in the file, adds a line for each to it, and prints all as a table for Markdown."""
+    """Compile the cases that the file lacks, append a line for each, and print all as a Markdown table."""
     lines = path.read_text().splitlines() if path.exists() else []
-    found = {tuple(line["case"]): line for line in map(json.loads, lines)}
+    results = {tuple(line["case"]): line for line in map(json.loads, lines)}
     cases = [(*case, stage) for case in SWEEP for stage in ("stage1", "stage2")]
     for case in cases:
-        if case not in found:
-            found[case] = sweep_case(*case)
+        if case not in results:
+            results[case] = sweep_case(*case)
             with path.open("a") as file:
-                file.write(json.dumps(found[case]) + "\n")
-            console.print(f"{' '.join(case)}: {found[case]}")
-    print(sweep_table([found[case] for case in cases]))
+                file.write(json.dumps(results[case]) + "\n")
+            console.print(f"{' '.join(case)}: {results[case]}")
+    print(sweep_table([results[case] for case in cases]))
     return 0
 
 
-def sweep_case(size: str, learns: str, topology: str, stage: str) -> dict[str, Any]:
-    """Return what compiling a case found, as an object of JSON."""
-    variant = "-".join([size, *["lora"] * (learns == "lora"), stage])
+def sweep_case(size: str, trained: str, topology: str, stage: str) -> dict[str, Any]:
+    """Compile a case and return the result as a JSON object."""
+    variant = "-".join([size, *["lora"] * (trained == "lora"), stage])
     config = load_config(f"configs/qwen2_5_vl.py:{variant}")
     chip, devices = open_topology(topology)
-    config[stage].batch_size = config[stage].accumulation = len(devices)  # a row a chip
+    config[stage].batch_size = config[stage].accumulation = len(devices)  # one row per chip
     config = parse(config)
-    case = {"case": [size, learns, topology, stage], "chips": len(devices), "libtpu": version("libtpu")}
+    case = {"case": [size, trained, topology, stage], "chips": len(devices), "libtpu": version("libtpu")}
     try:
-        report = compile_train_step(config, stage, SWEEP_BUCKET, open_model(config), chip, devices)
+        report = compile_train_step(config, stage, SWEEP_BUCKET, config_model(config), chip, devices)
     except DoesNotFit as error:
         return {**case, "fits": False, "wanted": str(error)}
     return {
@@ -137,7 +137,7 @@ def sweep_case(size: str, learns: str, topology: str, stage: str) -> dict[str, A
         "used_gib": round(report.used / GIB, 2),
         "tflop": round(report.flops / 1e12, 1),
         "least_ms": round(report.flops / report.chips / report.chip.flops * 1e3),
-        "collectives": {one.kind: [one.count, round(one.bytes / GIB, 2)] for one in report.collectives}
+        "collectives": {call.kind: [call.count, round(call.bytes / GIB, 2)] for call in report.collectives}
         if report.collectives is not None
         else None,
         "compiled_s": round(report.seconds),
@@ -145,21 +145,21 @@ def sweep_case(size: str, learns: str, topology: str, stage: str) -> dict[str, A
 
 
 def sweep_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table for Markdown."""
+    """Return the results as a Markdown table."""
     rows = [
-        "| model | learns | stage | topology | weights | optimizer | teacher | temporaries | all, GiB a chip | spare | "
-        "arithmetic at peak, ms | sent a chip, GiB | compiled in, s |",
+        "| model | trained | stage | topology | weights | optimizer | teacher | temporaries | all, GiB per chip | "
+        "spare | arithmetic at peak, ms | sent per chip, GiB | compiled in, s |",
         "| --- | --- | --- | --- " + "| ---: " * 9 + "|",
     ]
     for line in lines:
-        size, learns, topology, stage = line["case"]
-        head = f"| {size.upper()} | {learns} | {stage} | {topology} "
+        size, trained, topology, stage = line["case"]
+        head = f"| {size.upper()} | {trained} | {stage} | {topology} "
         if "gib" not in line:
             rows.append(head + f"| does not fit: {line['wanted']} " + "| " * 8 + "|")
             continue
         memory = [f"{line['gib'][kind]:.2f}" for kind in ("weights", "optimizer", "teacher", "temporaries")]
-        found = line["collectives"]
-        sent = "unknown" if found is None else f"{sum(size for _, size in found.values()):.0f}"
+        calls = line["collectives"]
+        sent = "unknown" if calls is None else f"{sum(size for _, size in calls.values()):.0f}"
         figures = [*memory, f"{line['used_gib']:.2f}", f"{line['spare']:.0%}"]
         figures += [str(line["least_ms"]), sent, str(line["compiled_s"])]
         rows.append(head + "".join(f"| {figure} " for figure in figures) + "|")
@@ -173,14 +173,14 @@ def largest_bucket(config: RunConfig) -> str:
 
 
 def show(report: Report, topology: str, console: Console) -> None:
-    """Print what a program takes."""
-    table = Table("memory a chip", "GiB", title=f"{report.name} on {topology}", title_justify="left")
+    """Print the memory, arithmetic and communication of a program."""
+    table = Table("memory per chip", "GiB", title=f"{report.name} on {topology}", title_justify="left")
     for kind, size in report.memory.items():
         table.add_row(kind, f"{size / GIB:.2f}")
     table.add_section()
     table.add_row(f"of {report.chip.memory / GIB:.0f} GiB", f"{report.used / GIB:.2f}")
     console.print(table)
-    sent = "; ".join(f"{one.count} {one.kind}, {one.bytes / GIB:.2f} GiB" for one in report.collectives or ())
+    sent = "; ".join(f"{call.count} {call.kind}, {call.bytes / GIB:.2f} GiB" for call in report.collectives or ())
     if report.collectives is None:
         sent = "unknown, since this jaxlib cannot read the program that libtpu compiled"
     at_peak = report.flops / report.chips / report.chip.flops
@@ -188,17 +188,17 @@ def show(report: Report, topology: str, console: Console) -> None:
     console.print(
         f"{'fits' if report.spare >= SPARE else 'too tight'}: {report.spare:.0%} to spare\n"
         f"model arithmetic {report.flops / 1e12:.1f} TFLOP, {at_peak * 1e3:.0f} ms on {report.chips} chips; "
-        f"weights and optimizer read and written {report.traffic / GIB:.1f} GiB a chip, {at_bandwidth * 1e3:.0f} ms\n"
-        f"communication a chip: {sent or 'none'}; calls of attention kernels written in the program: {report.kernels}\n"
+        f"weights and optimizer read and written {report.traffic / GIB:.1f} GiB per chip, {at_bandwidth * 1e3:.0f} ms\n"
+        f"communication per chip: {sent or 'none'}; calls of attention kernels: {report.kernels}\n"
         f"compiled in {report.seconds:.0f} s; not run"
     )
 
 
 def advice(config: RunConfig, stage: str) -> str:
-    """Return what to change, most effective first."""
+    """Return what to change, in order of effect."""
     if stage == "decoding":
-        return "take more chips, divide weights further (mesh.fsdp, mesh.tensor) or lower eval.batch_size"
-    ways = ["take more chips"]
+        return "use more chips, divide weights further (mesh.fsdp, mesh.tensor) or lower eval.batch_size"
+    ways = ["use more chips"]
     if config.mesh.fsdp == 1 and config.mesh.tensor == 1:
         ways = ["divide parameters over the mesh (mesh.fsdp=-1, mesh.data=1)"]
     if config.model.remat_policy != "full":

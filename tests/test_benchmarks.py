@@ -1,11 +1,12 @@
-"""The arithmetic of the benchmarks: least times against numbers worked out by hand."""
+"""The arithmetic of the benchmarks: lower bounds against numbers worked out by hand."""
 
 import dataclasses
 
 import pytest
 
 from benchmarks import decode, latency
-from benchmarks.latency import CASES, Case, figures, forced_tokens, least, trace
+from benchmarks.latency import figures, least
+from benchmarks.latency_cases import CASES, FIRST_WORD, METHODS, Case, forced_tokens, trace
 from ilvr_jax.analysis.flops import Cost, Peaks, decoder_cost, layer_weights, vision_cost
 from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, VisionConfig
 
@@ -21,10 +22,10 @@ def test_weights_of_a_layer():
 
 def test_one_token_of_the_decoder():
     """416 numbers a layer, 80 in the head; two layers keep 2 x 4 numbers a column, and 5 columns are there."""
-    work = decoder_cost(CONFIG, start=5, count=1, rows=1)
-    assert work.reads == 2 * 480 + 80 + 5 * 2 * 2 * 4
+    cost = decoder_cost(CONFIG, start=5, count=1, rows=1)
+    assert cost.reads == 2 * 480 + 80 + 5 * 2 * 2 * 4
     # Each layer multiplies 8 channels with the keys, and again with the values, of 6 columns.
-    assert work.flops == 2 * (2 * 480 + 80 + 2 * 2 * 8 * 6)
+    assert cost.flops == 2 * (2 * 480 + 80 + 2 * 2 * 8 * 6)
 
 
 def test_rows_share_weights_and_what_is_there_once():
@@ -42,12 +43,12 @@ def test_many_columns_take_what_they_take_one_by_one_but_for_the_head():
 
 def test_an_image():
     """64 vision tokens are 256 patches; 3 blocks see windows of 64 patches, one sees all."""
-    work = vision_cost(CONFIG, 64, images=1)
+    cost = vision_cost(CONFIG, 64, images=1)
     block, embedding, merger = 4 * 16 * 16 + 3 * 16 * 24, 588 * 16, 64 * (64 + 8)
-    assert work.reads == 4 * block + embedding + merger
+    assert cost.reads == 4 * block + embedding + merger
     attention = 256 * 2 * 16 * (3 * 64 + 256)
-    assert work.flops == 2 * (256 * (4 * block + embedding) + attention + 64 * merger)
-    assert vision_cost(CONFIG, 64, 3) == Cost(3 * work.flops, work.reads)
+    assert cost.flops == 2 * (256 * (4 * block + embedding) + attention + 64 * merger)
+    assert vision_cost(CONFIG, 64, 3) == Cost(3 * cost.flops, cost.reads)
 
 
 def test_the_steps_of_an_answer():
@@ -62,7 +63,7 @@ def test_the_steps_of_an_answer():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_method_writes_the_same_text(case):
-    counts = {method: forced_tokens(case, method).count(latency.FIRST_WORD) for method in latency.METHODS}
+    counts = {method: forced_tokens(case, method).count(FIRST_WORD) for method in METHODS}
     assert set(counts.values()) == {case.text * (case.looks + 1)}
     assert len(trace(case, "pixels").pictures) == case.looks
     assert len(trace(case, "latent").slots) == case.looks * (case.slots + 2)

@@ -1,4 +1,4 @@
-"""Train steps and decoding compiled for TPUs that are not here: memory a chip, arithmetic and communication."""
+"""Ahead-of-time compilation for TPU topologies: memory per chip, arithmetic and communication."""
 
 import dataclasses
 import importlib.util
@@ -34,44 +34,45 @@ from ilvr_jax.models.sharding import ROWS, check_mesh, divisor, make_mesh, on_me
 from ilvr_jax.training.setup import make_step
 from ilvr_jax.training.state import abstract_train_state
 
-# What the library for TPUs would otherwise ask a cloud that is not there.
+# libtpu would otherwise look these up on a TPU machine.
 NO_CLOUD = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
-NO_CLOUD["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing runs, so processes may compile beside each other
+NO_CLOUD["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing runs, so that processes may compile in parallel
 
-# Their values are of no account to a compiled program.
+# A compiled program does not depend on their values.
 SPECIAL = SpecialTokens(*range(10))
 
 
 class DoesNotFit(Exception):
-    """A program does not fit into a chip's memory; its sentence says how much it takes."""
+    """Raised when a program does not fit into a chip's memory; its message has the size."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a compiled program takes of each chip."""
+    """Memory, arithmetic and communication of a compiled program."""
 
     name: str
     chip: Chip
     chips: int
-    memory: Mapping[str, int]  # bytes by kind
-    flops: float  # of the model, all chips together, without what rematerialisation does twice
-    traffic: float  # bytes between a chip and its memory, at the least
-    kernels: int  # calls of Pallas kernels that the program is written with
-    collectives: Sequence[Collective] | None  # None if jaxlib cannot read what libtpu wrote
+    memory: Mapping[str, int]  # bytes per chip by kind
+    flops: float  # of the model on all chips, without recomputation by rematerialisation
+    traffic: float  # bytes between a chip and its memory, a lower bound
+    kernels: int  # calls of Pallas kernels
+    collectives: Sequence[Collective] | None  # None if jaxlib cannot read the program that libtpu compiled
     seconds: float  # of compilation
 
     @property
     def used(self) -> int:
+        """Bytes of a chip's memory."""
         return sum(self.memory.values())
 
     @property
     def spare(self) -> float:
-        """The share of a chip's memory that is left."""
+        """The share of a chip's memory that remains free."""
         return 1.0 - self.used / self.chip.memory
 
 
 def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
-    """Return kind and devices of a TPU topology such as "v5e:4x4"; raises BadConfig if there is none of that name."""
+    """Return the chip and the devices of a TPU topology such as "v5e:4x4"; raises BadConfig for an unknown name."""
     generation, _, shape = name.partition(":")
     chip = CHIPS.get(generation)
     if chip is None or not shape:
@@ -90,15 +91,15 @@ def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
         raise BadConfig(f"--topology must be one of {known}, got {name!r}") from error
 
 
-def open_model(config: RunConfig) -> Qwen2_5VL:
-    """Return the model of a config; of a published checkpoint its shape alone is asked for."""
+def config_model(config: RunConfig) -> Qwen2_5VL:
+    """Return the model of a config, without reading any weights."""
     name = config.model.init_from
     with config_errors("model"):
         if name in SHAPES:
             return Qwen2_5VL(model_config(config.model, 0, published_description(name)))
         if name:
             return Qwen2_5VL(model_config(config.model, 0, open_init_from(name, weights=False).hf_config))
-        # The tokenizer that a run makes for itself has some hundred tokens.
+        # A run's own tokenizer has some hundred tokens.
         return Qwen2_5VL(model_config(config.model, 256))
 
 
@@ -107,7 +108,7 @@ def compile_train_step(
 ) -> Report:
     """Compile the train step of a stage for a bucket of its batches, on the mesh of the config.
 
-    Raises BadConfig if the mesh does not fit the devices, the batch or the model, DoesNotFit if it needs more memory.
+    Raises BadConfig if the mesh does not fit the devices, the batch or the model, DoesNotFit if memory is too small.
     """
     settings = config.stages[stage]
     mesh = _mesh(config, model, devices)
@@ -115,7 +116,7 @@ def compile_train_step(
     cached = config.data.feature_cache and "vision" not in settings.train
     optimizer, step = make_step(config, stage, model, mesh)
     state = abstract_train_state(abstract_params(model, config, mesh), optimizer, settings, mesh)
-    batch = batch_like(layout, settings.batch_size, model, mesh, cached)
+    batch = abstract_batch(layout, settings.batch_size, model, mesh, cached)
     memory = {
         "weights": local_bytes(state.params),
         "optimizer": local_bytes(state.opt_state),
@@ -123,13 +124,13 @@ def compile_train_step(
         "batch": local_bytes(batch),
     }
     flops = train_flops(model.config, settings.objective, settings.train, layout, settings.batch_size, not cached)
-    kept = sum(memory.values()) - memory["batch"]
+    read = sum(memory.values()) - memory["batch"]
     written = memory["optimizer"] + memory["teacher"] + sum(local_bytes(state.params[part]) for part in settings.train)
-    return _compile(f"{stage}, {bucket}", step, (state, batch), mesh, chip, memory, flops, float(kept + written))
+    return _compile(f"{stage}, {bucket}", step, (state, batch), mesh, chip, memory, flops, float(read + written))
 
 
 def compile_decoding(config: RunConfig, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]) -> Report:
-    """Compile decoding as the config's `eval` section says, of prompts as long as a bucket's prefix."""
+    """Compile decoding with the config's `eval` settings, for prompts as long as a bucket's prefix."""
     mesh = _mesh(config, model, devices)
     layout = config_buckets(config, "slots")[bucket]
     layout = Layout(prefix=layout.prefix, images=layout.images, image_tokens=layout.image_tokens, helper_tokens=0)
@@ -137,7 +138,7 @@ def compile_decoding(config: RunConfig, bucket: str, model: Qwen2_5VL, chip: Chi
     shards = divisor("rows", mesh)
     rows = -(-config.eval.batch_size // shards) * shards
     params = abstract_params(model, config, mesh)
-    batch = batch_like(layout, rows, model, mesh, cached=False)
+    batch = abstract_batch(layout, rows, model, mesh, cached=False)
     seeds = jax.ShapeDtypeStruct((rows,), np.uint32, sharding=NamedSharding(mesh, PartitionSpec(ROWS)))
     memory = {"weights": local_bytes(params), "batch": local_bytes(batch)}
     flops = rows * decoder_flops(
@@ -167,7 +168,7 @@ def _compile(
 ) -> Report:
     if sum(memory.values()) > chip.memory:
         kinds = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in memory.items())
-        raise DoesNotFit(f"before any temporaries a chip of {chip.memory / GIB:.0f} GiB would hold {kinds} GiB")
+        raise DoesNotFit(f"without temporaries each chip of {chip.memory / GIB:.0f} GiB would hold {kinds} GiB")
     start = time.perf_counter()
     with on_mesh(mesh):
         lowered = function.lower(*call)
@@ -177,13 +178,13 @@ def _compile(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
-        raise DoesNotFit(f"it takes {used[1]} of {used[2]}" if used else str(error).splitlines()[0]) from error
+        raise DoesNotFit(f"it needs {used[1]} of {used[2]}" if used else str(error).splitlines()[0]) from error
     seconds = time.perf_counter() - start
-    found = compiled.memory_analysis()
-    # What goes in and out of the program takes its place once: the step's state is given away to be written over.
-    others = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    memory["temporaries"] = found.temp_size_in_bytes + max(0, others - sum(memory.values()))
-    memory["program"] = found.generated_code_size_in_bytes
+    analysis = compiled.memory_analysis()
+    # Aliased inputs and outputs count once: the step donates its state.
+    arguments = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    memory["temporaries"] = analysis.temp_size_in_bytes + max(0, arguments - sum(memory.values()))
+    memory["program"] = analysis.generated_code_size_in_bytes
     kernels = lowered.as_text().count("@tpu_custom_call")
     return Report(name, chip, mesh.size, memory, flops, traffic, kernels, _communication(compiled), seconds)
 
@@ -192,21 +193,25 @@ def _communication(compiled: jax.stages.Compiled) -> list[Collective] | None:
     try:
         return collectives(compiled.as_text())
     except jax.errors.JaxRuntimeError as error:
-        if "RET_CHECK" not in str(error):  # the reader of an older jaxlib does not know all that libtpu writes
+        if "RET_CHECK" not in str(error):  # an older jaxlib cannot parse everything that libtpu writes
             raise
         return None
 
 
-def batch_like(layout: Layout, rows: int, model: Qwen2_5VL, mesh: Mesh, cached: bool) -> Batch:
-    """Return shapes, dtypes and places of a batch, with images' features if they are `cached`."""
+def abstract_batch(layout: Layout, rows: int, model: Qwen2_5VL, mesh: Mesh, cached: bool) -> Batch:
+    """Return shapes, dtypes and shardings of a batch, with features in place of images if they are `cached`."""
     features = EncodedImage(np.zeros((0, 0, model.config.hidden_size), jax.numpy.dtype(model.config.dtype)))
-    none = collate([], layout, SPECIAL, model.geometry, features if cached else NO_IMAGE)
-    place = NamedSharding(mesh, PartitionSpec(ROWS))
-    return jax.tree.map(lambda array: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=place), none)
+    empty = collate([], layout, SPECIAL, model.geometry, features if cached else NO_IMAGE)
+    sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+
+    def abstract(array: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=sharding)
+
+    return jax.tree.map(abstract, empty)
 
 
 def local_bytes(tree: PyTree) -> int:
-    """Return the bytes of a tree on each device, from shapes with where they lie."""
+    """Return the bytes of a tree on each device, from shapes with shardings."""
 
     def size(leaf: jax.ShapeDtypeStruct) -> int:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

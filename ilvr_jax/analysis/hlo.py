@@ -1,4 +1,4 @@
-"""What a compiled program sends between chips, read off its text."""
+"""Communication between chips in a compiled program, read from its HLO text."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of communication of a chip: how often, and the bytes of the results; loops count as they run."""
+    """One kind of communication of a chip: its number of calls, loops counted as they run, and bytes of results."""
 
     kind: str
     count: int
@@ -27,9 +27,9 @@ class Collective:
 
 
 def collectives(program: str) -> list[Collective]:
-    """Return the communication of a compiled program, from its HLO text after optimisation."""
+    """Return the communication in a program's optimised HLO text."""
     computations, entry = _computations(program)
-    found = {}  # by channel: what is overlapped with arithmetic is written down once for each piece of it
+    calls = {}  # by channel: a call that overlaps arithmetic appears once per piece of it
 
     def visit(name: str, times: int) -> None:
         for line in computations.get(name, ()):
@@ -39,7 +39,7 @@ def collectives(program: str) -> list[Collective]:
             kind = operation[2].removesuffix("-start")
             if kind in KINDS:
                 channel = CHANNEL.search(line)
-                found[channel[1] if channel else line] = (kind, times, _largest(operation[1]))
+                calls[channel[1] if channel else line] = (kind, times, _largest(operation[1]))
             condition = CONDITION.search(line)
             trips = _trips(computations[condition[1]]) if condition else 1
             for group in CALLED.findall(line):
@@ -48,20 +48,20 @@ def collectives(program: str) -> list[Collective]:
 
     visit(entry, 1)
     counts, sizes = Counter(), Counter()
-    for kind, times, size in found.values():
+    for kind, times, size in calls.values():
         counts[kind] += times
         sizes[kind] += times * size
     return [Collective(kind, counts[kind], sizes[kind]) for kind in KINDS if counts[kind]]
 
 
 def _trips(condition: list[str]) -> int:
-    """Return how often a loop runs that counts from 0 to a constant; 1, the least, if it is another kind."""
+    """Return the iterations of a loop that counts from 0 to a constant; 1 for any other loop, a lower bound."""
     constants = {int(value) for line in condition for value in CONSTANT.findall(line)}
     return constants.pop() if len(constants) == 1 else 1
 
 
 def _computations(program: str) -> tuple[dict[str, list[str]], str]:
-    """Return the lines of each computation by its name, and the name of the one that is run."""
+    """Return the lines of each computation by name, and the name of the entry computation."""
     computations, entry, name = {}, "", ""
     for line in program.splitlines():
         if head := COMPUTATION.match(line):
@@ -74,7 +74,7 @@ def _computations(program: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _largest(shape: str) -> int:
-    """Return the bytes of an array, of the largest one in a tuple: the result, beside what it was made of."""
+    """Return the bytes of an array, or of the largest in a tuple: the result, which comes with its operands."""
     return max(
         (
             BYTES.get(dtype, 4) * math.prod(int(size) for size in sizes.split(",") if size)

@@ -1,4 +1,4 @@
-"""Compiling for TPUs that are not here."""
+"""Ahead-of-time compilation for TPU topologies."""
 
 import dataclasses
 import importlib.util
@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ilvr_jax import aot
-from ilvr_jax.analysis.compilation import open_model, open_topology
+from ilvr_jax.analysis.compilation import config_model, open_topology
 from ilvr_jax.analysis.flops import SHAPES, decoder_flops, train_flops, vision_flops
 from ilvr_jax.config.experiments import load_config, parse
 from ilvr_jax.method.layout import Layout
@@ -32,7 +32,7 @@ WIDE = dataclasses.replace(
 
 @pytest.fixture(autouse=True)
 def no_flags_for_another_compiler(monkeypatch):
-    """libtpu ends the process at a flag that it does not know, such as those for CPUs."""
+    """libtpu ends the process at an unknown flag, such as one for CPUs."""
     monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
@@ -73,7 +73,7 @@ def test_published_models_have_their_shapes_without_a_network(size, billions):
     config = load_config(f"{PUBLISHED}:{size.lower()}-stage1")
     config = parse(config)
     assert config.model.init_from in SHAPES
-    shapes = jax.eval_shape(open_model(config).init, jax.random.key(0))
+    shapes = jax.eval_shape(config_model(config).init, jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes["decoder"]))
     assert abs(count / 1e9 / billions - 1) < 0.01  # of the language model, as published for Qwen2.5
 
@@ -102,33 +102,33 @@ def test_published_models_have_their_shapes_without_a_network(size, billions):
 )
 def test_bad_flags_get_one_sentence(flags, sentence, capsys):
     assert aot.main(flags) == 2
-    said = capsys.readouterr().err
-    assert sentence in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
 
 
-def test_without_the_compiler_it_is_said_how_to_get_it(monkeypatch, capsys):
+def test_without_the_compiler_the_error_names_the_requirements(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert aot.main([BASE, "--topology=v5e:2x2"]) == 2
     assert "pip install -r requirements-tpu.txt" in capsys.readouterr().err
 
 
 @needs_libtpu
-def test_a_train_step_is_compiled_and_its_memory_told(capsys):
+def test_a_train_step_is_compiled_and_its_memory_printed(capsys):
     flags = ["--topology=v5e:2x2", "--stage=warm_up", "--bucket=small_short", "--config.mesh.fsdp=2"]
     assert aot.main([BASE, *flags]) == 0
-    said = capsys.readouterr().out
-    assert "warm_up, small_short on v5e:2x2" in said and "fits: 100% to spare" in said and "all-gather" in said
-    assert "kernels written in the program: 4" in said  # forward, again for the gradient, and two back
+    output = capsys.readouterr().out
+    assert "warm_up, small_short on v5e:2x2" in output and "fits: 100% to spare" in output and "all-gather" in output
+    assert "calls of attention kernels: 4" in output  # forward, recomputed for the gradient, and two backward
     assert aot.main([BASE, *flags, "--config.model.attention=xla"]) == 0
-    assert "kernels written in the program: 0" in capsys.readouterr().out
+    assert "calls of attention kernels: 0" in capsys.readouterr().out
 
 
 @needs_libtpu
-def test_what_does_not_fit_is_said_with_what_to_change(capsys):
+def test_a_program_that_does_not_fit_gets_advice(capsys):
     assert aot.main([STAGE1, "--topology=v5e:2x2", "--stage=stage1"]) == 1
-    said = capsys.readouterr().out
-    assert "a chip of 16 GiB would hold weights 7.4, optimizer 14.2, teacher 7.1" in said
-    assert "take more chips" in said and "model.lora.rank" in said
+    output = capsys.readouterr().out
+    assert "each chip of 16 GiB would hold weights 7.4, optimizer 14.2, teacher 7.1" in output
+    assert "use more chips" in output and "model.lora.rank" in output
 
 
 @needs_libtpu
