@@ -21,21 +21,21 @@ def test_weights_of_a_layer():
 
 
 def test_one_token_of_the_decoder():
-    """416 numbers a layer, 80 in the head; two layers keep 2 x 4 numbers a column, and 5 columns are there."""
+    """Two layers of 480 numbers, 80 in the head, and for each of 5 columns 2 x 4 cached numbers per layer."""
     cost = decoder_cost(CONFIG, start=5, count=1, rows=1)
     assert cost.reads == 2 * 480 + 80 + 5 * 2 * 2 * 4
     # Each layer multiplies 8 channels with the keys, and again with the values, of 6 columns.
     assert cost.flops == 2 * (2 * 480 + 80 + 2 * 2 * 8 * 6)
 
 
-def test_rows_share_weights_and_what_is_there_once():
+def test_rows_share_weights_and_a_common_prefix():
     one, four = (decoder_cost(CONFIG, 5, 1, rows) for rows in (1, 4))
     assert four.flops == 4 * one.flops
     assert four.reads - one.reads == 3 * 5 * 16
     assert decoder_cost(CONFIG, 5, 1, 4, shared=3).reads == 2 * 480 + 80 + 16 * (4 * 2 + 3)
 
 
-def test_many_columns_take_what_they_take_one_by_one_but_for_the_head():
+def test_many_columns_cost_as_much_as_one_by_one_except_for_the_head():
     together = decoder_cost(CONFIG, 5, 4, 1).flops
     single = sum(decoder_cost(CONFIG, start, 1, 1).flops for start in range(5, 9))
     assert together == single - 3 * 2 * 80
@@ -75,7 +75,7 @@ def test_the_least_time_is_the_larger_of_arithmetic_and_memory():
 
 
 def test_the_least_answer_is_made_of_its_parts():
-    peaks = Peaks(flops=1e30, bandwidth=4.0)  # as many numbers of 4 bytes a second as have to be read
+    peaks = Peaks(flops=1e30, bandwidth=4.0)  # so that seconds equal the numbers read, of 4 bytes each
     floor = least(CONFIG, SMALL, "latent", peaks)
     weights = 2 * 480 + 80
     assert floor["first_token"] == vision_cost(CONFIG, 64, 1).reads + weights
@@ -87,8 +87,8 @@ def test_the_least_answer_is_made_of_its_parts():
 
 def test_figures_are_shares_of_an_answer():
     steps = trace(SMALL, "pixels")
-    found = figures(3.0, 10.0, 4.0, steps, "pixels", SMALL)
-    assert found["text_token"] == 2.0 and found["look"] == 2.0 and found["answer"] == 17.0
+    parts = figures(3.0, 10.0, 4.0, steps, "pixels", SMALL)
+    assert parts["text_token"] == 2.0 and parts["look"] == 2.0 and parts["answer"] == 17.0
 
 
 @pytest.mark.parametrize("model, layers, whole", [("3b", 9, 36), ("7b", 7, 28)])
@@ -100,5 +100,5 @@ def test_a_quarter_of_a_model_keeps_its_proportions(model, layers, whole):
     assert dataclasses.replace(quarter, **same) == dataclasses.replace(full, **same)
 
 
-def test_rates_leave_the_first_tokens_out():
+def test_rates_exclude_the_first_tokens():
     assert decode.rates(batch=4, new_tokens=11, seconds=6.0, first=1.0) == (44 / 6, 8.0)

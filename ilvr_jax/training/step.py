@@ -67,7 +67,7 @@ def accumulation_parts(batch_size: int, accumulation: int, devices: int) -> int:
         raise ValueError(f"accumulation must divide batch_size ({batch_size}), got {accumulation}")
     if batch_size % devices:
         raise ValueError(
-            f"batch_size must be a multiple of {devices}, the devices that divide its rows, got {batch_size}"
+            f"batch_size must be a multiple of {devices}, the devices that share its rows, got {batch_size}"
         )
     rows, limit = batch_size // devices, batch_size // accumulation
     return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= limit)

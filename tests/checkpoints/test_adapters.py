@@ -1,4 +1,4 @@
-"""Adapters of PEFT: merged as PEFT merges them, trained on, put out and opened again; others are named and refused."""
+"""Adapters of PEFT: merged as PEFT merges them, trained further, exported and opened again; others are refused."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Checkpoints with embedding and head apart, and tied."""
+    """Checkpoints with separate and with tied embedding and head."""
     folder = tmp_path_factory.mktemp("bases")
     for tied in (False, True):
         save_published(folder / f"tied {tied}", dtype="float32", tied=tied)
@@ -50,7 +50,7 @@ def open_base(folder):
 
 
 def save_adapter(base, folder, resized=0, **settings):
-    """Save an adapter of PEFT with random matrices; returns PEFT's model as it opens that again."""
+    """Save an adapter of PEFT with random matrices, and return PEFT's model opened from it."""
     model = open_base(base)
     if resized:
         model.resize_token_embeddings(resized)
@@ -68,7 +68,7 @@ def save_adapter(base, folder, resized=0, **settings):
 
 
 def ours(name, lora=NO_LORA):
-    """Return the opened checkpoint, its shape and parameters, and the tensors that they are as a published one."""
+    """Return the opened checkpoint, its shape, its parameters, and their tensors as published."""
     pretrained = open_pretrained(name)
     config = dataclasses.replace(model_config_from_hf(pretrained.hf_config), lora=lora)
     config = dataclasses.replace(config, vocab_size=max(config.vocab_size, len(pretrained.tokenizer)))
@@ -86,7 +86,7 @@ def logits(config, params, ids):
 
 
 def same_logits(theirs, config, params):
-    """Assert that our model has the logits of PEFT's, whose adapters are apart, on tokens that both have."""
+    """Assert that our model has the logits of PEFT's, with unmerged adapters, on tokens that both have."""
     ids = list(range(2, 40))
     with torch.no_grad():
         expected = theirs(input_ids=torch.tensor([ids])).logits.numpy()
@@ -94,7 +94,7 @@ def same_logits(theirs, config, params):
 
 
 def same_tensors(theirs, ours, rows_apart=()):
-    """Assert that PEFT's merged model has our tensors, but for rows of latent tokens."""
+    """Assert that PEFT's merged model has our tensors, except rows of latent tokens."""
     theirs = {flat_name(name): tensor.numpy() for name, tensor in theirs.state_dict().items()}
     assert ours.keys() - theirs.keys() == set()
     for name, tensor in ours.items():
@@ -149,7 +149,7 @@ def test_a_tied_head_with_matrices_of_its_own_leaves_the_embedding_as_it_is(base
 
 @pytest.fixture(scope="module")
 def whole_decoder(base, tmp_path_factory):
-    """An adapter of all linear layers of the decoder, as our own are, and PEFT's model with it."""
+    """An adapter of all linear layers of the decoder, like our own, and PEFT's model with it."""
     folder = tmp_path_factory.mktemp("whole")
     targets = rf".*language_model.*\.({'|'.join(LORA_TARGETS)})"
     return folder, save_adapter(base, folder, r=4, lora_alpha=8, target_modules=targets)
@@ -186,15 +186,15 @@ def test_names_are_read_in_all_their_spellings(whole_decoder, tmp_path, spelling
     assert other.continues(LoraConfig(4, 8.0), 3) and not other.replaced
 
 
-def test_an_adapter_is_trained_on_where_the_settings_fit(whole_decoder, capsys):
+def test_an_adapter_is_trained_further_where_the_settings_fit(whole_decoder, capsys):
     folder, theirs = whole_decoder
     *_, merged = ours(folder)
     for lora in (LoraConfig(4, 8.0), LoraConfig(4, 32.0), LoraConfig(3, 8.0), LoraConfig(4, 8.0, targets=("q_proj",))):
         _, config, params, tensors = ours(folder, lora)
         second = [leaf for keys, leaf in jax.tree.leaves_with_path(params["adapters"]) if keys[-1].key == "b"]
-        trained_on = any(np.abs(leaf).max() > 0 for leaf in second)
-        assert trained_on == (lora.rank == 4 and lora.targets == LORA_TARGETS)
-        assert ("fresh ones are trained on top of it" in capsys.readouterr().err) != trained_on
+        continued = any(np.abs(leaf).max() > 0 for leaf in second)
+        assert continued == (lora.rank == 4 and lora.targets == LORA_TARGETS)
+        assert ("trains fresh ones on top of it" in capsys.readouterr().err) != continued
         for name, tensor in tensors.items():
             np.testing.assert_allclose(tensor, merged[name], atol=1e-6)
         if lora.alpha == 32:
@@ -242,7 +242,7 @@ def change_tensors(how):
             "missing layer",
             r"must hold matrices for all `target_modules`, but lacks those of model.*0.mlp.down",
         ),
-        ("empty", "must hold LoRA matrices, but is without tensors"),
+        ("empty", "must hold LoRA matrices, but has no tensors"),
         ("rank", r"must have the rank 4 of adapter_config.json, got shape \[3, 48\]"),
         ("inputs", r"must have shape \[4, 48\], as in its base, got \[4, 47\]"),
         ("outputs", r"must have shape \[32, 4\], as in its base, got \[31, 4\]"),
@@ -303,7 +303,7 @@ def test_tensors_that_do_not_fit_are_named(whole_decoder, tmp_path, how, sentenc
         ("base_model_name_or_path", "x" * 10000),
     ],
 )
-def test_fields_that_are_not_computed_are_named(whole_decoder, tmp_path, key, value):
+def test_fields_that_are_not_implemented_are_named(whole_decoder, tmp_path, key, value):
     folder = rewritten(whole_decoder[0], tmp_path / "adapter", {key: value})
     with pytest.raises(BadCheckpoint, match=f"`{key}` in .*adapter_config.json must ") as error:
         open_pretrained(folder)
@@ -340,7 +340,7 @@ def test_pickled_adapters_are_refused(whole_decoder, tmp_path):
 
 def test_a_base_is_found_beside_the_adapter_or_where_it_is_given(base, whole_decoder, tmp_path, monkeypatch):
     beside = rewritten(whole_decoder[0], tmp_path / "adapter", {"base_model_name_or_path": "../model"})
-    with pytest.raises(BadCheckpoint, match=r"ADAPTER@BASE.*which is not there"):
+    with pytest.raises(BadCheckpoint, match=r"ADAPTER@BASE.*which does not exist"):
         open_pretrained(beside)
     assert open_pretrained(f"{beside}@{base}").folder == base
     shutil.copytree(base, tmp_path / "model")
@@ -378,14 +378,14 @@ def test_commands_take_an_adapter(whole_decoder, tmp_path, capsys):
     merged = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     ids = torch.tensor([list(range(2, 40))])
     with torch.no_grad():
-        here, there = (model(input_ids=ids).logits[..., :200] for model in (merged, theirs))  # no latent tokens
-    np.testing.assert_allclose(here, there, atol=1e-4)
+        exported, original = (model(input_ids=ids).logits[..., :200] for model in (merged, theirs))  # no latent tokens
+    np.testing.assert_allclose(exported, original, atol=1e-4)
     flags = ["up down", "--max-new-tokens=6", "--json"]
-    told = []
+    tokens = []
     for name in (folder, tmp_path / "merged"):
         capsys.readouterr()
         assert generate.main([str(name), *flags, "--method=text"]) == 0
-        told.append(json.loads(capsys.readouterr().out)["tokens"])
-    assert told[0] == told[1]
+        tokens.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert tokens[0] == tokens[1]
     assert convert.main(["to-hf", str(folder), str(tmp_path / "other"), "--adapter"]) == 2
     assert "it is no run" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Which files and tensors of a folder become a model: those that transformers loads, whatever lies beside them."""
+"""The files and tensors of a folder that become a model: those that transformers loads, whatever else is there."""
 
 import json
 import os
@@ -48,13 +48,13 @@ def load(folder):
 
 @pytest.fixture(scope="module")
 def model(published):
-    """Shapes of the parameters, and the config that they are of."""
+    """The shapes of the parameters, and their config."""
     config = model_config_from_hf(open_pretrained(published).hf_config)
     return jax.eval_shape(Qwen2_5VL(config).init, jax.random.key(0)), config
 
 
 def final_norm(folder) -> float:
-    """Return a weight by which the tests tell checkpoints apart."""
+    """Return a weight that identifies a checkpoint."""
     return float(load(folder)["decoder"]["norm"]["weight"][0])
 
 
@@ -71,7 +71,7 @@ def check(model):
 
 @pytest.fixture
 def refusal(check):
-    """Return a function that returns the sentence with which a folder's weights are refused."""
+    """Return a function that returns the error for a folder's weights."""
     return lambda folder: sentence_of(check, folder)
 
 
@@ -83,12 +83,12 @@ def sentence_of(check, folder) -> str:
 
 
 def rewrite(path, change):
-    """Write a file of tensors again as `change`, which takes and returns them by name, makes them."""
+    """Rewrite a file of tensors with `change`, which maps tensors by name to tensors by name."""
     save_file(change(load_file(path)), path)
 
 
 def other_weights(folder, name):
-    """Write the weights, with another norm, under a name of their own."""
+    """Write the weights, with another norm, under another name."""
     tensors = load_file(folder / WEIGHTS)
     save_file({**tensors, NORM: np.full_like(tensors[NORM], 9.0)}, folder / name)
 
@@ -237,7 +237,7 @@ FP8 = ml_dtypes.float8_e4m3fn
 
 
 def quantised(parts):
-    """Return the change that puts the parts of a quantised layer in the place of its weights."""
+    """Return the change that replaces a layer's weights by the parts of a quantised layer."""
 
     def change(tensors):
         del tensors[f"{UP}weight"]
@@ -268,7 +268,7 @@ def quantised(parts):
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_quantised_weights_are_called_so(folder, parts, sentence, prefix, refusal):
     change = quantised(parts)
-    # The library's writer for numpy has no name for fp8: torch's has.
+    # The library's writer for numpy does not support fp8, that for torch does.
     tensors = {prefix + name: value for name, value in change(load_file(folder / WEIGHTS)).items()}
     import torch
     from safetensors.torch import save_file as save_torch_file

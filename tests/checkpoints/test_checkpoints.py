@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, however the process ended."""
+"""Checkpoints: what is restored is what was saved, however the process ended."""
 
 import errno
 import os
@@ -90,9 +90,9 @@ def test_the_newest_are_kept(tmp_path):
 
 
 def test_a_folder_is_a_checkpoint_by_its_name(tmp_path):
-    for name, told in (("4", True), ("04", False), ("²", False), ("4.damaged", False), ("0", True), ("-4", False)):
+    for name, expected in (("4", True), ("04", False), ("²", False), ("4.damaged", False), ("0", True), ("-4", False)):
         (tmp_path / name).mkdir()
-        assert is_checkpoint(tmp_path / name) == told
+        assert is_checkpoint(tmp_path / name) == expected
     (tmp_path / "7").write_text("")
     assert not is_checkpoint(tmp_path / "7")
 
@@ -105,10 +105,10 @@ def test_an_unfinished_checkpoint_is_not_one(tmp_path):
     (folder / "2.orbax-checkpoint-tmp" / "left_behind").touch()
     with Checkpoints(folder) as checkpoints:
         assert checkpoints.latest() == 1
-    assert (folder / "2.orbax-checkpoint-tmp").exists()  # somebody may be writing it: a reader leaves it alone
+    assert (folder / "2.orbax-checkpoint-tmp").exists()  # another process may be writing it, so a reader leaves it
     with Checkpoints(folder, keep=2) as checkpoints:
         assert checkpoints.latest() == 1
-        checkpoints.save(2, make_state(), make_iterator())  # it waits for the removal, which runs beside us
+        checkpoints.save(2, make_state(), make_iterator())  # waits for the removal, which runs in parallel
         assert not (folder / "2.orbax-checkpoint-tmp" / "left_behind").exists()
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["1", "2"]
     assert stages_with_checkpoints(tmp_path, ("warm_up", "stage1", "stage2")) == ["stage1"]
@@ -181,7 +181,7 @@ DAMAGES = {
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A folder with checkpoints of steps 1 and 2, the steps after which the second field of the state is as it is."""
+    """A folder with checkpoints of steps 1 and 2, whose states hold the step."""
     folder, state = tmp_path_factory.mktemp("two"), make_state()
     with Checkpoints(folder, keep=2) as checkpoints:
         for step in (1, 2):
@@ -213,7 +213,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two, tmp_path,
         step, state = checkpoints.restore_newest(restore, messages.append)
         assert (step, int(state.step), len(messages)) == (2, 2, 1)
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "2.damaged"]
-    with Checkpoints(folder, keep=1) as checkpoints:  # what was set aside is none of those that are counted
+    with Checkpoints(folder, keep=1) as checkpoints:  # renamed checkpoints do not count
         checkpoints.save(3, state, make_iterator())
     assert sorted(path.name for path in folder.iterdir()) == ["2.damaged", "3"]
 

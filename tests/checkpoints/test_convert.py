@@ -1,4 +1,4 @@
-"""Checkpoints in and out: bit for bit as transformers saves them, and what is not one is refused in a sentence."""
+"""Conversion of checkpoints: bit for bit as transformers saves them, and one-sentence errors for anything else."""
 
 import contextlib
 import dataclasses
@@ -256,7 +256,7 @@ def published(tmp_path_factory):
         ),
         ("empty", r"must hold model.safetensors, or .* but holds no weights"),
         ("architecture", "must have the `model_type` 'qwen2_5_vl', got 'llama'"),
-        ("image token", r"config.json: `image_token_id` must be the number of <\|image_pad\|>, got 0, that of"),
+        ("image token", r"config.json: `image_token_id` must be the id of <\|image_pad\|>, got 0, that of"),
         ("no config", "has no config.json"),
         ("index", "names model-00001-of-00002.safetensors, which must be files of .*, but are not there"),
         ("tokenizer", r"must have an embedding row for each token, but has \d+ tokens and 100 rows"),
@@ -399,7 +399,7 @@ CONVERSATION = [{"role": "user", "content": "up"}]
 
 
 def with_template(folder, place):
-    """Put a chat template where published checkpoints have one."""
+    """Write a chat template to where published checkpoints have one."""
     if place == "chat_template.jinja":
         (folder / place).write_text(JINJA)
     elif place == "chat_template.json":
@@ -410,7 +410,7 @@ def with_template(folder, place):
 
 
 def rendered(folder) -> list[str | None]:
-    """Return a conversation as the tokenizer's and the processor's template write it, each None without one."""
+    """Return a conversation formatted by the tokenizer's and by the processor's template, None without one."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     templates = [tokenizer.chat_template]
     templates.append(transformers.Qwen2_5_VLProcessor.get_processor_dict(str(folder))[0].get("chat_template"))

@@ -1,4 +1,4 @@
-"""Damage to the files beside the weights: each is opened as it should be, or one sentence names the file."""
+"""Damage to the files beside the weights: each is read as it should be, or an error names the file."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def folder(published, tmp_path):
 
 
 def problem(folder) -> str | None:
-    """Return the sentence with which a checkpoint is refused, None if it is opened."""
+    """Return the error for a checkpoint, None if it is opened."""
     try:
         open_pretrained(folder)
         return None
@@ -148,7 +148,7 @@ def test_objects_with_other_contents_are_named(folder, name, change, sentence):
 
 
 def split(folder):
-    """Put a tokenizer's older files in the place of its tokenizer.json."""
+    """Replace a tokenizer's tokenizer.json by its older files."""
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     save(folder / "vocab.json", model["vocab"])
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]

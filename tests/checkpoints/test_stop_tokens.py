@@ -1,4 +1,4 @@
-"""What ends an answer: as transformers' `generate` ends it with the same files, in both decoders and in exports."""
+"""Stop tokens: those of transformers' `generate` with the same files, in both decoders and in exports."""
 
 import json
 import shutil

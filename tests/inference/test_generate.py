@@ -168,7 +168,7 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path, published, capsys):
     for name, sentence in (
         ("", "the checkpoint must be a folder or a name on the hub, got ''"),
         (tmp_path, "must be the workdir of a run or a published checkpoint, but has no config.json"),
-        (tmp_path / "absent", "absent must be the folder of a checkpoint, or a name on the hub, and is neither"),
+        (tmp_path / "absent", "absent must be the folder of a checkpoint or a name on the hub, but is neither"),
     ):
         assert main([str(name), "What?"]) == 2
         assert sentence in capsys.readouterr().err

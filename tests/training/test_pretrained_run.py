@@ -1,4 +1,4 @@
-"""Both stages from a published checkpoint on real examples: losses fall, resuming changes nothing, results go out."""
+"""Both stages from a published checkpoint on real examples: losses fall, runs resume, results are exported."""
 
 import json
 import os
@@ -231,8 +231,8 @@ def test_the_teachers_weights_go_out_on_request(finished, tmp_path, capsys):
     assert "has no teacher" in capsys.readouterr().err
 
 
-def test_stage_2_goes_on_in_the_workdir_of_stage_1(small, tmp_path):
-    """Both begin from adapters, which are trained on, and are not asked for again."""
+def test_stage_2_resumes_in_the_workdir_of_stage_1(small, tmp_path):
+    """Both train adapters further, and neither needs the published checkpoint again."""
     config, workdir, adapter = tiny_run(*small, lora=True), tmp_path / "run", tmp_path / "adapter"
     base, settings = config.model.init_from, LoraConfig(config.model.lora.rank, config.model.lora.alpha)
     model = build_model(parse(config), small[0], read_tokenizer(small[0]))
@@ -247,7 +247,7 @@ def test_stage_2_goes_on_in_the_workdir_of_stage_1(small, tmp_path):
     train(parse(first), workdir)
     learnt = restore_run(workdir).params["adapters"]
     for one, other in zip(jax.tree.leaves(learnt), jax.tree.leaves(begun), strict=True):
-        assert 0 < np.abs(one - other).max() < 0.1  # two steps on from where it began
+        assert 0 < np.abs(one - other).max() < 0.1  # two steps after its start
     shutil.rmtree(adapter)
     train(parse(config), workdir)
     assert [(line["stage"], line["step"]) for line in curve(workdir)] == [(s, n) for s in STAGES for n in (1, 2)]

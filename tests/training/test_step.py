@@ -1,4 +1,4 @@
-"""One step is one step, however it is computed: rematerialised, accumulated, alone or together."""
+"""The train step gives the same numbers rematerialised, accumulated, and with rows alone or together."""
 
 import dataclasses
 
@@ -138,7 +138,7 @@ def numbers(state):
 
 @pytest.mark.parametrize("at_fault", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(at_fault, monkeypatch):
-    """A poisoned batch leaves the state to the bit, names its record, and the next good one is a step again."""
+    """A poisoned batch leaves the state unchanged to the bit and names its record; the next good batch is a step."""
     good, model = lay_out(samples()), Qwen2_5VL(CONFIG)
     poisoned = good.replace(record=np.array([0, 1, POISON + 2, POISON + 3], np.int32))
     poison_objective(monkeypatch, "alignment")
@@ -153,7 +153,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(at_fault, monk
 
         monkeypatch.setattr("ilvr_jax.training.step.loss_and_gradients", overflowing)
     optimizer = make_optimizer(stage())
-    key = jax.random.key(5)  # of its own: the step gives it away
+    key = jax.random.key(5)  # its own, since the step donates it
     state = create_state(model.init(jax.random.key(0)), optimizer, ("decoder",), with_teacher=True, key=key)
     step = make_train_step(model, stage(), LATENTS, optimizer)
     state, values = step(state, good)

@@ -41,7 +41,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """The tiny config; compiled programs are kept, since every call of `train` would compile them again."""
+    """The tiny config, with a compilation cache, since every call of `train` would compile all programs again."""
     folder = tmp_path_factory.mktemp("train")
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
@@ -104,7 +104,7 @@ def test_a_finished_run_is_not_run_again(finished, config):
     assert again == summary
 
 
-def test_stopped_and_killed_runs_end_as_one_that_was_not(finished, config, tmp_path, monkeypatch):
+def test_stopped_and_killed_runs_end_as_an_uninterrupted_one(finished, config, tmp_path, monkeypatch):
     """Ctrl-C in the middle of stage 1 loses nothing; a crash in stage 2 loses the steps since the last checkpoint."""
     workdir = tmp_path / "stopped"
     advance = Progress.advance
@@ -117,7 +117,7 @@ def test_stopped_and_killed_runs_end_as_one_that_was_not(finished, config, tmp_p
 
         monkeypatch.setattr(Progress, "advance", advance_or_stop)
 
-    handler = signal.getsignal(signal.SIGINT)  # a run in the background may have been started with another
+    handler = signal.getsignal(signal.SIGINT)  # a background run may have started with another one
     stop_at("stage1", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted, match="stopped in stage1 after step 3 of 6, saved in .*; the same") as stopped:
         train(parse(config), workdir)
@@ -144,7 +144,7 @@ def test_stopped_and_killed_runs_end_as_one_that_was_not(finished, config, tmp_p
 
 
 def test_a_run_stopped_at_the_last_step_of_a_stage_keeps_its_figures(config, tmp_path, monkeypatch):
-    """The stage's file is there after a signal, made again if a kill lost it, and never that of other parameters."""
+    """A stage's summary exists after a signal, is written again if a kill lost it, and never of other parameters."""
     config = config.copy_and_resolve_references()
     config.stages = ("warm_up",)
     workdir = tmp_path / "run"
@@ -180,7 +180,7 @@ def test_a_run_stopped_at_the_last_step_of_a_stage_keeps_its_figures(config, tmp
 
 
 class Poisoned:
-    """A train step that is given a poisoned record in one row at some of its calls."""
+    """A train step that gets a poisoned record in one row at some of its calls."""
 
     def __init__(self, step, calls, row=1):
         self.step, self._cache_size, self.calls, self.number, self.row = step, step._cache_size, calls, 0, row
@@ -267,7 +267,7 @@ def test_too_many_skipped_in_a_row_end_the_run_with_the_records(config, tmp_path
     with pytest.raises(Diverged, match="warm_up, step 6: the updates of 3 steps in a row"):
         train(parse(config), workdir)
     poison(monkeypatch, ())
-    config.max_skipped = 4  # it has no effect on what is learnt, so it may be another
+    config.max_skipped = 4  # it does not affect the parameters, so it may change
     assert train(parse(config), workdir)["stages"]["warm_up"]["skipped_updates"] == 1
 
 
@@ -294,12 +294,12 @@ def test_changed_records_are_refused_or_accepted(config, tmp_path):
     assert "accepted by data.accept_change, a new epoch begins" in (workdir / "train.log").read_text()
     config.data.accept_change = False
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:9]))
-    train(parse(config), workdir)  # stages that are to come may have others
+    train(parse(config), workdir)  # later stages may have other records
     assert "warm_up: finished earlier" in (workdir / "train.log").read_text()
 
 
 def test_the_same_records_or_unknown_ones_resume_where_they_were(config):
-    """Workdirs older than fingerprints have none to compare."""
+    """Older workdirs have no fingerprints to compare."""
     messages, source = [], FrozenLakeSource(FrozenLakeConfig(), 0, 200)
     run = types.SimpleNamespace(config=config, source=source, progress=types.SimpleNamespace(log=messages.append))
     place = {"position": 7, "pending": [5], "skipped": [], "records": source.fingerprint()}
@@ -332,7 +332,7 @@ def copied(finished, tmp_path):
 
 
 def test_a_stage_is_evaluated_again_on_other_records_or_after_other_steps(copied, config, tmp_path):
-    """The figures of a run are never those of records or parameters that it no longer has."""
+    """The figures of a run are never of records or parameters that it no longer has."""
     config = config.copy_and_resolve_references()
     lines = Path(config.eval.data).read_text().splitlines(keepends=True)
     shutil.copytree(Path(config.eval.data).parent / "images", tmp_path / "images")
@@ -393,8 +393,8 @@ def test_damage_to_all_checkpoints_of_a_stage_is_an_error_and_never_a_fresh_star
     assert f"no checkpoint in {folders[0].parent} can be read: restore one of 6, 4 from a copy, or move" in error
     assert len(error) < 400
     assert sorted(path.name for path in folders[0].parent.iterdir()) == ["4", "6"]
-    assert losses(copied) == losses(finished[0])  # still those of the run that was
-    shutil.rmtree(folders[0].parent)  # as it says
+    assert losses(copied) == losses(finished[0])  # still those of the first run
+    shutil.rmtree(folders[0].parent)  # as the message advises
     train(parse(config), copied)
     assert losses(copied) == losses(finished[0])
     assert same(restore_run(copied).params, restore_run(finished[0]).params)
@@ -424,7 +424,7 @@ DAMAGES = {
     "FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
 }
 NEWEST = "checkpoints/stage2/6"
-REBUILT = [  # what is written anew, or was of no use any more
+REBUILT = [  # files that are written again, or no longer needed
     ("stages/stage2.json", "deleted"),
     ("stages/warm_up.json", "list"),
     ("evaluations/stage2.json", "deleted"),
@@ -455,7 +455,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("name", "damage"), REBUILT)
 def test_what_is_damaged_in_a_workdir_is_rebuilt(finished, copied, config_file, name, damage, capfd):
-    """The same command ends with the results of the run that was: of what is damaged nothing else depends."""
+    """The same command ends with the results of the first run, since nothing else depends on these files."""
     DAMAGES[damage](copied / name)
     if name == "metrics.jsonl":  # of a stage that is not trained any more
         shutil.copy(finished[0] / name, copied / name)
