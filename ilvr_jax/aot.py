@@ -31,7 +31,7 @@ from ilvr_jax.config.flags import read_config_flags
 from ilvr_jax.config.schema import RunConfig
 from ilvr_jax.data.sources import config_buckets
 from ilvr_jax.method.layout import padded_tokens
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.base import Model
 from ilvr_jax.training.run import check_choices
 
 SPARE = 0.05  # the share of a chip's memory that must remain free
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compile_stage(
-    config: RunConfig, stage: str, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]
+    config: RunConfig, stage: str, bucket: str, model: Model, chip: Chip, devices: list[jax.Device]
 ) -> Report:
     """Compile a stage's train step, or decoding; raises as `compile_train_step` does."""
     if stage == "decoding":

@@ -27,9 +27,9 @@ from ilvr_jax.evaluation.maps import decode_settings
 from ilvr_jax.inference.decode import generate
 from ilvr_jax.method.layout import NO_IMAGE, Batch, Layout, collate
 from ilvr_jax.method.tokens import SpecialTokens
-from ilvr_jax.models.qwen2_5_vl.config import model_config
+from ilvr_jax.models import build_model
+from ilvr_jax.models.base import Model
 from ilvr_jax.models.qwen2_5_vl.images import EncodedImage
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.sharding import ROWS, check_mesh, divisor, make_mesh, on_mesh
 from ilvr_jax.training.setup import make_step
 from ilvr_jax.training.state import abstract_train_state
@@ -91,20 +91,20 @@ def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
         raise BadConfig(f"--topology must be one of {known}, got {name!r}") from error
 
 
-def config_model(config: RunConfig) -> Qwen2_5VL:
+def config_model(config: RunConfig) -> Model:
     """Return the model of a config, without reading any weights."""
     name = config.model.init_from
     with config_errors("model"):
         if name in SHAPES:
-            return Qwen2_5VL(model_config(config.model, 0, published_description(name)))
+            return build_model(config.model, 0, published_description(name))
         if name:
-            return Qwen2_5VL(model_config(config.model, 0, open_init_from(name, weights=False).hf_config))
+            return build_model(config.model, 0, open_init_from(name, weights=False).hf_config)
         # A run's own tokenizer has some hundred tokens.
-        return Qwen2_5VL(model_config(config.model, 256))
+        return build_model(config.model, 256)
 
 
 def compile_train_step(
-    config: RunConfig, stage: str, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]
+    config: RunConfig, stage: str, bucket: str, model: Model, chip: Chip, devices: list[jax.Device]
 ) -> Report:
     """Compile the train step of a stage for a bucket of its batches, on the mesh of the config.
 
@@ -129,7 +129,7 @@ def compile_train_step(
     return _compile(f"{stage}, {bucket}", step, (state, batch), mesh, chip, memory, flops, float(read + written))
 
 
-def compile_decoding(config: RunConfig, bucket: str, model: Qwen2_5VL, chip: Chip, devices: list[jax.Device]) -> Report:
+def compile_decoding(config: RunConfig, bucket: str, model: Model, chip: Chip, devices: list[jax.Device]) -> Report:
     """Compile decoding with the config's `eval` settings, for prompts as long as a bucket's prefix."""
     mesh = _mesh(config, model, devices)
     layout = config_buckets(config, "slots")[bucket]
@@ -149,7 +149,7 @@ def compile_decoding(config: RunConfig, bucket: str, model: Qwen2_5VL, chip: Chi
     return _compile(f"decoding, {bucket}", generate, call, mesh, chip, memory, flops, traffic)
 
 
-def _mesh(config: RunConfig, model: Qwen2_5VL, devices: list[jax.Device]) -> Mesh:
+def _mesh(config: RunConfig, model: Model, devices: list[jax.Device]) -> Mesh:
     with config_errors("mesh"):
         mesh = make_mesh(vars(config.mesh), devices)
         check_mesh(mesh, model.config)
@@ -198,7 +198,7 @@ def _communication(compiled: jax.stages.Compiled) -> list[Collective] | None:
         return None
 
 
-def abstract_batch(layout: Layout, rows: int, model: Qwen2_5VL, mesh: Mesh, cached: bool) -> Batch:
+def abstract_batch(layout: Layout, rows: int, model: Model, mesh: Mesh, cached: bool) -> Batch:
     """Return shapes, dtypes and shardings of a batch, with features in place of images if they are `cached`."""
     features = EncodedImage(np.zeros((0, 0, model.config.hidden_size), jax.numpy.dtype(model.config.dtype)))
     empty = collate([], layout, SPECIAL, model.geometry, features if cached else NO_IMAGE)

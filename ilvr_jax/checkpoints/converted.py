@@ -16,8 +16,7 @@ from jaxtyping import PyTree
 
 from ilvr_jax.errors import quote
 from ilvr_jax.files import check_room, full_disk, is_full_disk, read_object
-from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.base import Model
 from ilvr_jax.models.sharding import placed_like
 from ilvr_jax.models.tensor_files import BadCheckpoint
 
@@ -79,9 +78,7 @@ def _silent_failed_tasks() -> Iterator[None]:
         tasks.disabled, (sys.excepthook, sys.unraisablehook) = False, hooks
 
 
-def read_params(
-    folder: Path, config: ModelConfig, stored_dtype: str, dtype: str | Mapping[str, str], mesh: Mesh
-) -> PyTree:
+def read_params(folder: Path, model: Model, stored_dtype: str, dtype: str | Mapping[str, str], mesh: Mesh) -> PyTree:
     """Return the parameters of a converted folder, stored as `stored_dtype`, on the mesh.
 
     `dtype` is that of all parts, or of each ("vision", "decoder").
@@ -101,7 +98,7 @@ def read_params(
         leaf.delete()
         return wide
 
-    shapes = placed_like(jax.eval_shape(Qwen2_5VL(config).init, jax.random.key(0)), mesh)
+    shapes = placed_like(jax.eval_shape(model.init, jax.random.key(0)), mesh)
     shapes = jax.tree_util.tree_map_with_path(narrow, shapes)
     with _checkpointer(shapes) as reader:
         arguments = ocp.args.PyTreeRestore(shapes, ocp.checkpoint_utils.construct_restore_args(shapes))

@@ -22,7 +22,9 @@ from ilvr_jax.data.images import image_processor_settings
 from ilvr_jax.data.tokenizer import LATENT_TOKENS, add_latent_tokens, read_tokenizer
 from ilvr_jax.errors import InputError, quote
 from ilvr_jax.files import copy, read_json, read_object, write_json
-from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, model_config_from_hf
+from ilvr_jax.models import BACKBONES
+from ilvr_jax.models.base import Backbone
+from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
 from ilvr_jax.models.qwen2_5_vl.published import published_dtype
 from ilvr_jax.models.qwen2_5_vl.weights import HEAD, has_own_head, is_nested, stored_dtype
 from ilvr_jax.models.tensor_files import INDEX, WEIGHTS, BadCheckpoint, checkpoint_tensors, read_index, warn
@@ -57,9 +59,14 @@ class Pretrained:
         """The dtype of its weights, float32 if neither its config nor a file names one."""
         return published_dtype(self.hf_config) or "float32"
 
+    @property
+    def backbone(self) -> Backbone:
+        """Its kind of model."""
+        return BACKBONES[self.hf_config["model_type"]]
+
     def model_config(self, **changes: Any) -> ModelConfig:
         """Return the model's shape, with `changes` and an embedding row for each token."""
-        config = model_config_from_hf(self.hf_config, **changes)
+        config = config_of(self.hf_config, **changes)
         return dataclasses.replace(config, vocab_size=max(config.vocab_size, len(self.tokenizer)))
 
     def base(self, config: ModelConfig, name: str) -> str:
@@ -104,7 +111,7 @@ def open_pretrained(name: str | Path, weights: bool = True) -> Pretrained:
             read_object(folder / file, BadCheckpoint)
     check_stop_tokens(folder)
     hf_config = adapter.changed(base_hf_config) if adapter else base_hf_config
-    rows = model_config_from_hf(hf_config).vocab_size
+    rows = config_of(hf_config).vocab_size
     try:
         tokenizer = read_tokenizer(folder)
         lacking = [token for token in LATENT_TOKENS if token not in tokenizer.get_vocab()]
@@ -235,15 +242,21 @@ def read_published(folder: Path) -> dict[str, Any]:
         raise BadCheckpoint(f"{folder} has no config.json; a folder of a published checkpoint must have one")
     published = read_json(path, BadCheckpoint)
     kind = published.get("model_type") if isinstance(published, dict) else None
-    if kind != "qwen2_5_vl":
-        raise BadCheckpoint(f"{path} must have the `model_type` 'qwen2_5_vl', got {quote(kind)}")
+    if not isinstance(kind, str) or kind not in BACKBONES:
+        known = " or ".join(map(quote, BACKBONES))
+        raise BadCheckpoint(f"{path} must have the `model_type` {known}, got {quote(kind)}")
     try:
-        model_config_from_hf(published)
+        config_of(published)
     except InputError as error:
         # The fields of our own config have the names of the published ones.
         sentence = str(error).replace("`model.vision.", "`vision_config.").replace("`model.", "`")
         raise BadCheckpoint(f"{path}: {sentence}") from error
     return published
+
+
+def config_of(hf_config: Mapping[str, Any], **changes: Any) -> ModelConfig:
+    """Return the shape of a published model, of any backbone, with `changes`."""
+    return BACKBONES[hf_config["model_type"]].config_from_published(hf_config, **changes)
 
 
 def with_weight_facts(published: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -252,7 +265,7 @@ def with_weight_facts(published: dict[str, Any], folder: Path) -> dict[str, Any]
     Like transformers, a head that differs from the embedding is used whatever `tie_word_embeddings` is; a line on
     stderr names it.
     """
-    tied, dtype = model_config_from_hf(published).tie_word_embeddings, published_dtype(published)
+    tied, dtype = config_of(published).tie_word_embeddings, published_dtype(published)
     if not tied and dtype:
         return published
     try:

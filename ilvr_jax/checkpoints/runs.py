@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from transformers import PreTrainedTokenizerFast
 
+from ilvr_jax import models
 from ilvr_jax.checkpoints.manager import Checkpoints, NoCheckpoint
 from ilvr_jax.checkpoints.pretrained import read_published
 from ilvr_jax.checkpoints.stop_tokens import read_stop_tokens
@@ -21,8 +22,7 @@ from ilvr_jax.data.tokenizer import load_tokenizer, special_tokens
 from ilvr_jax.errors import quote
 from ilvr_jax.method.slots import init_params
 from ilvr_jax.method.tokens import SpecialTokens
-from ilvr_jax.models.qwen2_5_vl.config import model_config
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.base import Model
 from ilvr_jax.models.sharding import one_device, placed_like
 
 PRETRAINED = "pretrained"  # in a workdir: the description of the checkpoint that the run began from
@@ -32,7 +32,7 @@ class RestoredRun(NamedTuple):
     """A run after a step of one of its stages."""
 
     step: int
-    model: Qwen2_5VL
+    model: Model
     params: PyTree
     tokenizer: PreTrainedTokenizerFast
     special: SpecialTokens
@@ -92,7 +92,7 @@ def restore_teacher(workdir: Path, config: RunConfig, stage: str | None = None) 
 
 def build_model(
     config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast, hf_config: Mapping | None = None
-) -> Qwen2_5VL:
+) -> Model:
     """Return the model of a run, of the shape in its config or of the checkpoint that it begins from.
 
     `hf_config` describes that checkpoint, by default the config.json in `folder`.
@@ -100,12 +100,10 @@ def build_model(
     if config.model.init_from and hf_config is None:
         hf_config = read_published(folder)
     with config_errors("model"):
-        return Qwen2_5VL(model_config(config.model, len(tokenizer), hf_config))
+        return models.build_model(config.model, len(tokenizer), hf_config)
 
 
-def answer_tokens(
-    config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast, model: Qwen2_5VL
-) -> SpecialTokens:
+def answer_tokens(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast, model: Model) -> SpecialTokens:
     """Return the special tokens of a run, with the stop tokens of the checkpoint in `folder` that it begins from.
 
     Raises BadCheckpoint as `read_stop_tokens` does.
@@ -114,7 +112,7 @@ def answer_tokens(
     return special_tokens(tokenizer, stop)
 
 
-def abstract_params(model: Qwen2_5VL, config: RunConfig, mesh: Mesh) -> PyTree:
+def abstract_params(model: Model, config: RunConfig, mesh: Mesh) -> PyTree:
     """Return shapes, dtypes and shardings of a run's parameters, each part in its dtype of `part_dtypes`."""
     dtypes = part_dtypes(config)
 

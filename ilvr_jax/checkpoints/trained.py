@@ -22,7 +22,7 @@ from ilvr_jax.data.sources import prompt_settings
 from ilvr_jax.data.tokenizer import special_tokens
 from ilvr_jax.files import read_json
 from ilvr_jax.method.tokens import SpecialTokens
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.base import Model
 from ilvr_jax.models.tensor_files import BadCheckpoint
 
 SYSTEM = "You are a helpful assistant."  # the system message of Qwen2.5-VL's chat template
@@ -33,7 +33,7 @@ MAX_NEW_TOKENS = 1024  # of an answer of a published checkpoint
 class TrainedModel:
     """A model with its parameters, tokenizer and prompt settings; a published one is of no run."""
 
-    model: Qwen2_5VL
+    model: Model
     params: PyTree
     tokenizer: PreTrainedTokenizerFast
     special: SpecialTokens
@@ -67,10 +67,10 @@ def load_model(checkpoint: str, stage: str | None = None, dtype: str | None = No
         config = read_config(folder)
         if dtype:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-        prompts = prompt_settings(config)
         stage = choose_stage(folder, config, stage)
-        step, *parts = restore_run(folder, config, stage)
-        return TrainedModel(*parts, prompts, config.eval.max_new_tokens, True, config, stage, step)
+        step, model, *parts = restore_run(folder, config, stage)
+        prompts = dataclasses.replace(prompt_settings(config), position_ids=model.geometry.position_ids)
+        return TrainedModel(model, *parts, prompts, config.eval.max_new_tokens, True, config, stage, step)
     if stage is not None:
         raise BadConfig(f"--stage must not be given for {checkpoint}, which is not a run, got {stage!r}")
     pretrained = open_pretrained(checkpoint)
@@ -79,13 +79,18 @@ def load_model(checkpoint: str, stage: str | None = None, dtype: str | None = No
     if any((pretrained.folder / name).is_file() for name in IMAGE_PROCESSOR):
         processor = image_processor_settings(pretrained.folder)
         bounds = {key: processor[key] for key in ("min_pixels", "max_pixels")}
-    params = load_params(pretrained, config, config.dtype, jax.random.key(0))
+    model, params = pretrained.backbone.model(config), load_params(pretrained, config, config.dtype, jax.random.key(0))
     return TrainedModel(
-        Qwen2_5VL(config),
+        model,
         params,
         pretrained.tokenizer,
         special_tokens(pretrained.tokenizer, pretrained.stop),
-        ExampleSettings(latent_size=LatentsConfig().latent_size, system=SYSTEM, **bounds),
+        ExampleSettings(
+            latent_size=LatentsConfig().latent_size,
+            system=SYSTEM,
+            position_ids=model.geometry.position_ids,
+            **bounds,
+        ),
         MAX_NEW_TOKENS,
         not pretrained.missing,
     )

@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from ilvr_jax.checkpoints.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from ilvr_jax.checkpoints.adapters import PeftAdapter, check_fit, merge_adapter, replace_tensors, trained_matrices
 from ilvr_jax.checkpoints.converted import is_converted, read_params, write_params
-from ilvr_jax.checkpoints.pretrained import Pretrained, keep_description
+from ilvr_jax.checkpoints.pretrained import Pretrained, config_of, keep_description
 from ilvr_jax.errors import listed
 from ilvr_jax.files import check_new_folder, new_folder, write_json
 from ilvr_jax.method.slots import with_slot_parameters
-from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, model_config_from_hf
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.base import Model
+from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
 from ilvr_jax.models.qwen2_5_vl.weights import HEAD, params_from_state_dict, published_shapes, put
 from ilvr_jax.models.sharding import one_device, shardings
 from ilvr_jax.models.tensor_files import BadCheckpoint, checkpoint_tensors, ignored_files, warn
@@ -41,13 +41,14 @@ def load_params(
     Raises BadCheckpoint as `params_from_state_dict` does, and if an adapter does not fit its base.
     """
     mesh, adapter, continues = mesh or one_device(), pretrained.adapter, False
-    whole = model_config_from_hf(pretrained.hf_config)
-    stored = model_config_from_hf(pretrained.base_hf_config)
+    model = pretrained.backbone.model(config)
+    whole = config_of(pretrained.hf_config)
+    stored = config_of(pretrained.base_hf_config)
     base = {"tie_word_embeddings": stored.tie_word_embeddings, "lora": type(config.lora)()}
     stored = dataclasses.replace(config, vocab_size=stored.vocab_size, **base)
     if adapter:
         whole = dataclasses.replace(stored, tie_word_embeddings=whole.tie_word_embeddings, vocab_size=whole.vocab_size)
-        adapter = fit_adapter(adapter, whole, stored)
+        adapter = fit_adapter(adapter, pretrained.backbone.model(whole), stored.vocab_size)
         continues = adapter.continues(config.lora, config.num_hidden_layers)
         if config.lora.rank and not continues:
             warn(
@@ -55,7 +56,7 @@ def load_params(
                 "other ranks or targets"
             )
     if is_converted(pretrained.folder):
-        params = read_params(pretrained.folder, stored, pretrained.dtype, dtype, mesh)
+        params = read_params(pretrained.folder, pretrained.backbone.model(stored), pretrained.dtype, dtype, mesh)
     else:
         tensors = checkpoint_tensors(pretrained.folder)
         if ignored := ignored_files(pretrained.folder, {place.path for place in tensors.places.values()}):
@@ -72,23 +73,24 @@ def load_params(
             table = params["decoder"].pop(name)
             params["decoder"][name] = with_latent_rows(table, rows, config.vocab_size)
     if config.lora.rank:
-        params["adapters"] = jax.jit(lambda key: Qwen2_5VL(config).init(key)["adapters"])(key)
+        params["adapters"] = jax.jit(lambda key: model.init(key)["adapters"])(key)
         if continues:
             params["adapters"] = trained_matrices(params["adapters"], adapter, config.lora)
-    params = with_slot_parameters(Qwen2_5VL(config), params, key)
+    params = with_slot_parameters(model, params, key)
     return jax.device_put(params, shardings(params, mesh))  # those that are not there already
 
 
-def fit_adapter(adapter: PeftAdapter, whole: ModelConfig, base: ModelConfig) -> PeftAdapter:
+def fit_adapter(adapter: PeftAdapter, model: Model, base_rows: int) -> PeftAdapter:
     """Check that an adapter fits the model, and return it, without a head if that is tied to the embedding."""
-    if whole.tie_word_embeddings:
+    config = model.config
+    if config.tie_word_embeddings:
         adapter = adapter._replace(replaced={name: tensor for name, tensor in adapter.replaced.items() if name != HEAD})
-    elif whole.vocab_size != base.vocab_size and HEAD not in adapter.replaced:
+    elif config.vocab_size != base_rows and HEAD not in adapter.replaced:
         raise BadCheckpoint(
-            f"{adapter.folder / ADAPTER_WEIGHTS} must hold the head, lm_head, with its {whole.vocab_size} rows of the "
-            f"embedding, since its base has {base.vocab_size}"
+            f"{adapter.folder / ADAPTER_WEIGHTS} must hold the head, lm_head, with its {config.vocab_size} rows of the "
+            f"embedding, since its base has {base_rows}"
         )
-    check_fit(adapter, published_shapes(jax.eval_shape(Qwen2_5VL(whole).init, jax.random.key(0)), whole))
+    check_fit(adapter, published_shapes(jax.eval_shape(model.init, jax.random.key(0)), config))
     return adapter
 
 

@@ -33,7 +33,7 @@ from ilvr_jax.data.tokenizer import load_tokenizer
 from ilvr_jax.distributed import is_main, wait_for_all
 from ilvr_jax.evaluation.maps import decode_settings
 from ilvr_jax.method import slots
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.base import Model
 from ilvr_jax.models.sharding import check_mesh, divisor, make_mesh, on_mesh, places
 from ilvr_jax.models.tensor_files import BadCheckpoint
 from ilvr_jax.training.optimizer import make_optimizer
@@ -83,7 +83,7 @@ def open_run(config: RunConfig, workdir: Path, console: Console | None) -> Itera
 def write_descriptions(
     config: RunConfig,
     workdir: Path,
-    model: Qwen2_5VL,
+    model: Model,
     tokenizer: PreTrainedTokenizerFast,
     pretrained: Pretrained | None,
 ) -> None:
@@ -145,9 +145,7 @@ def open_evaluation_source(config: RunConfig) -> Source | None:
     return source
 
 
-def make_step(
-    config: RunConfig, name: str, model: Qwen2_5VL, mesh: Mesh
-) -> tuple[optax.GradientTransformation, Callable]:
+def make_step(config: RunConfig, name: str, model: Model, mesh: Mesh) -> tuple[optax.GradientTransformation, Callable]:
     """Return a stage's optimizer and jitted train step."""
     stage = config.stages[name]
     with config_errors(name):
@@ -156,9 +154,7 @@ def make_step(
     return optimizer, train_step
 
 
-def init_params(
-    config: RunConfig, workdir: Path, model: Qwen2_5VL, pretrained: Pretrained | None, mesh: Mesh
-) -> PyTree:
+def init_params(config: RunConfig, workdir: Path, model: Model, pretrained: Pretrained | None, mesh: Mesh) -> PyTree:
     """Return the parameters before the first stage: fresh ones, or those of a published checkpoint.
 
     If the first stage has a checkpoint, only their shapes are needed, and those are returned.

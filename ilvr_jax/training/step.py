@@ -11,7 +11,7 @@ from ilvr_jax.config.fields import choose
 from ilvr_jax.config.schema import LatentsConfig, StageConfig
 from ilvr_jax.method.layout import Batch
 from ilvr_jax.method.objectives import OBJECTIVES, Losses, Metric
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
+from ilvr_jax.models.base import Model
 from ilvr_jax.models.sharding import divide
 from ilvr_jax.training.state import TrainState
 
@@ -20,7 +20,7 @@ def loss_and_gradients(
     objective: Callable[..., Losses],
     train: tuple[str, ...],
     accumulation: int,
-    model: Qwen2_5VL,
+    model: Model,
     params: PyTree,
     teacher: PyTree | None,
     batch: Batch,
@@ -85,7 +85,7 @@ def weighted_mean(metric: Metric) -> Float[Array, ""]:
 
 
 def make_train_step(
-    model: Qwen2_5VL,
+    model: Model,
     stage: StageConfig,
     latents: LatentsConfig,
     optimizer: optax.GradientTransformation,

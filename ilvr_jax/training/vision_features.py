@@ -18,8 +18,8 @@ from ilvr_jax.data.features import FeatureStore, image_key
 from ilvr_jax.data.pipeline import Source, stream
 from ilvr_jax.data.records import BadRecord, Text
 from ilvr_jax.method.layout import Layout
+from ilvr_jax.models.base import Model
 from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.progress import Progress
 
 VERSION = 1  # of the features and of their files
@@ -27,7 +27,7 @@ BATCH_TOKENS = 1024  # vision tokens encoded at a time, unless one image has mor
 FILE_BYTES = 2**28  # of features per file; a process that dies loses no more than these
 
 
-def open_features(folder: Path, model: Qwen2_5VL, vision: PyTree, settings: ExampleSettings) -> FeatureStore:
+def open_features(folder: Path, model: Model, vision: PyTree, settings: ExampleSettings) -> FeatureStore:
     """Return the store, inside `folder`, for the features that this vision tower computes with these settings."""
     origin = {
         "version": VERSION,
@@ -53,7 +53,7 @@ def weights_hash(params: PyTree) -> str:
 
 def complete_features(
     store: FeatureStore,
-    model: Qwen2_5VL,
+    model: Model,
     vision: PyTree,
     source: Source,
     settings: ExampleSettings,
