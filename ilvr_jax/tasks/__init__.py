@@ -1,34 +1,38 @@
-"""Tasks: how an answer is read out of a decoded text, and when it is right.
+"""Tasks: reading the answer in a decoded text, and scoring it.
 
 A task is a module with these functions:
 
     open_source(path: Path, root: Path | None, on_bad_record: str, follow_links: bool = True) -> Source
-        Opens the records of a file for evaluation, as the functions in FORMATS (ilvr_jax/data/formats.py) do.
+        Open the records of a file for evaluation, as the functions in FORMATS (ilvr_jax/data/formats.py) do.
     check(record: Record) -> None
-        Raises BadRecord, one sentence that begins with the record's name, if answers to it cannot be scored.
+        Raise BadRecord, in one sentence that begins with the record's name, if answers to it cannot be scored.
     find_answer(text: str, record: Record | None = None) -> str | None
-        Returns the answer that a decoded text ends in, None if it cannot be parsed. Never raises. With the record that
-        was asked, an answer is read among the options of its question.
+        Return the final answer of a decoded text, None if there is none. Never raises. With the record that was asked,
+        the answer is read as one of its question's options.
     canonical(answer: str) -> str
-        Returns one spelling for the spellings of an answer that find_answer returned: majority votes count these.
+        Return one spelling for all spellings of an answer from find_answer. Results files hold this spelling, and
+        majority votes count it.
     is_right(record: Record, answer: str) -> bool
-        Returns whether an answer that find_answer returned is right for a record that passed check.
+        Return whether an answer from find_answer is right for a record that passed check.
 
-It may have these, too, which evaluation uses where they are:
+These functions are optional; without one, evaluation skips what it is for:
 
     controls(record: Record) -> dict[str, Record]
-        Returns records that are asked beside this one and not scored, by a name for what was changed in them. Their
-        answers are in the results with that name as "form". Raises BadRecord as check does.
+        Return changed copies of the record by the name of the change, such as "without holes". Each is asked once and
+        is not scored; its answer is in the results file with that name as "form". Raise BadRecord as check does.
+        Default: no controls.
     figures(records: Mapping[int, Record], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]
-        Returns figures of the task's own for the summary, from the records answered, by number, and all lines of the
-        results (FIELDS in tasks/results.py), those of controls included.
+        Return the task's own figures for the summary, JSON values by name. `records` are those that have answers, by
+        number; `lines` are all lines of the results file (FIELDS in ilvr_jax/evaluation/results.py), with those of
+        controls. Default: the figures that all tasks share.
     draw_look(record: Record, text: str) -> UInt8[np.ndarray, "height width 3"]
-        Returns the picture that a look shows after `text` of the answer: for the method "pixels", which is refused
-        for a task without it.
+        Return the picture for a look that follows `text`, the answer so far without its looks. The method "pixels"
+        shows it to the model in place of slots. Raise BadRecord if the record's image cannot be read.
+        Default: evaluation refuses the method "pixels".
 
-answers.py has these functions for options and free text of every kind; comt.py is a task that uses them.
+answers.py has the five required functions for options and free text of every kind; comt.py is a task that uses them.
 
-To add a task, write such a module beside this one and give it a name in TASKS; vsp_reasoning.py is a short example.
+To add a task, write such a module beside this one and name it in TASKS; vsp_reasoning.py is a short example.
 """
 
 from types import ModuleType

@@ -1,4 +1,4 @@
-r"""Where a text says its final answer."""
+"""Finding the final answer in a text."""
 
 import re
 from collections import deque
@@ -8,9 +8,9 @@ from ilvr_jax.tasks.spelling import first_sentence
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is matched with its backslash
-TAIL = 100_000  # characters at the end of a text in which statements are looked for
-LAST = 20  # statements that are looked at, so that a model that repeats itself is read fast
-LONGEST_LINE = 2_000  # characters of what a statement says
+TAIL = 100_000  # characters at the end of a text that are searched for statements
+LAST = 20  # statements that are read, so that the text of a model that repeats itself is read fast
+LONGEST_LINE = 2_000  # characters of a statement
 TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 THOUGHT_END = "</think>"
 STATEMENT = re.compile(
@@ -35,7 +35,7 @@ NEGATION = re.compile(
     r"(?! (?:enough|given|possible|applicable|determin|defined|mentioned|visible))(?=\s+\S)",
     re.IGNORECASE,
 )
-# What follows a denied answer in its place: "The answer is not A. It is B."
+# The correction behind a denied answer: "The answer is not A. It is B."
 INSTEAD = re.compile(
     r"(?:,?\s+but(?:\s+rather|\s+instead)?|[.;,–—-]\s+(?:rather,?|instead,?|(?:it|that|this)(?:['’]s|\s+is|\s+must\s+be)))"
     r"\s+(?:rather\s+|actually\s+|instead\s+)?"
@@ -45,14 +45,14 @@ INSTEAD = re.compile(
 
 
 def answer_text(record: Record) -> str:
-    """Returns the texts of a record's own answer, joined."""
+    """Return the texts of a record's own answer, joined."""
     return "".join(step.content for step in record.steps if isinstance(step, Text))
 
 
 def find_boxed(text: str) -> str | None:
-    r"""Returns what stands in the last `\boxed{...}`, braces in it balanced; "" if it is not closed, None without one.
+    r"""Return the content of the last `\boxed{...}` with balanced braces; "" if it is not closed, None without one.
 
-    `\fbox` counts as well. Braces that follow a backslash do not count.
+    `\fbox` counts as well; escaped braces do not.
     """
     boxes = list(BOX.finditer(text))
     if not boxes:
@@ -66,7 +66,7 @@ def find_boxed(text: str) -> str | None:
 
 
 def find_tagged(text: str) -> str | None:
-    """Returns what stands in the last `<answer>...</answer>`, or behind an `<answer>` that nothing closes.
+    """Return the content of the last `<answer>...</answer>`, or the text behind an `<answer>` that is not closed.
 
     None without one.
     """
@@ -80,10 +80,10 @@ def find_tagged(text: str) -> str | None:
 
 
 def find_statements(text: str) -> list[tuple[str, bool]]:
-    """Returns the rest of the line behind each of the LAST "answer is", "Answer:" and their like, in their order.
+    """Return the rest of the line behind each of the last `LAST` "answer is", "Answer:" and similar, in their order.
 
-    Beside it is whether its whole line is the answer, and not its first sentence alone. Denied answers are skipped;
-    what is put in their place counts.
+    The second value is true if the whole line is the answer, false if only its first sentence is. Denied answers are
+    skipped; a correction behind one counts.
     """
     statements = []
     for statement in deque(STATEMENT.finditer(text, max(0, len(text) - TAIL)), maxlen=LAST):
@@ -98,18 +98,18 @@ def find_statements(text: str) -> list[tuple[str, bool]]:
 
 
 def find_final_answer(text: str) -> str | None:
-    r"""Returns the final answer that a text says; None if it says none, or an empty one.
+    r"""Return the final answer stated in a text, or None if there is none or it is empty.
 
-    It is what stands in the last `\boxed{...}`; without a box, in the last `<answer>...</answer>`; without that, what
-    follows the last "final answer:", "answer is" or "answer:". After "final answer:" that is the rest of the line,
-    after the others the rest of the sentence, if that ends earlier. The answer may begin on a later line. What comes
-    after `</think>` counts, if there is an answer in it.
+    It is the content of the last `\boxed{...}`; without a box, of the last `<answer>...</answer>`; without either, the
+    text behind the last "final answer:", "answer is" or "answer:". After "final answer:" it is the rest of the line,
+    after the others the rest of the sentence, if that ends earlier. The answer may begin on a later line. If there is
+    an answer after `</think>`, it counts alone.
     """
     return next(filter(None, map(stated_answer, parts(text))), None)
 
 
 def stated_answer(text: str) -> str | None:
-    """Returns the final answer that a text or a part of one says, as `find_final_answer` does."""
+    """Return the final answer stated in one part of a text; see `find_final_answer`."""
     answer = find_boxed(text)
     if answer is None:
         answer = find_tagged(text)
@@ -120,11 +120,11 @@ def stated_answer(text: str) -> str | None:
 
 
 def parts(text: str) -> list[str]:
-    """Returns where to look for an answer, first what comes after the thoughts and then all of the text."""
+    """Return the texts to search for an answer: first the one behind the thoughts, then all of it."""
     after = text.rpartition(THOUGHT_END)[2]
     return [after, text] if after.strip() and len(after) < len(text) else [text]
 
 
 def last_line(text: str) -> str:
-    """Returns the last line that is not empty."""
+    """Return the last line that is not empty."""
     return TAG.sub("", text).strip("` \t\n").rpartition("\n")[2].strip()

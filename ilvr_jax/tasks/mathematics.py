@@ -1,8 +1,8 @@
 r"""Mathematical answers, compared by math-verify: \frac{1}{2}, 1/2 and 0.5 are the same.
 
-math-verify reads LaTeX into sympy and may compute for ever on a short text such as 9^{9^{9}}, or use up memory; its own
-time limits work in the main thread alone. So it runs in a process of its own, which is killed after SECONDS and started
-again when it is needed next. That process runs this file, which therefore imports nothing of ilvr_jax.
+math-verify parses LaTeX with sympy and may compute for ever on a short text such as 9^{9^{9}}, or use up memory; its
+own time limits work only in the main thread. So it runs in a separate process, which is killed after SECONDS and
+started again when it is needed next. That process runs this file, which therefore imports nothing of ilvr_jax.
 """
 
 import atexit
@@ -31,7 +31,7 @@ TOKEN = (
     r"|(?<![A-Za-z])(?:[A-Za-z]|[abxyz]{2,3})(?![A-Za-z0-9])|[-+*/^_=<>()\[\]{}|!, ]"
 )
 MATHEMATICS = re.compile(rf"(?>{TOKEN})++")
-# Dates, ranges, scores and grids are more than the number that they come to: "3-2", "1+2", "2 \times 3", "1/2/2020".
+# Dates, ranges, scores and grids mean more than their value: "3-2", "1+2", "2 \times 3", "1/2/2020".
 ARITHMETIC = re.compile(r"[\s0-9.]+(?:(?:[-+*]|\\times|\\cdot)[\s0-9.]+)+|[\s0-9.]*(?:/[\s0-9.]+){2,}")
 APART = re.compile(r"[0-9.]\s+[0-9.]")  # two numbers with nothing between them
 MIXED = re.compile(r"(?<![\w.])([0-9]+) ([0-9]+)/([0-9]+)(?![\w./])")
@@ -47,17 +47,17 @@ PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
 
 
 def as_latex(answer: str) -> str | None:
-    r"""Returns an answer in LaTeX for math-verify, None if it is no mathematics or means more than its value.
+    r"""Return an answer in LaTeX for math-verify, None if it is not mathematics or means more than its value.
 
-    Mathematics are numbers, single letters, operators, brackets and the commands in COMMANDS, with a digit or a
-    command among them. Lists at the top level are none: their order counts, which sets have not.
+    Mathematics is made of numbers, single letters, operators, brackets and COMMANDS, with at least one digit or
+    command. A list at the top level is not mathematics: math-verify would compare it as a set, without its order.
     """
     if len(answer) > LONGEST:
         return None
     for sign, command in SIGNS.items():
         answer = answer.replace(sign, command)
     text = PI.sub(r"\\pi ", ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2] or ''}}}", answer))
-    text = PERCENT.sub(r"\\frac{\1}{100}", MIXED.sub(r"\1\\frac{\2}{\3}", text))  # math-verify takes 50% for 50, too
+    text = PERCENT.sub(r"\\frac{\1}{100}", MIXED.sub(r"\1\\frac{\2}{\3}", text))  # math-verify reads 50% as 50 as well
     text = EXPONENT.sub(r"\1 \\times 10^{\2}", OVER.sub(r"\\frac{\1}{\2}", SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)))
     text = re.sub(r"\^(-[0-9]+)", r"^{\1}", text).strip()
     if not re.search(r"[0-9]|\\[A-Za-z]", text) or not MATHEMATICS.fullmatch(text):
@@ -68,7 +68,7 @@ def as_latex(answer: str) -> str | None:
 
 
 def split_list(text: str) -> list[str]:
-    """Returns what stands between the commas of a text that are in no brackets."""
+    """Split a text at its commas outside of brackets."""
     parts, depth, start = [], 0, 0
     for place, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
@@ -80,7 +80,7 @@ def split_list(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=4096)
 def equal(right: str, answer: str) -> bool:
-    """Returns whether two answers are mathematics of the same value; what takes too long to compare is not."""
+    """Return whether two answers are mathematics of the same value; False if comparing them takes too long."""
     first, second = as_latex(right), as_latex(answer)
     if first is None or second is None:
         return False
@@ -93,16 +93,16 @@ def equal(right: str, answer: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def canonical(answer: str) -> str | None:
-    r"""Returns one spelling for an answer's value, None if it is no mathematics or takes too long.
+    r"""Return one spelling for an answer's value, None if it is not mathematics or takes too long.
 
-    It is sympy's: 1/2 for \frac12 and 0.5. Forms that only algebra shows to be equal, as (x+1)^2 and x^2+2x+1, differ.
+    It is sympy's: 1/2 for \frac12 and 0.5. Forms that need algebra to be equal, (x+1)^2 and x^2+2x+1, stay different.
     """
     text = as_latex(answer)
     return None if text is None else _calculator.ask(text)
 
 
 class Calculator:
-    """The process that compares, started when it is first asked; threads ask it in turn."""
+    """The process that compares, started at its first use; threads use it one at a time."""
 
     def __init__(self):
         self._process: subprocess.Popen | None = None
@@ -110,7 +110,7 @@ class Calculator:
         atexit.register(self.close)
 
     def ask(self, *texts: str) -> bool | str | None:
-        """Returns whether two texts are equal, or the one spelling of one text; None if it takes too long."""
+        """Return whether two texts are equal, or the canonical spelling of one text; None if it takes too long."""
         with self._lock:
             if self._process is None:
                 self._process = self._start()
@@ -131,20 +131,20 @@ class Calculator:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C is for the command, which ends this process itself
+            start_new_session=True,  # Ctrl-C reaches the command, which ends this process itself
         )
         if process.stdout.readline() != "ready\n":
             process.kill()
-            raise RuntimeError(f"math-verify must be installed for {sys.executable}, which cannot import it")
+            raise RuntimeError(f"math-verify must be installed for {sys.executable}, but cannot be imported there")
         return process
 
     def close(self) -> None:
-        """Ends the process, if there is one."""
+        """End the process, if there is one."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             for pipe in (self._process.stdin, self._process.stdout):
-                with contextlib.suppress(OSError):  # what is left in a pipe to a killed process
+                with contextlib.suppress(OSError):  # closing flushes, which fails for a killed process
                     pipe.close()
             self._process = None
 
@@ -153,16 +153,16 @@ _calculator = Calculator()
 
 
 def serve() -> None:
-    """Answers a JSON list of one or two texts a line, until the input ends; a line that takes too long kills it."""
+    """Answer lines that hold a JSON list of one or two texts until the input ends; end at one that takes too long."""
     import logging
 
     import sympy
     from math_verify import parse, verify
     from math_verify.parser import LatexExtractionConfig, NormalizationConfig
 
-    logging.disable(logging.CRITICAL)  # it logs that its own time limits are off
+    logging.disable(logging.CRITICAL)  # math-verify logs that its own time limits are off
 
-    # Its default drops units, and so the letters m, g, s and h: 7m would be 7.
+    # By default math-verify drops units, and thereby the letters m, g, s and h: 7m would be 7.
     normalization = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True)
     reading = [LatexExtractionConfig(normalization_config=normalization)]
 
@@ -172,20 +172,20 @@ def serve() -> None:
     def answer(first: str, second: str | None = None) -> bool | str | None:
         if second is not None:
             return verify(read(first), read(second), PLACES, PLACES + 5, timeout_seconds=None)
-        found = read(first)
-        if not found or not isinstance(found[0], sympy.Expr):  # points, intervals and sets read better as they are
+        values = read(first)
+        if not values or not isinstance(values[0], sympy.Expr):  # points, intervals and sets keep their own spelling
             return None
-        return str(sympy.nsimplify(found[0].doit(), rational=True))
+        return str(sympy.nsimplify(values[0].doit(), rational=True))
 
     print("ready", flush=True)
     for line in sys.stdin:
-        signal.alarm(SECONDS)  # nothing handles it: the system ends the process whatever it computes
+        signal.alarm(SECONDS)  # without a handler: the system ends the process
         try:
-            answered = answer(*json.loads(line))
+            result = answer(*json.loads(line))
         except Exception:  # sympy raises errors of every kind at odd input
-            answered = None
+            result = None
         signal.alarm(0)
-        print(json.dumps(answered), flush=True)
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Multiple choice: the options of a question, and which of them an answer names, by letter or by text."""
+"""Multiple choice: the options of a question, and the one that an answer names, by letter or by text."""
 
 import functools
 import re
@@ -17,12 +17,12 @@ from ilvr_jax.tasks.final_answer import (
 )
 from ilvr_jax.tasks.spelling import normalise, same, tidy
 
-LETTERS = dict.fromkeys("ABCDEFGHIJ", "")
-"""Options of which the question names no more than letters, if that."""
+LETTER_OPTIONS = dict.fromkeys("ABCDEFGHIJ", "")
+"""Options without texts, for a question that does not list its own."""
 
 LONGEST = 300  # characters of an answer that names an option
 
-# How questions mark their options: one of these ways throughout, from A on.
+# Styles of marking options; a question uses one of them throughout, from A on.
 MARKERS = tuple(
     re.compile(pattern, re.MULTILINE)
     for pattern in (
@@ -52,13 +52,13 @@ LISTED = re.compile(r"\s*(?:[,;。]|-(?=\s)|\s[-—]|—)\s*")  # "B, the second
 REASONED = re.compile(r"(?:because|since|as)\b")
 ASSERTED = re.compile(
     r"(?:because|since|as|rather|instead|is (?:the )?(?:correct|right|best|answer|true))\b|\("
-)  # behind "A" and "I", which are words, too
+)  # behind "A" and "I", which are words as well
 DENIED = re.compile(
     r"\W*(?:(?:is|was|would be|seems|must be)\s+(?:not|wrong|incorrect|false|impossible|out)|isn't|cannot|can't"
     r"|could be|may be|might be)\b"
     r"|\W*(?:选项)?\s*(?:是)?(?:错|不)"
 )
-# Another letter behind a first one: "(a) and (b)" or "A, B" names no single option.
+# Another letter behind a first one: "(a) and (b)" and "A, B" do not name a single option.
 ANOTHER = re.compile(
     r"\s*(?:(?:and(?! not\b)|or|nor|vs|versus|plus|minus|times|to|through)\b|[&/+=|∪∩]"
     r"|\\(?:cup|cap|land|lor|vee|wedge|neq?)\b"
@@ -89,10 +89,10 @@ MENTION = re.compile(
 
 @functools.lru_cache(maxsize=1024)
 def find_options(question: str) -> Mapping[str, str]:
-    """Returns the texts of the options that a question lists, by their letters from A on; empty if it lists none.
+    """Return the texts of a question's options by letter, from A on; empty if it lists none.
 
     An option is marked as in "A. cat", "(A) cat", "A) cat" or "A: cat", on a line of its own or not; its text is the
-    rest of its line, up to the next option. "" is an option without a text, such as an image.
+    rest of its line, up to the next option. The text is "" for an option without one, such as an image.
     """
     question = question.replace("**", "").replace(IMAGE_MARKER, " ")
     longest: list[re.Match] = []
@@ -120,10 +120,10 @@ def _option_text(text: str) -> str:
 
 
 def read_letter(answer: str, spaced: bool = True) -> str | None:
-    """Returns the letter from A to J that an answer names as an option, None if it names none or more than one.
+    """Return the letter from A to J of the option that an answer names, None if it names none or more than one.
 
-    It stands first, alone or with text behind it: "B", "(b)", "option B", "B. the second", "B, because ...". Where
-    not `spaced`, text without punctuation in between is none: "B the second".
+    The letter comes first, alone or with text behind it: "B", "(b)", "option B", "B. the second", "B, because ...".
+    With `spaced=False` punctuation must separate the two: "B the second" is then no option.
     """
     text = re.sub('[*`$"_]', "", LIST_MARK.sub("", tidy(answer[:LONGEST]))).strip()
     lead = LEAD.match(text)
@@ -155,7 +155,7 @@ def read_letter(answer: str, spaced: bool = True) -> str | None:
 
 
 def read_option(answer: str, options: Mapping[str, str], spaced: bool = True) -> str | None:
-    """Returns the letter of the option that an answer names, by its text or its letter; it may be none of `options`."""
+    """Return the letter of the option that an answer names by text or letter; it may be a letter without an option."""
     return _named_by_text(answer, options) or read_letter(answer, spaced)
 
 
@@ -163,43 +163,43 @@ def _named_by_text(answer: str, options: Mapping[str, str]) -> str | None:
     if not any(options.values()) or len(answer) > LONGEST or SINGLE.fullmatch(tidy(answer)):
         return None
     texts = {letter: text for letter, text in options.items() if normalise(text)}
-    found = (
+    letters = (
         [letter for letter, text in texts.items() if normalise(text) == normalise(answer)]
         or [letter for letter, text in texts.items() if same(text, answer)]
-        or [
-            letter for letter, text in texts.items() if same(answer, text)
-        ]  # a unit that the answer leaves to the options
+        # The other way round: the option's text has a unit that the answer omits.
+        or [letter for letter, text in texts.items() if same(answer, text)]
     )
-    return found[0] if len(found) == 1 else None
+    return letters[0] if len(letters) == 1 else None
 
 
 def find_option(text: str, options: Mapping[str, str]) -> str | None:
-    r"""Returns the letter of the option that a text ends in, None if that is none of the options, or not one alone.
+    r"""Return the letter of the option that a text chooses, None if it chooses none of `options` or several.
 
-    It is what the last `\boxed{...}` names, if there is one that holds no formula; else the last `<answer>`; else the
-    last statement such as "the answer is B" that names one; else the last mention such as "option B" or "B is correct";
-    else the last line, if it is no more than an option. What comes after `</think>` counts, if it has an answer.
+    The choice is read from the last `\boxed{...}`, unless it holds a formula; else from the last `<answer>`; else from
+    the last statement such as "the answer is B" that names an option; else from the last mention such as "option B" or
+    "B is correct"; else from the last line, if it holds nothing but an option. If there is an answer after `</think>`,
+    it counts alone.
     """
     for part in parts(text):
-        found = next(_named(part, options), None)
-        if found is not None:
-            return found if found in options else None
+        letter = next(_named(part, options), None)
+        if letter is not None:
+            return letter if letter in options else None
     return None
 
 
 def _named(text: str, options: Mapping[str, str]) -> Iterator[str]:
-    """Yields what a text names, the place that counts most first; "" where it names something that is no option."""
+    """Yield the letters that a text names, the one that counts most first; "" for something that is not an option."""
     boxed = find_boxed(text)
     if boxed is not None:
-        if (found := read_option(boxed, options)) or not FORMULA.search(tidy(boxed)):
-            yield found or ""
+        if (letter := read_option(boxed, options)) or not FORMULA.search(tidy(boxed)):
+            yield letter or ""
             return
     if (tagged := find_tagged(text)) is not None:
         yield read_option(tagged, options) or ""
         return
     for line, _ in reversed(find_statements(text)):
-        if found := read_option(line, options):
-            yield found
+        if letter := read_option(line, options):
+            yield letter
             return
     if boxed is not None:
         return
@@ -209,11 +209,11 @@ def _named(text: str, options: Mapping[str, str]) -> Iterator[str]:
         return
     line = last_line(text)
     if "\n" in text.strip() and not SINGLE.fullmatch(tidy(line)):
-        found = _named_by_text(line, options)
+        letter = _named_by_text(line, options)
     else:
-        found = read_option(line, options, spaced=False)
-    if found:
-        yield found
+        letter = read_option(line, options, spaced=False)
+    if letter:
+        yield letter
 
 
 def _affirmed(mention: re.Match) -> bool:
@@ -226,17 +226,17 @@ def _affirmed(mention: re.Match) -> bool:
 
 
 def right_option(record: Record, options: Mapping[str, str]) -> str | None:
-    """Returns the letter of the option that is right: the record's final answer, or else the end of its text."""
+    """Return the letter of the right option, from the record's final answer or else from the end of its text."""
     if record.answer is None:
         return find_option(answer_text(record), options)
     return find_option(record.answer, options) or find_option(f"Final answer: {record.answer}", options)
 
 
 def options_of(record: Record) -> Mapping[str, str]:
-    """Returns the options that answers to a record are read among; empty if its answer is free text.
+    """Return the options of a record by letter; empty if its answer is free text.
 
-    They are those that its question lists, if its right answer names one of them; else letters, if its right answer is
-    one.
+    They are those that its question lists, if the right answer names one of them; else the letters, if the right answer
+    is a letter.
     """
     options = find_options(record.question)
     if options and right_option(record, options):
@@ -244,4 +244,4 @@ def options_of(record: Record) -> Mapping[str, str]:
     answer = record.answer if record.answer is not None else answer_text(record)
     stated = find_final_answer(answer) or (answer if record.answer is not None else "")
     plain = tidy(stated[:LONGEST])
-    return LETTERS if SINGLE.fullmatch(plain) or (BRACKETED.match(plain) and read_letter(plain)) else {}
+    return LETTER_OPTIONS if SINGLE.fullmatch(plain) or (BRACKETED.match(plain) and read_letter(plain)) else {}

@@ -1,15 +1,15 @@
-"""When two free-text answers are the same: spelling is ours, mathematics is math-verify's."""
+"""Comparing free-text answers: by spelling in this file, by value with math-verify."""
 
 import re
 import unicodedata
 
 from ilvr_jax.tasks import mathematics
 
-LONGEST = 20_000  # characters; of a longer answer only whitespace is made alike
+LONGEST = 20_000  # characters; only the whitespace of longer answers is normalised
 QUOTES = "\"'`“”‘’"
 
-SUPERSCRIPTS = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")  # before compatibility forms make x² of x2
-AFTER_DIGIT = re.compile("(?<=[0-9])(?=[¼-¾⅐-⅞])")  # and 31/2 of 3½
+SUPERSCRIPTS = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")  # before NFKC turns x² into x2
+AFTER_DIGIT = re.compile("(?<=[0-9])(?=[¼-¾⅐-⅞])")  # and 3½ into 31/2
 WRAPPED = re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]")
 LATEX_TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|sf|it|tt|normal)|mbox|operatorname)\s*\{([^{}]*)\}"
@@ -25,12 +25,12 @@ NEGATIVE = re.compile(r"(?:minus|negative) (?=[0-9])", re.IGNORECASE)
 LATEX_FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?|\\degree(?:s|Celsius)?(?![A-Za-z])|[º˚])")
 
-# "5 mW" is not "5 MW": the one prefix that case changes.
+# "5 mW" is not "5 MW": the only prefix whose case matters.
 MILLI = re.compile(r"(?<=[0-9])\s*m(?=(?:W|V|A|Hz|Pa|J|N|Ω)\b)")
 THOUSANDS = re.compile(r"(?<![\w.,(\[])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!\w|,[0-9])")
 DECIMAL = re.compile(r"(?<![\w.])(0|[1-9][0-9]*)?\.([0-9]+)(?!\w|\.[0-9])")
 POSITIVE = re.compile(r"\+([0-9]+(?:\.[0-9]+)?)")
-# Without a backslash they read the same: "n \log n".
+# "n \log n" is "n log n".
 FUNCTION = re.compile(r"\\(?=(?:sin|cos|tan|log|ln|exp|min|max|angle|triangle)(?![a-z]))")
 WORDS = str.maketrans({"∠": "angle ", "△": "triangle "})
 SIGNS = {command.strip(): sign for sign, command in mathematics.SIGNS.items()}
@@ -93,12 +93,12 @@ PER = {"s": "second|sec|s", "h": "hour|hr|h", "min": "minute|min"}
 PER = {unit: re.compile(rf" per (?:{words})\b") for unit, words in PER.items()}
 CURRENCY = re.compile(r"(usd|[€£¥]) ?([0-9]+(?:\.[0-9]+)?)(?![\w.,])")
 SCALE = re.compile(r"° ?(?:(c)(?:elsius)?|(f)(?:ahrenheit)?)\b")
-# A number with a unit: what is before is compared as mathematics, the unit by its name.
+# A number with a unit: the number is compared as mathematics, the unit by its name.
 MEASURE = re.compile(
     r"(.*[0-9})π])\s*(°[cf]?|[kcmd]?m(?:\^[23])?|[km]?g|h|min|m?s|m?l|in|ft|mi|yd|lb|oz|k?n|m?[wvaj]|ω|[kmg]?hz|[nk]?pa"
     r"|[kcm]?m/(?:s(?:\^2)?|h|min)|mi/h)"
 )
-# What is counted, which a right answer may leave to the question: "12 apples"
+# A count with its noun, which a right answer may omit: "12 apples"
 COUNTED = re.compile(
     r"([0-9]+) (?:square |cubic )?(?!(?:times|minus|plus|less|halves|thirds|quarters|tens|dozens|hundreds|thousands)\b"
     r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths\b|\w+llions\b)"
@@ -143,10 +143,10 @@ NEW_SENTENCE = re.compile(
 
 
 def first_sentence(line: str) -> str:
-    """Returns the first sentence of a line, without its full stop, which an abbreviation does not end."""
+    """Return the first sentence of a line, without its full stop; the stop of an abbreviation ends no sentence."""
     for stop in STOP.finditer(line):
         before, after = line[max(0, stop.start() - 20) : stop.start()], line[stop.end() : stop.end() + 40]
-        option = stop.start() == 1 and line[0].isalpha()  # "B. It is the red one" is all one answer
+        option = stop.start() == 1 and line[0].isalpha()  # "B. It is the red one" is one answer
         lower = after.lstrip("\"'*”’) \t")[:1].islower()
         if stop[0] == "." and after.strip():
             if lower or option or (ABBREVIATION.search(before) and not NEW_SENTENCE.match(after)):
@@ -158,7 +158,7 @@ def first_sentence(line: str) -> str:
 
 
 def tidy(answer: str) -> str:
-    r"""Returns an answer without what only typesets it: LaTeX's spaces, sizes and text, Markdown, quotes around it."""
+    r"""Remove typesetting from an answer: LaTeX's spaces, sizes and text, Markdown, quotes around it."""
     text = SUPERSCRIPTS.sub(lambda digits: f"^{{{unicodedata.normalize('NFKC', digits[0])}}}", answer)
     text = LATEX_GROUP.sub("", AFTER_DIGIT.sub(" ", BOLD.sub("", text)))
     text = DEGREES.sub("°", text)
@@ -174,14 +174,14 @@ def tidy(answer: str) -> str:
 
 
 def normalise(answer: str) -> str:
-    r"""Returns one spelling for the ways to write an answer; "" if nothing is left of it.
+    r"""Return one spelling for the ways to write an answer; "" if nothing of it remains.
 
-    - Case, Unicode's compatibility forms and runs of whitespace make no difference, nor do articles in front.
+    - Case, Unicode's compatibility forms, runs of whitespace and articles in front are normalised away.
     - Around the answer, whitespace, quotes, `$`, `*`, `\( \)`, `\[ \]` and final full stops and commas are dropped;
       `\text{x}` is x, `\$` is $, `\%` is %, `\dfrac` is `\frac`, and LaTeX's spaces are spaces.
-    - Numbers, in a text too: thousands commas are dropped, 3.0 is 3, .50 is 0.5; alone, +3 is 3 and -0 is 0. What
-      has an exponent or begins with zeros is left as it is.
-    - Commas between words are spaces; those beside digits have one space behind them: "1, 234" is not "1,234".
+    - In numbers, alone or in a text, thousands commas are dropped, 3.0 is 3 and .50 is 0.5; alone, +3 is 3 and -0 is 0.
+      Numbers with an exponent or with leading zeros stay as they are.
+    - Commas between words become spaces; one beside a digit is followed by one space: "1, 234" is not "1,234".
     - Units behind numbers: "15cm" and "15 centimeters" are "15 cm", "60^{\circ}" and "60 degrees" are "60°".
     """
     if len(answer) > LONGEST:
@@ -228,21 +228,21 @@ def _comma(comma: re.Match) -> str:
 
 
 def _fold(text: str) -> str:
-    """Returns a text without differences of case and compatibility, as Unicode's D147 defines it."""
+    """Return the caseless compatibility form of a text (Unicode's definition D147)."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFD", text).casefold())
     return unicodedata.normalize("NFKC", folded.casefold())
 
 
 def canonical(answer: str) -> str:
-    """Returns one spelling for all spellings of an answer, for majority votes: its value if it is mathematics.
+    """Return one spelling for all spellings of an answer, for majority votes: its value if it is mathematics.
 
-    Answers that `same` alone takes for one keep spellings of their own: a reason behind one, an order of terms.
+    Some answers that `same` calls equal stay different: those with a reason behind them or terms in another order.
     """
     return mathematics.canonical(tidy(answer)) or normalise(answer)
 
 
 def same(right: str, answer: str) -> bool:
-    """Returns whether an answer is the right one, in another spelling or with a reason behind it."""
+    """Return whether an answer is the right one, in another spelling or with a reason behind it."""
     readings = dict.fromkeys([answer, REASON.sub("", answer, count=1), first_sentence(answer)])
     readings |= {reading[SENTENCE.match(reading).end() :]: None for reading in readings}
     if "=" not in right:
@@ -251,7 +251,7 @@ def same(right: str, answer: str) -> bool:
 
 
 def _value(text: str) -> str:
-    """Returns the last value of an equation; the text itself if it is none."""
+    """Return the last value of an equation; any other text unchanged."""
     equated = EQUATED.match(text)
     return text[equated.end() :] if equated else text
 
@@ -269,7 +269,7 @@ def _same(right: str, answer: str) -> bool:
 
 
 def _same_value(right: str, answer: str) -> bool:
-    """Returns whether two texts, none of them a list, have the same spelling or value, with the same unit."""
+    """Return whether two texts that are not lists have the same spelling, or the same value and unit."""
     first, second = normalise(right), normalise(answer)
     if first == second or mathematics.equal(right, answer):
         return True
@@ -277,13 +277,13 @@ def _same_value(right: str, answer: str) -> bool:
     if measured and other:
         return measured[2] == other[2] and mathematics.equal(measured[1], other[1])
     other = other or COUNTED.fullmatch(second)
-    if other:  # a unit that the right answer leaves to the question
+    if other:  # the right answer omits the unit
         return first == other[1] or mathematics.equal(first, other[1])
     return bool(measured) and measured[2] == "°" and (second == measured[1] or mathematics.equal(measured[1], second))
 
 
 def _same_verdict(right: str, answer: str) -> bool:
-    """Returns whether one is yes, no, true or false alone and the other says the same with a clause behind it."""
+    """Return whether both are the same yes, no, true or false, at most one of them followed by a clause."""
     verdicts = [VERDICT.fullmatch(_fold(tidy(text))) for text in (right, answer[: mathematics.LONGEST * 10])]
     if not all(verdicts) or verdicts[0][1] != verdicts[1][1]:
         return False

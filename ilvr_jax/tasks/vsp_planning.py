@@ -1,6 +1,6 @@
-r"""VSP spatial planning: moves in \boxed{} are read out of the answer and played on the map.
+r"""VSP spatial planning: the moves in an answer's \boxed{} are played on the map.
 
-Beside success stands what a policy that ignores holes gets on the same maps: without it a rate says little.
+A policy that ignores holes is scored on the same maps, as a baseline: many maps can be solved without seeing them.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import BadRecord, MapDesc, Record
 from ilvr_jax.tasks.final_answer import find_boxed
 
-LETTERS = {word: letter for letter, word in MOVE_WORDS.items()}
-PAINTED = "without holes"
+MOVE_LETTERS = {word: letter for letter, word in MOVE_WORDS.items()}
+PAINTED = "without holes"  # the control: the same map with its holes painted over
 
-LONGEST = 10_000  # characters of a box that is read
+LONGEST = 10_000  # characters of a box; a longer one is not read
 ARROW_MOVES = {"→": "R", "←": "L", "↑": "U", "↓": "D"}
 ARROWS = {MOVE_WORDS[move]: arrow for arrow, move in ARROW_MOVES.items()}
 OTHER_ARROWS = str.maketrans("⇒⟶⟹➔➜➝➞➡⇨►▶⇐⟵⬅⇦⇑⬆⇓⬇", "→" * 11 + "←" * 4 + "↑" * 2 + "↓" * 2)
@@ -56,60 +56,60 @@ NUMBERED = re.compile(
 )
 BETWEEN = re.compile(r"(?:[-=]+>|>|[\s,;:.。、|{}()\[\]<⟨⟩\"'`“”‘’*_$~&•·+–—→←↑↓-])+")
 FILLERS = ("and", "then", "move", "go", "first", "next", "finally")
-JOINED_WORD = re.compile("|".join(form for word in LETTERS for form in (word.title(), word.upper())))
-STATED_MOVE = re.compile(rf"\b({'|'.join(LETTERS)})\b", re.IGNORECASE)
+JOINED_WORD = re.compile("|".join(form for word in MOVE_LETTERS for form in (word.title(), word.upper())))
+STATED_MOVE = re.compile(rf"\b({'|'.join(MOVE_LETTERS)})\b", re.IGNORECASE)
 
 
 class Outcome(enum.StrEnum):
-    """How an answer ends."""
+    """The cell on which an answer's moves end."""
 
     GOAL = "goal"
     HOLE = "hole"
-    SHORT = "short"  # on the ice, but not at the goal
-    UNPARSED = "unparsed"  # no moves could be read
+    SHORT = "short"  # on ice or the start
+    UNPARSED = "unparsed"  # the answer has no readable moves
 
 
 def open_source(path: Path, root: Path | None, on_bad_record: str, follow_links: bool = True) -> Source:
-    """Opens JSON lines of maps, with steps or without; raises BadRecord for what cannot be read."""
+    """Open JSON lines of maps, with steps or without; raise BadRecord if they cannot be read."""
     return FORMATS["vsp"](path, root, on_bad_record, for_evaluation=True, follow_links=follow_links)
 
 
 def check(record: Record) -> None:
-    """Raises BadRecord, naming the record, if it has no map or not exactly one image."""
+    """Raise BadRecord, naming the record, if it has no map or not exactly one image."""
     if record.map_desc is None:
-        raise BadRecord(f'{record.name}: has no "map_desc", which evaluation needs to play the moves on')
+        raise BadRecord(f'{record.name}: must have a "map_desc", on which the moves are played, got none')
     if len(record.images) != 1:
-        raise BadRecord(f"{record.name}: must have one image, that of its map, got {len(record.images)}")
+        raise BadRecord(f"{record.name}: must have one image, the drawing of its map, got {len(record.images)}")
 
 
 def find_answer(text: str, record: Record | None = None) -> str | None:
-    """Returns the moves that a decoded text ends in, as `parse_moves` reads them; the record makes no difference."""
+    """Return the moves in a decoded text's last box (see `parse_moves`); `record` is not needed."""
     return parse_moves(text)
 
 
 def canonical(answer: str) -> str:
-    """Returns an answer as it is: letters of UDLR are one spelling already."""
+    """Return an answer unchanged: letters of UDLR have one spelling."""
     return answer
 
 
 def is_right(record: Record, answer: str) -> bool:
-    """Says whether the moves end on the goal of the record's map."""
+    """Return whether the moves end on the goal of the record's map."""
     return play(record.map_desc, answer) == Outcome.GOAL
 
 
 def parse_moves(text: str) -> str | None:
-    r"""Returns the moves in the last `\boxed{...}` as letters of UDLR, None if that is not a list of moves and no more.
+    r"""Return the moves in the last `\boxed{...}` as letters of UDLR, None if it holds anything else.
 
-    Moves are the letters, together or apart, the words up, down, left and right, in any case, or arrows. Between them
-    may stand whitespace, punctuation, brackets, quotes, arrows to the right, LaTeX that typesets them, words such as
-    "and" and "then", and the numbers of a numbered list; before them a heading such as "Moves:", beside each a count,
-    "R x2". An empty box, or one that is not closed, is None.
+    Moves are the letters, with or without spaces, the words up, down, left and right, in any case, or arrows. They may
+    be separated by whitespace, punctuation, brackets, quotes, arrows to the right, LaTeX typesetting, words such as
+    "and" and "then", and the numbers of a list; a heading such as "Moves:" may precede them and a count follow each:
+    "R x2". An empty box, or one that is not closed, gives None.
     """
     inside = find_boxed(text)
     if not inside or len(inside) > LONGEST:
         return None
     inside = unicodedata.normalize("NFKC", inside).translate(OTHER_ARROWS).translate(CHINESE)
-    if "..." in inside:  # moves that are not written
+    if "..." in inside:  # some moves are omitted
         return None
     inside = LATEX_ARROW.sub(lambda arrow: f" {ARROWS[(arrow[1] or 'right').lower()]} ", inside)
     inside = HEADING.sub("", TYPESETTING.sub(" ", inside), count=1)
@@ -119,48 +119,48 @@ def parse_moves(text: str) -> str | None:
     moves = "".join(map(_moves_of, pieces)) if all(map(_moves_of, pieces)) else ""
     if not pieces:
         moves = "".join(ARROW_MOVES[arrow] for arrow in inside if arrow in ARROW_MOVES)
-    elif any(arrow in inside for arrow in "←↑↓"):  # which separate no letters
+    elif any(arrow in inside for arrow in "←↑↓"):  # only → can separate letters
         return None
     return moves or None
 
 
 def _moves_of(piece: str) -> str:
-    """Returns the moves of letters or words without anything between them; "" if they are something else."""
+    """Return the moves of a run of letters or words without separators; "" if it is something else."""
     if set(piece.upper()) <= MOVES.keys():
         return piece.upper()
-    if piece.lower() in LETTERS:
-        return LETTERS[piece.lower()]
+    if piece.lower() in MOVE_LETTERS:
+        return MOVE_LETTERS[piece.lower()]
     words = JOINED_WORD.findall(piece)
-    return "".join(LETTERS[word.lower()] for word in words) if "".join(words) == piece else ""
+    return "".join(MOVE_LETTERS[word.lower()] for word in words) if "".join(words) == piece else ""
 
 
 def _one_of_two(gloss: re.Match) -> str:
-    """Returns a move that is given twice, "Right (R)", once; what it was, unreadable, where they are two moves."""
+    """Return a move that is written twice, "Right (R)", once; an unreadable "?" where the two differ."""
     first, second = _moves_of(gloss[1]), _moves_of(gloss[2])
     return gloss[1] if first == second else "?"
 
 
 def _repeated(repeated: re.Match) -> str:
-    """Returns a move that stands once, with its count beside it, as often as that."""
+    """Return a move with a count beside it as many times as the count."""
     after, number, before = repeated[2], repeated[3], repeated[4]
     return f" {repeated[1] or before} " * int(after or number or 2)
 
 
 def _without_numbers(text: str) -> str:
-    """Returns a text without the numbers of a list, if they count its moves from 1."""
+    """Remove the numbers of a list from a text, if they count up from 1."""
     numbers = NUMBERED.findall(text)
     return NUMBERED.sub(" ", text) if numbers == [str(number + 1) for number in range(len(numbers))] else text
 
 
 def stated_moves(text: str) -> str:
-    """Returns the moves told in words (up, down, left, right) as letters of UDLR."""
-    return "".join(LETTERS[word.lower()] for word in STATED_MOVE.findall(text))
+    """Return the moves written as words (up, down, left, right) as letters of UDLR."""
+    return "".join(MOVE_LETTERS[word.lower()] for word in STATED_MOVE.findall(text))
 
 
 def walk(map_desc: MapDesc, moves: str) -> list[Cell]:
-    """Returns the cells (row, column) that the elf stands on, the start first, one more with each move.
+    """Return the cells (row, column) that the elf visits: the start, then one for each move.
 
-    A move off the edge leaves it where it is. A hole ends the walk: the hole is the last cell.
+    A move off the edge repeats the cell. A hole ends the walk and is its last cell.
     """
     cells = [find_cell(map_desc, 1)]
     for move in moves:
@@ -174,10 +174,10 @@ def walk(map_desc: MapDesc, moves: str) -> list[Cell]:
 
 
 def draw_look(record: Record, text: str) -> UInt8[np.ndarray, "height width 3"]:
-    """Draws a record's map after the moves told in `text`, which is what a look that follows it should show.
+    """Draw a record's map after the moves written as words in `text`: the picture for a look behind that text.
 
-    Before any move that is the map at the start; after one into a hole, the elf in that hole. Cells are of the size
-    that they have in the record's image.
+    Without moves it is the map at the start; after a move into a hole, the elf is in that hole. Cells are as large
+    as in the record's image.
     """
     moves = stated_moves(text)
     cells = walk(record.map_desc, moves)
@@ -186,7 +186,7 @@ def draw_look(record: Record, text: str) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def cell_pixels(record: Record) -> int:
-    """Returns the side of a cell in the record's image; raises BadRecord if that cannot be read."""
+    """Return the side of a cell in the record's image, in pixels; raise BadRecord if it cannot be read."""
     image = record.images[0]
     if not isinstance(image, np.ndarray):
         try:
@@ -197,21 +197,22 @@ def cell_pixels(record: Record) -> int:
 
 
 def controls(record: Record) -> dict[str, Record]:
-    """Returns the records that are asked beside this one and not scored: its map with its holes painted over."""
+    """Return the control of a record: its map with the holes painted over."""
     return {PAINTED: paint_holes_over(record)}
 
 
 def paint_holes_over(record: Record) -> Record:
-    """Returns a map's record with ice in place of its holes; the image is drawn anew with cells of the same size."""
+    """Return a record with ice in place of its map's holes and a new image with cells of the same size."""
     map_desc = without_holes(record.map_desc)
     drawn = draw_map(map_desc, cell_pixels(record))
     return dataclasses.replace(record, map_desc=map_desc, images=(drawn,), name=f"{record.name} without holes")
 
 
 def figures(records: Mapping[int, Record], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns what success means on these maps: by groups of them, and beside a policy that ignores holes.
+    """Return success by groups of maps, the success of a policy that ignores holes, and the effect of the control.
 
-    `records` are by number; `lines` as `tasks.results` keeps them. A map's success is the mean of its samples.
+    `records` are by number; `lines` are those of the results file (`evaluation.results.FIELDS`). A map's success is the
+    mean over its samples.
     """
     right, first, painted = defaultdict(list), {}, {}
     for line in lines:
@@ -235,10 +236,10 @@ def figures(records: Mapping[int, Record], lines: Sequence[Mapping[str, Any]]) -
 
 
 def play(map_desc: MapDesc, moves: str | None) -> Outcome:
-    """Returns how moves end on a map.
+    """Return the outcome of moves on a map.
 
-    The last cell must be the goal: moves that pass over it and leave it again do not succeed. gymnasium is more
-    lenient there, as it stops an episode at the goal.
+    The last cell must be the goal: moves that reach it and leave it again do not succeed. gymnasium is more lenient: it
+    ends an episode at the goal.
     """
     if moves is None:
         return Outcome.UNPARSED
@@ -247,13 +248,13 @@ def play(map_desc: MapDesc, moves: str | None) -> Outcome:
 
 
 def hole_blind_success(map_desc: MapDesc) -> float:
-    """Returns the probability that a policy which ignores holes succeeds.
+    """Return the probability that a policy which ignores holes succeeds.
 
-    It plays a random one, each as likely, of the shortest paths from start to goal on the map without holes.
+    The policy plays one of the shortest paths from start to goal on the map without holes, chosen uniformly.
     """
     (row, column), (goal_row, goal_column) = find_cell(map_desc, 1), find_cell(map_desc, 2)
     down, right = (1 if goal_row >= row else -1), (1 if goal_column >= column else -1)
-    safe: dict[Cell, int] = {}  # shortest paths to a cell that avoid holes
+    safe: dict[Cell, int] = {}  # number of shortest paths to a cell that avoid holes
     for r in range(row, goal_row + down, down):
         for c in range(column, goal_column + right, right):
             paths = 1 if (r, c) == (row, column) else safe.get((r - down, c), 0) + safe.get((r, c - right), 0)
@@ -263,23 +264,23 @@ def hole_blind_success(map_desc: MapDesc) -> float:
 
 
 def holes_matter(map_desc: MapDesc) -> bool:
-    """Says whether holes block some shortest path of the map without holes."""
+    """Return whether holes block at least one shortest path of the map without holes."""
     return hole_blind_success(map_desc) < 1
 
 
 def is_detour(map_desc: MapDesc) -> bool:
-    """Says whether holes block every shortest path of the map without holes."""
+    """Return whether holes block every shortest path of the map without holes."""
     return hole_blind_success(map_desc) == 0
 
 
 def without_holes(map_desc: MapDesc) -> MapDesc:
-    """Returns the map with ice in place of its holes."""
+    """Return the map with ice in place of its holes."""
     return tuple(tuple(max(cell, 0) for cell in row) for row in map_desc)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Mean success on maps, None where there are none."""
+    """Mean success on groups of maps, None for a group without maps."""
 
     overall: float | None
     by_level: dict[int, float]  # a map's level is the length of its side
@@ -288,7 +289,7 @@ class Rates:
 
 
 def mean_success(maps: Sequence[MapDesc], success: Sequence[float]) -> Rates:
-    """Averages the success on each of `maps`, from 0 to 1, over the groups of maps that are reported."""
+    """Average the success on each of `maps`, from 0 to 1, over the groups of maps."""
 
     def mean(chosen: Sequence[bool]) -> float | None:
         values = [value for value, taken in zip(success, chosen, strict=True) if taken]
@@ -303,5 +304,5 @@ def mean_success(maps: Sequence[MapDesc], success: Sequence[float]) -> Rates:
 
 
 def hole_blind_rates(maps: Sequence[MapDesc]) -> Rates:
-    """Returns what the hole-blind policy gets on maps."""
+    """Return the success of the policy that ignores holes on groups of maps."""
     return mean_success(maps, [hole_blind_success(map_desc) for map_desc in maps])

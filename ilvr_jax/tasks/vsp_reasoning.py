@@ -1,24 +1,18 @@
-"""VSP spatial reasoning: will the given plan reach the goal (A), fall into a hole (B) or stop short of both (C)?"""
+"""VSP spatial reasoning: does a given plan reach the goal (A), fall into a hole (B) or stop short of both (C)?"""
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from ilvr_jax.data.formats import FORMATS, find_format
-from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import BadRecord, Record
 from ilvr_jax.errors import quote
+from ilvr_jax.tasks import answers
 from ilvr_jax.tasks.options import find_option, find_options, read_option, right_option
 
 OUTCOMES = {"A": "Action Success", "B": "Falling into a hole", "C": "Player safe but failed to reach the goal"}
-
-
-def open_source(path: Path, root: Path | None, on_bad_record: str, follow_links: bool = True) -> Source:
-    """Opens records in the format that the file is in; raises BadRecord for what cannot be read."""
-    return FORMATS[find_format(path)](path, root, on_bad_record, for_evaluation=True, follow_links=follow_links)
+open_source = answers.open_source
 
 
 def check(record: Record) -> None:
-    """Raises BadRecord, naming the record, if it has no right answer."""
+    """Raise BadRecord, naming the record, if it has no right answer."""
     if right_answer(record) is None:
         got = "none" if record.answer is None else quote(record.answer)
         raise BadRecord(
@@ -28,25 +22,25 @@ def check(record: Record) -> None:
 
 
 def find_answer(text: str, record: Record | None = None) -> str | None:
-    """Returns the letter of the outcome that a decoded text ends in, as `find_option` reads it."""
+    """Return the letter of the outcome named by a decoded text; see `find_option`."""
     return find_option(text, OUTCOMES if record is None else outcomes(record))
 
 
 def canonical(answer: str) -> str:
-    """Returns an answer as it is: a letter has one spelling already."""
+    """Return an answer unchanged: a letter has one spelling."""
     return answer
 
 
 def is_right(record: Record, answer: str) -> bool:
-    """Returns whether an answer is the record's own."""
+    """Return whether an answer is right."""
     return read_option(answer, outcomes(record)) == right_answer(record)
 
 
 def right_answer(record: Record) -> str | None:
-    """Returns the letter of the record's final answer, or of its answer's text if it has none; None if neither does."""
+    """Return the letter of the record's final answer, or else of its answer's text; None if neither names an option."""
     return right_option(record, outcomes(record))
 
 
 def outcomes(record: Record) -> Mapping[str, str]:
-    """Returns the options that the record's question lists, or those of the task."""
+    """Return the options that the record's question lists, or those of the task."""
     return find_options(record.question) or OUTCOMES

@@ -1,4 +1,4 @@
-"""Zebra-CoT: free text or multiple choice that ends in a final answer, which counts."""
+"""Zebra-CoT: free text or multiple choice, scored by the final answer."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from ilvr_jax.tasks import answers
 
 
 def open_source(path: Path, root: Path | None, on_bad_record: str, follow_links: bool = True) -> Source:
-    """Opens a parquet file or a folder of them; raises BadRecord for what cannot be read."""
+    """Open a parquet file or a folder of them; raise BadRecord if one cannot be read."""
     return FORMATS["zebra_cot"](path, root, on_bad_record, for_evaluation=True, follow_links=follow_links)
 
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ilvr_jax import tasks
 from ilvr_jax.data.formats import find_format
 from ilvr_jax.data.records import BadRecord, Look, Record, Text
 from ilvr_jax.tasks import TASKS, comt, vsp_planning, vsp_reasoning, zebra_cot
@@ -34,8 +35,11 @@ def test_every_task_has_the_documented_functions(task):
         "canonical": ["answer"],
         "is_right": ["record", "answer"],
     }
+    optional = {"controls": ["record"], "figures": ["records", "lines"], "draw_look": ["record", "text"]}
+    functions |= {name: parameters for name, parameters in optional.items() if hasattr(task, name)}
     for name, parameters in functions.items():
         assert list(inspect.signature(getattr(task, name)).parameters) == parameters
+        assert f"{name}({parameters[0]}: " in tasks.__doc__
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
