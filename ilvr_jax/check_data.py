@@ -1,4 +1,4 @@
-"""Checks a data set, and prints its sizes, bad records and buckets: python -m ilvr_jax.check_data FILE"""
+"""python -m ilvr_jax.check_data FILE: the sizes, bad records and buckets of a data set."""
 
 import argparse
 import contextlib
@@ -36,12 +36,12 @@ from ilvr_jax.models.tensor_files import BadCheckpoint
 from ilvr_jax.reports.data_check import CONFIG_FILE, config_file, laid_out, sections, write_page
 from ilvr_jax.training.run import check_choices
 
-TREATMENTS = ("latent", "encode", "slots", "omit")  # of helper images, those that show them first
+TREATMENTS = ("latent", "encode", "slots", "omit")  # of helper images; those that show images come first
 WITHOUT_CONFIG = (
-    "Checked without a config: latent settings of configs/base.py, images in their own size, a tokenizer made from the "
-    "texts. With --config the figures are those of its run, and its buckets are checked too."
+    "Checked without a config: latent settings of configs/base.py, images in their own size, a tokenizer trained on "
+    "the texts. With --config, all of these are the config's, and its buckets are checked as well."
 )
-ENOUGH_FOR_WORKERS = 2000  # records; processes take seconds to start
+ENOUGH_FOR_WORKERS = 2000  # records; fewer are checked faster in one process
 
 
 @command
@@ -49,22 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command: 0 all usable, 1 some would be skipped, 2 bad input or nothing usable, 130 stopped."""
     parser = ArgumentParser(prog="python -m ilvr_jax.check_data", description=__doc__)
     parser.add_argument("file", type=path_flag, help="JSON lines, a parquet file or a folder of them")
-    parser.add_argument("--format", help=f"{', '.join(FORMATS)} (default: found from the file)")
+    parser.add_argument("--format", help=f"{', '.join(FORMATS)} (default: read from the file)")
     parser.add_argument("--root", default="", help="the folder that images are in (default: the file's)")
-    parser.add_argument("--limit", type=int, help="look at the first N records (default: all)")
-    parser.add_argument("--samples", type=int, default=4, help="samples on the page (default: 4)")
-    parser.add_argument("--out", type=path_flag, help="where the page is written (default: <file>_check.html, here)")
+    parser.add_argument("--limit", type=int, help="check only the first LIMIT records")
+    parser.add_argument("--samples", type=int, default=4, help="samples shown on the page (default: 4)")
+    parser.add_argument("--out", type=path_flag, help="the page to write (default: <file>_check.html, here)")
     options = read_config_flags(parser, arguments, BASE, prepare)
     with stop_sentence(lambda: "stopped; no page was written"):
         survey = check(options)
     if not survey.usable:
-        print(f"{options.file}: no record is usable", file=sys.stderr)
+        print(f"{options.file} must hold usable records, got none", file=sys.stderr)
         return 2
     return 1 if survey.left_out else 0
 
 
 def prepare(options: argparse.Namespace, values: dict[str, Any]) -> None:
-    """Puts the data set into the config; without --config, makes the default one fit any data."""
+    """Put the data set into the config; without --config, make the default one fit any data."""
     for name, least in (("limit", 1), ("samples", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -81,9 +81,9 @@ def prepare(options: argparse.Namespace, values: dict[str, Any]) -> None:
 
 
 def check(options: argparse.Namespace) -> Survey:
-    """Checks the data set, prints and writes what there is to say, and returns it.
+    """Check the data set, print the report, write the page and return the survey.
 
-    Raises BadConfig, BadRecord if nothing is usable at first sight, and OSError if the page cannot be written.
+    Raises BadConfig, BadRecord if the file holds no usable record, and OSError if the page cannot be written.
     """
     config = options.config
     check_choices(config)
@@ -96,50 +96,50 @@ def check(options: argparse.Namespace) -> Survey:
     with config_errors("tokenizer"):
         special = special_tokens(tokenizer)
     views = make_views(config, options.config_file is not None, tokenizer, special)
-    survey = take(source, views, vision.geometry, options.limit, config.data.workers)
+    survey = measure(source, views, vision.geometry, options.limit, config.data.workers)
     needs = {need: int(samples) for need, (samples, _) in survey.needs().items()}
     suggested = suggest_buckets(needs)
     records = survey.usable + survey.left_out
     title = f"{options.file.name} ({config.data.source}): {records} records, {survey.usable} usable"
-    remark = f"{config.latents.latent_size} slots a look, attention windows of {vision.window_size} pixels. " + (
+    remark = f"{config.latents.latent_size} slots per look, attention windows of {vision.window_size} pixels. " + (
         f"Checked with {options.config_file}." if options.config_file else WITHOUT_CONFIG
     )
-    found = sections(survey, suggested)
-    written = ""
+    tables = sections(survey, suggested)
+    config_text = ""
     if suggested:
-        written = config_file(str(options.config_file or BASE), changes(options, survey), suggested)
+        config_text = config_file(str(options.config_file or BASE), changes(options, survey), suggested)
     console = Console()
-    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    print_line = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     remark = "\n".join([remark, *getattr(source, "remarks", ())])
-    say(f"{title}\n{remark}\n")
-    for section in found:
-        say(section.title)
+    print_line(f"{title}\n{remark}\n")
+    for section in tables:
+        print_line(section.title)
         console.print(section.table())
-        say()
-    if written:
-        say(f"{CONFIG_FILE}\n\n{written}\n")
+        print_line()
+    if config_text:
+        print_line(f"{CONFIG_FILE}\n\n{config_text}\n")
     samples = choose_samples(survey, source, suggested, vision.geometry, options.samples, tokenizer, special)
-    write_page(options.out, title=title, remark=remark, sections=found, config=written, samples=samples)
-    say(f"Written: {options.out}")
+    write_page(options.out, title=title, remark=remark, sections=tables, config=config_text, samples=samples)
+    print_line(f"Page written to {options.out}")
     return survey
 
 
 def changes(options: argparse.Namespace, survey: Survey) -> dict[str, Any]:
-    """Returns what the check used in place of the config file's values, by key, for a config that trains on the same.
+    """Return the values that the check changed in the config file, by dotted key, for a config that trains on the data.
 
-    Bad records end a training unless `data.on_bad_record` is "skip", so that is among them if there are any; a record
-    that only lacks a bucket has one in that config.
+    They have `data.on_bad_record="skip"` only if there are bad records. A record that merely lacks a bucket is not bad,
+    since the config has new buckets.
     """
-    before = dict(leaves(load_config(options.config_file or BASE).to_dict()))
-    kept, now = ("data.on_bad_record", "data.buckets."), leaves(as_file(options.config))
-    changed = {key: value for key, value in now if not key.startswith(kept) and value != before.get(key)}
+    in_file = dict(leaves(load_config(options.config_file or BASE).to_dict()))
+    separate, checked = ("data.on_bad_record", "data.buckets."), leaves(as_file(options.config))
+    changed = {key: value for key, value in checked if not key.startswith(separate) and value != in_file.get(key)}
     return changed | ({"data.on_bad_record": "skip"} if survey.usable + survey.left_out > len(survey.samples) else {})
 
 
 def make_views(
     config: RunConfig, with_buckets: bool, tokenizer: PreTrainedTokenizerFast, special: SpecialTokens
 ) -> list[View]:
-    """Returns what stages make of records, those together that treat helper images alike; prompts alone for vsp."""
+    """Return a view for the stages of each treatment of helper images, or of prompts alone for the format vsp."""
     build = {"tokenizer": tokenizer, "special": special}
     if config.data.source == "vsp":
         return [View("prompts", "", functools.partial(build_prompt, settings=prompt_settings(config), **build), {})]
@@ -161,8 +161,8 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def take(source: Source, views: Sequence[View], geometry: ImageGeometry, limit: int | None, workers: int) -> Survey:
-    """Measures the records of a source, up to a limit, with a bar on stderr."""
+def measure(source: Source, views: Sequence[View], geometry: ImageGeometry, limit: int | None, workers: int) -> Survey:
+    """Measure the records of a source, up to a limit, with a progress bar on stderr."""
     count = min(len(source), limit or len(source))
     survey = Survey(views)
     columns = TextColumn("Checking"), BarColumn(), MofNCompleteColumn(), Rate()
@@ -171,15 +171,15 @@ def take(source: Source, views: Sequence[View], geometry: ImageGeometry, limit: 
         Progress(*columns, console=Console(stderr=True)) as bar,
         contextlib.closing(measurements(source, views, geometry, count, workers)) as measured,
     ):
-        for number, one in enumerate(bar.track(measured, total=count)):
-            survey.add(number, one)
+        for number, record_views in enumerate(bar.track(measured, total=count)):
+            survey.add(number, record_views)
     for sentence in getattr(source, "skipped", ()):
         survey.leave_out([sentence])
     return survey
 
 
 class Rate(ProgressColumn):
-    """Records a second."""
+    """Records per second, as a column of the progress bar."""
 
     def render(self, task: Task) -> Text:
         seconds = task.finished_time or task.elapsed
@@ -195,9 +195,9 @@ def choose_samples(
     tokenizer: PreTrainedTokenizerFast,
     special: SpecialTokens,
 ) -> list[dict[str, Any]]:
-    """Returns samples for the page, evenly spread over the records, each in the bucket that it goes to.
+    """Return samples for the page, evenly spread over the records, each in its bucket.
 
-    Those that no bucket of the config holds are shown in a suggested one, prompts alone as they are.
+    A sample that fits no bucket of the config is shown in a suggested one; a prompt without an answer has no bucket.
     """
     view, numbers, chosen = survey.views[0], survey.samples, []
     for place in np.linspace(0, len(numbers) - 1, min(count, len(numbers)), dtype=int):

@@ -1,4 +1,4 @@
-"""python -m ilvr_jax.generate: a question, with images or without, answered in text and latent slots."""
+"""python -m ilvr_jax.generate: answer a question, with or without images, in text and latent slots."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.records import Record
 from ilvr_jax.errors import quote
 from ilvr_jax.files import check_output, named_errors, written
-from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, how_to_decode
+from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, decoding_fields, usable_method
 from ilvr_jax.inference.engine import Engine, fit_settings
 from ilvr_jax.inference.requests import Answer, Request
 from ilvr_jax.inference.transcript import show_look
@@ -26,21 +26,19 @@ from ilvr_jax.tasks.final_answer import find_final_answer
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0 done, 1 not written, 2 bad input, 130 stopped."""
+    """Run the command and return its exit status: 0 done, 1 not written, 2 bad input, 130 stopped."""
     options = read_flags(arguments)
-    trained = load_model(options.checkpoint, options.stage, options.dtype)
-    if not trained.looks and options.method != "text":
-        print(f"{options.checkpoint} has no latent tokens; it is decoded as plain text", file=sys.stderr)
-        options.method = "text"
+    trained = open_trained(options.checkpoint, options.stage, options.dtype)
+    options.method = usable_method(options, trained)
     engine, request = prepare(options, trained)
-    printer = None if options.json else Printer(trained, request.latent_size)
-    # Opened before the answer is decoded: a file that cannot be written is an error at once.
+    printer = None if options.json else Printer(trained)
+    # Opened before decoding, so that a file that cannot be written is an error at once.
     with written(options.latents) if options.latents else contextlib.nullcontext() as latents:
-        (answer,) = engine.serve([request], printer and (lambda _, tokens: printer.show(tokens)))
+        (answer,) = engine.serve([request], printer and (lambda _, tokens: printer.add(tokens)))
         if options.json:
-            print(json.dumps(as_json(answer), ensure_ascii=False))
+            print(json.dumps(as_dict(answer), ensure_ascii=False))
         else:
-            show_end(answer)
+            print_end(answer)
         if latents:
             with named_errors(options.latents), latents.open("wb") as file:
                 np.save(file, np.asarray(answer.latent_vectors, np.float32))
@@ -48,47 +46,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the command line's flags; raises BadConfig for some that cannot be used together."""
+    """Return the command line's flags; raise BadConfig for flags that cannot be combined."""
     parser = ArgumentParser(prog="python -m ilvr_jax.generate", description=__doc__)
     parser.add_argument("checkpoint", help="a run's workdir, a Qwen2.5-VL (folder or hub name), or ADAPTER[@BASE]")
     parser.add_argument(
-        "question", nargs="?", help="with <image> where an image belongs, or without (default: the run's)"
+        "question", nargs="?", help="may have <image> where each image belongs (default: the run's question)"
     )
     parser.add_argument(
-        "--image", type=path_flag, action="append", default=[], help="an image file; may be given again"
+        "--image", type=path_flag, action="append", default=[], help="an image file; repeat the flag for more images"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing before")
-    parser.add_argument("--log-probabilities", action="store_true", help="of the tokens, in the JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--log-probabilities", action="store_true", help="of tokens, in the JSON object")
     parser.add_argument(
-        "--latents", type=path_flag, help="a .npy file for what the slots held: float32 [slots, channels]"
+        "--latents", type=path_flag, help="a .npy file for the vectors of the slots: float32 [slots, channels]"
     )
     add_decoding_flags(parser)
     options = parser.parse_intermixed_args(arguments)  # so that the question may come last
     if options.method == "pixels":
-        raise BadConfig('--method must not be "pixels" here: evaluate shows pictures, for tasks that have some')
+        raise BadConfig('--method must not be "pixels", which only evaluate has, for tasks that draw pictures')
     if options.log_probabilities and not options.json:
-        raise BadConfig("--log-probabilities must be given together with --json, which prints them")
+        raise BadConfig("--log-probabilities must be combined with --json, whose object holds them")
     if options.latents:
         check_output(options.latents)
     return options
 
 
 def prepare(options: argparse.Namespace, trained: TrainedModel) -> tuple[Engine, Request]:
-    """Returns an engine that holds the question, and its request; raises BadConfig or BadRecord if it is no good."""
+    """Return an engine that fits the question, and its request; raise BadConfig or BadRecord if it is invalid."""
     prompts = trained.prompts
-    how = how_to_decode(options, prompts, trained.max_new_tokens)
+    decoding = decoding_fields(options, prompts, trained.max_new_tokens)
     question = options.question if options.question is not None else prompts.question
     if question is None:
-        raise BadConfig(f"a question must be given, since {options.checkpoint} has none of its own")
+        raise BadConfig(f"the question must be given, since {options.checkpoint} has none of its own")
     if not question.strip():
-        raise BadConfig(f"the question must have letters, got {quote(question)}")
+        raise BadConfig(f"the question must have text, got {quote(question)}")
     check_images(options, trained)
     record = Record(question, tuple(options.image), (), name="the question")
     prompt = build_prompt(record, trained.tokenizer, trained.special, dataclasses.replace(prompts, question=None))
     check_sizes(options, prompt)
     request = Request(
         prompt,
-        **how,
+        **decoding,
         seed=options.seed,
         log_probabilities=options.log_probabilities,
         latent_vectors=options.latents is not None,
@@ -101,29 +99,30 @@ def prepare(options: argparse.Namespace, trained: TrainedModel) -> tuple[Engine,
 
 
 def check_images(options: argparse.Namespace, trained: TrainedModel) -> None:
-    """Raises BadConfig for more images than a run was trained with, or none where its own question is about some."""
+    """Raise BadConfig for more images than a run was trained with, or none with the run's own question about one."""
     if trained.config is None:
         return
     most, given = max(bucket.images for bucket in trained.config.data.buckets.values()), len(options.image)
     if given > most:
         raise BadConfig(
-            f"--image must be given at most {most} times, as many as {options.checkpoint} was trained with, got {given}"
+            f"the number of images (--image) must be at most {most}, as in the training of {options.checkpoint}, "
+            f"got {given}"
         )
     if most and not given and options.question is None:
-        raise BadConfig("--image must be given with the run's own question, which is about an image")
+        raise BadConfig("--image must be given with the run's own question, which is about one")
 
 
 class Printer:
-    """Prints tokens as they come: text, and looks while they happen."""
+    """Prints an answer while it is decoded: text, and a mark for each look."""
 
-    def __init__(self, trained: TrainedModel, latent_size: int):
+    def __init__(self, trained: TrainedModel):
         self._tokenizer, self._special = trained.tokenizer, trained.special
         self._text: list[int] = []  # since the last look
         self._shown = ""
         self._slots = 0
 
-    def show(self, tokens: Sequence[int]) -> None:
-        """Prints what new tokens add."""
+    def add(self, tokens: Sequence[int]) -> None:
+        """Print what the next tokens add to the answer."""
         for token in tokens:
             if token == self._special.latent_start:
                 self._print("‹looking")
@@ -135,7 +134,7 @@ class Printer:
             elif token not in self._special.ends:
                 self._text.append(token)
                 text = self._tokenizer.decode(self._text, skip_special_tokens=True)
-                if not text.endswith("\ufffd"):  # a letter of which more bytes are to come
+                if not text.endswith("\ufffd"):  # more bytes of this letter follow
                     self._print(text[len(self._shown) :])
                     self._shown = text
 
@@ -143,19 +142,19 @@ class Printer:
         print(text, end="", flush=True)
 
 
-def show_end(answer: Answer) -> None:
-    """Prints the final answer, if one can be read out of the text, and what it took."""
+def print_end(answer: Answer) -> None:
+    """Print the final answer, if the text has one, and the numbers of tokens, looks and seconds."""
     print()
     if answer.stop_reason == "length":
-        print(f"(stopped after {len(answer.tokens)} tokens, as --max-new-tokens says)")
+        print(f"(stopped after {len(answer.tokens)} tokens, the limit of --max-new-tokens)")
     seconds = answer.timings.total
     looks = f"{len(answer.looks)} look{'' if len(answer.looks) == 1 else 's'}"
     print(f"{len(answer.tokens)} tokens, {looks} with {answer.slots} slots, {seconds:.1f} s")
     print(f"answer: {find_final_answer(answer.text) or 'none found'}")
 
 
-def as_json(answer: Answer) -> dict[str, Any]:
-    """Returns an answer as a JSON object."""
+def as_dict(answer: Answer) -> dict[str, Any]:
+    """Return an answer as the JSON object that --json prints."""
     fields = dataclasses.asdict(answer)
     for name in ("number", "name", "latent_vectors", "error", "shared_tokens"):
         del fields[name]

@@ -1,11 +1,13 @@
-"""Flags that say how answers are decoded, for the commands that do."""
+"""Decoding flags that `generate` and `evaluate` share."""
 
 import argparse
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+from ilvr_jax.checkpoints.trained import TrainedModel
 from ilvr_jax.config.schema import DTYPES
 from ilvr_jax.data.examples import ExampleSettings
 from ilvr_jax.errors import InputError
@@ -19,32 +21,48 @@ LARGEST_IMAGE = 4096  # vision tokens
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags to a parser."""
-    methods = "; ".join(f"{name}: {what}" for name, what in METHODS.items())
-    parser.add_argument("--stage", help="of a run: the stage whose checkpoint is used (default: the last that has one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: the checkpoint's own)")
-    parser.add_argument("--method", choices=METHODS, default="latent", help=f"how it may look; {methods}")
-    parser.add_argument("--max-new-tokens", type=int, help="of an answer, slots included (default: the run's, or 1024)")
-    parser.add_argument("--latent-size", type=int, help="slots a look (default: the run's, or 8)")
-    parser.add_argument("--early-end", action="store_true", help="let the model end a latent segment early")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy (no file sets it)")
-    parser.add_argument("--top-k", type=int, default=0, help="0, the default: all tokens")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    """Add the flags of decoding to a parser."""
+    methods = "; ".join(f"{name}: {description}" for name, description in METHODS.items())
+    parser.add_argument("--stage", help="of a run, whose checkpoint is used (default: the last that has one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: the checkpoint's own)")
+    parser.add_argument("--method", choices=METHODS, default="latent", help=f"of looking (default: latent); {methods}")
+    parser.add_argument("--max-new-tokens", type=int, help="of an answer, with slots (default: the run's, or 1024)")
+    parser.add_argument("--latent-size", type=int, help="slots per look (default: the run's, or 8)")
+    parser.add_argument("--early-end", action="store_true", help="let the model end a look early")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0, for every checkpoint)")
+    parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens to sample from (default: 0, all)")
     parser.add_argument(
-        "--longest-prompt", type=int, default=LONGEST_PROMPT, help=f"in tokens (default: {LONGEST_PROMPT})"
+        "--top-p", type=float, default=1.0, help="total probability of the tokens to sample from (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    parser.add_argument(
+        "--longest-prompt",
+        type=int,
+        default=LONGEST_PROMPT,
+        help=f"most tokens (default: {LONGEST_PROMPT})",
     )
     parser.add_argument(
-        "--largest-image", type=int, default=LARGEST_IMAGE, help=f"in vision tokens (default: {LARGEST_IMAGE})"
+        "--largest-image",
+        type=int,
+        default=LARGEST_IMAGE,
+        help=f"most vision tokens (default: {LARGEST_IMAGE})",
     )
 
 
-def how_to_decode(options: argparse.Namespace, prompts: ExampleSettings, max_new_tokens: int) -> dict[str, Any]:
-    """Returns the fields of a Request that the flags give, all but `seed`; the others are what the model came with.
+def usable_method(options: argparse.Namespace, trained: TrainedModel) -> str:
+    """Return the method to decode with: "text" for a model without latent tokens, which is printed on stderr."""
+    if trained.looks or options.method == "text":
+        return options.method
+    print(f"{options.checkpoint} has no latent tokens; it is decoded as plain text", file=sys.stderr)
+    return "text"
 
-    Raises InputError, naming the flag, for a bad value of any of the flags.
+
+def decoding_fields(options: argparse.Namespace, prompts: ExampleSettings, max_new_tokens: int) -> dict[str, Any]:
+    """Return the fields of a Request that flags set, without `seed`; flags that are not given have the model's values.
+
+    Raises InputError, naming the flag, for a bad value.
     """
-    with blame_flags():
+    with flag_errors():
         for name in ("longest_prompt", "largest_image"):
             check_whole(name, getattr(options, name), 1)
         check_whole("seed", options.seed, 0, 2**32 - 1)
@@ -60,8 +78,8 @@ def how_to_decode(options: argparse.Namespace, prompts: ExampleSettings, max_new
 
 
 @contextlib.contextmanager
-def blame_flags() -> Iterator[None]:
-    """Within it errors of checks, which begin with the name of a value, are about the flag of that name: InputError."""
+def flag_errors() -> Iterator[None]:
+    """Raise the ValueErrors of checks, which begin with the name of a value, as InputErrors that name its flag."""
     try:
         yield
     except ValueError as error:
@@ -70,12 +88,12 @@ def blame_flags() -> Iterator[None]:
 
 
 def check_sizes(options: argparse.Namespace, prompt: Sample) -> None:
-    """Raises InputError if a prompt or one of its images is larger than the flags allow."""
+    """Raise InputError if a prompt or one of its images is larger than the flags allow."""
     largest = max((image.vision_tokens for image in prompt.images), default=0)
     if largest > options.largest_image:
         raise InputError(
             f"an image must take at most {options.largest_image} vision tokens (--largest-image), got {largest}"
         )
-    if len(prompt.tokens) > options.longest_prompt:
-        most, length = options.longest_prompt, len(prompt.tokens)
+    most, length = options.longest_prompt, len(prompt.tokens)
+    if length > most:
         raise InputError(f"the prompt must have at most {most} tokens (--longest-prompt), got {length}")

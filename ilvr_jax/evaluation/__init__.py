@@ -1,1 +1,1 @@
-"""Evaluation: questions put to a model, results files and statistics."""
+"""Evaluation: asking a model, results files and statistics."""

@@ -1,4 +1,4 @@
-"""Evaluation on maps: batched decoding, each answer played on its map, and what the figures mean beside it."""
+"""Evaluation on maps: batched decoding, answers played on their maps, and a baseline to compare their success with."""
 
 import dataclasses
 import functools
@@ -49,17 +49,20 @@ SMALLEST_BUCKET = 64  # tokens; prompts up to this length share one layout
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """What was decoded for one record, and how it ends when played."""
+class MapAnswer:
+    """The answer to one map and its outcome when played.
+
+    `text` has a mark such as ‹8 slots› for each look; `moves_before_looks` are the moves written before each look.
+    """
 
     name: str
     map_desc: MapDesc
-    text: str  # each latent segment shown as ‹8 slots›
-    moves: str | None
+    text: str
+    moves: str | None  # letters of UDLR; None if no moves could be read
     moves_without_holes: str | None  # the answer to the same map with its holes painted over
     outcome: Outcome
-    slots: tuple[int, ...]  # of each latent segment
-    moves_before_looks: tuple[str, ...]  # what the text tells before each latent segment, as letters
+    slots: tuple[int, ...]  # of each look
+    moves_before_looks: tuple[str, ...]
 
     @property
     def success(self) -> bool:
@@ -74,8 +77,8 @@ class Answer:
 class Evaluation:
     """The answers to all records of a source."""
 
-    answers: tuple[Answer, ...]
-    seconds: float  # all of it: compilation and the second decoding, with holes painted over, too
+    answers: tuple[MapAnswer, ...]
+    seconds: float  # with compilation, and with the second decoding with holes painted over
 
     @property
     def success(self) -> Rates:
@@ -87,12 +90,14 @@ class Evaluation:
 
     @property
     def unchanged_when_holes_painted_over(self) -> float | None:
-        """The share of the answers that could be parsed; None if none could."""
-        parsed = [answer for answer in self.answers if answer.moves is not None]
-        return sum(answer.moves == answer.moves_without_holes for answer in parsed) / len(parsed) if parsed else None
+        """The share of equal moves on the map and on the same map without holes, among readable answers."""
+        readable = [answer for answer in self.answers if answer.moves is not None]
+        return (
+            sum(answer.moves == answer.moves_without_holes for answer in readable) / len(readable) if readable else None
+        )
 
     def summary(self) -> dict[str, Any]:
-        """Returns the figures as one JSON object; rates are from 0 to 1, null where there are no such maps."""
+        """Return the figures as a JSON object; rates are from 0 to 1, None for a group without maps."""
         success, hole_blind = self.success, self.hole_blind
         return {
             "samples": len(self.answers),
@@ -112,24 +117,24 @@ class Evaluation:
         }
 
     def write(self, path: Path) -> None:
-        """Writes the answers to `samples_path(path)`, then the summary to `path`, each whole or not at all."""
+        """Write the answers to `samples_path(path)`, then the summary to `path`, each whole or not at all."""
         with written(samples_path(path)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             for answer in self.answers:
                 blind = hole_blind_success(answer.map_desc)
                 derived = {"level": answer.level, "success": answer.success, "hole_blind_success": blind}
                 groups = {"holes_matter": blind < 1, "detour": blind == 0}
-                fields = dataclasses.asdict(answer) | derived | groups
-                file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+                line = dataclasses.asdict(answer) | derived | groups
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
         write_json(path, self.summary())
 
 
 def samples_path(path: Path) -> Path:
-    """Returns where the answers of an evaluation are that was written to `path`."""
+    """Return the path of the answers of an evaluation whose summary is at `path`."""
     return path.with_suffix(".samples.jsonl")
 
 
-def read_answers(path: Path) -> tuple[Answer, ...]:
-    """Returns the answers of an evaluation that was written to `path`; raises InputError, naming the file's line."""
+def read_answers(path: Path) -> tuple[MapAnswer, ...]:
+    """Return the answers of an evaluation whose summary is at `path`; raise InputError, naming the file's line."""
     path = samples_path(path)
     answers = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
@@ -141,7 +146,7 @@ def read_answers(path: Path) -> tuple[Answer, ...]:
 
 
 def read_evaluation(path: Path, source: Source) -> dict[str, Any] | None:
-    """Returns the figures of an evaluation on all records of a source, None if its files are missing or damaged."""
+    """Return the summary of an evaluation at `path`, None if it is missing, damaged or of other records."""
     try:
         summary, answers = read_object(path), read_answers(path)
     except InputError:
@@ -151,11 +156,11 @@ def read_evaluation(path: Path, source: Source) -> dict[str, Any] | None:
     return summary
 
 
-def _read_answer(fields: dict[str, Any]) -> Answer:
-    values = {field.name: fields[field.name] for field in dataclasses.fields(Answer)}
+def _read_answer(fields: dict[str, Any]) -> MapAnswer:
+    values = {field.name: fields[field.name] for field in dataclasses.fields(MapAnswer)}
     values["map_desc"] = tuple(map(tuple, values["map_desc"]))
     values["outcome"] = Outcome(values["outcome"])
-    return Answer(**values | {name: tuple(values[name]) for name in ("slots", "moves_before_looks")})
+    return MapAnswer(**values | {name: tuple(values[name]) for name in ("slots", "moves_before_looks")})
 
 
 def evaluate(
@@ -168,7 +173,7 @@ def evaluate(
     console: Console | None = None,
     mesh: Mesh | None = None,
 ) -> Evaluation:
-    """Decodes every record of a source as the config says, and scores it; with a mesh, batches are shared out over it.
+    """Answer every record of a source with the settings of the config; with a mesh, batches are sharded over it.
 
     Raises ValueError as `prompt_settings` and `decode_settings` do, BadRecord as `evaluate_maps` does.
     """
@@ -194,7 +199,7 @@ def evaluate(
 
 
 def decode_settings(config: RunConfig) -> DecodeSettings:
-    """Returns how answers are decoded from the config's `eval` and `latents`; raises ValueError for a bad value."""
+    """Return the settings of decoding from the config's `eval` and `latents`; raise ValueError for a bad value."""
     return DecodeSettings(
         max_new_tokens=config.eval.max_new_tokens,
         latent_size=config.latents.latent_size,
@@ -216,10 +221,10 @@ def evaluate_maps(
     seed: int = 0,
     console: Console | None = None,
 ) -> Evaluation:
-    """Answers every record of a source, once as it is and once with its holes painted over, and plays the moves.
+    """Answer every record of a source, once as it is and once with its holes painted over, and play the moves.
 
-    `decode(batch, seeds)` decodes a batch of prompts. A record's seed depends on `seed` and its number alone, and is
-    the same both times. With a console, progress is shown on it.
+    `decode(batch, seeds)` decodes a batch of prompts. A record's seed depends only on `seed` and its number, and is the
+    same both times. With a console, progress is shown on it.
 
     Raises BadRecord, naming the record, if it has no map or not exactly one image, or an image cannot be read.
     """
@@ -232,11 +237,11 @@ def evaluate_maps(
     samples += [build(paint_holes_over(record), number=number) for number, record in enumerate(records)]
     tokens: dict[int, Int[np.ndarray, " time"]] = {}
     batches = list(prompt_batches(samples, batch_size, special, geometry))
-    hidden = console is None or not console.is_terminal
-    for members, batch in track(batches, "evaluating", console=console, disable=hidden, transient=True):
+    silent = console is None or not console.is_terminal
+    for members, batch in track(batches, "evaluating", console=console, disable=silent, transient=True):
         seeds = np.array([_seed(seed, number) for number in batch.record], np.uint32)
         decoded = decode(batch, seeds)
-        # Rows past the members repeat the last one, to fill the batch: zip drops them.
+        # Rows past the members repeat the last one to fill the batch; zip drops them.
         for member, row, length in zip(members, *map(np.asarray, decoded), strict=False):
             tokens[member] = row[:length]
     answers = tuple(
@@ -249,11 +254,11 @@ def evaluate_maps(
 def prompt_batches(
     samples: Sequence[Sample], batch_size: int, special: SpecialTokens, geometry: ImageGeometry
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Yields batches of prompts, each with the indices of the samples in its rows.
+    """Yield batches of prompts, each with the indices of the samples in its rows.
 
-    Prompts whose lengths round up to the same power of two share a layout, so few are compiled. Within it they are
-    sorted by length: answers to maps of one level are about as long, and a batch decodes as long as its longest.
-    Batches of a layout have the same number of rows; left-over rows repeat the last sample.
+    Prompts whose lengths round up to the same power of two share a layout, so that few are compiled. They are sorted by
+    length, since answers to maps of one level are about equally long and a batch decodes until its longest answer ends.
+    Batches of a layout have the same number of rows; surplus rows repeat the last sample.
     """
     buckets = defaultdict(list)
     for index, sample in enumerate(samples):
@@ -263,9 +268,9 @@ def prompt_batches(
         layout = merge_layouts([required_layout(samples[index], geometry) for index in members])
         rows = min(batch_size, len(members))
         for first in range(0, len(members), rows):
-            here = members[first : first + rows]
-            filled = [samples[index] for index in here + here[-1:] * (rows - len(here))]
-            yield here, collate(filled, layout, special, geometry)
+            batch = members[first : first + rows]
+            filled = [samples[index] for index in batch + batch[-1:] * (rows - len(batch))]
+            yield batch, collate(filled, layout, special, geometry)
 
 
 def _seed(seed: int, number: int) -> int:
@@ -278,11 +283,11 @@ def read_answer(
     tokens_without_holes: Int[np.ndarray, " time"],
     tokenizer: PreTrainedTokenizerFast,
     special: SpecialTokens,
-) -> Answer:
-    """Reads the tokens decoded for a record, with its holes and without, and plays the moves."""
+) -> MapAnswer:
+    """Return the answer in the tokens decoded for a record, with its holes and without, and its outcome."""
     texts, slots = split_at_looks(tokens, tokenizer, special)
     moves = parse_moves("".join(texts))
-    return Answer(
+    return MapAnswer(
         name=record.name,
         map_desc=record.map_desc,
         text=show_text(texts, [f"‹{count} slots›" for count in slots]),

@@ -1,1 +1,1 @@
-"""What a person looks at in the end: tables and pictures of results."""
+"""Reports for people: tables, pictures and pages."""

@@ -1,4 +1,4 @@
-"""What a check of a data set found: tables, and a page with samples laid out as the model sees them."""
+"""The result of checking a data set: tables, and a page with samples laid out as the model sees them."""
 
 import base64
 import io
@@ -31,17 +31,20 @@ CONFIG_FILE = (
 BARS = " ▁▂▃▄▅▆▇█"
 BINS = 12
 IMAGE_SIZES = 8  # the most frequent ones are shown
-REASONS = 20
-SHOWN_TOKENS = 2000  # of a run of text in a sample
-SHOWN_PIXELS = 560  # a side of a picture in a sample
-QUANTILES = {"least": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "most": 1.0}
+REASONS = 20  # the most frequent ones are shown
+SHOWN_TOKENS = 2000  # of a run of text in a sample; the page counts the others
+SHOWN_PIXELS = 560  # the longer side of an image in a sample
+QUANTILES = {"min": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 SIDES = ("prefix", "segments", "text", "tail", "images", "image_tokens", "helper_tokens")
-KINDS = {Role.PADDING: "padding", Role.PROMPT: "prompt", Role.IMAGE: "image", Role.MARKER: "marker"}
-KINDS |= {Role.ANSWER: "answer"}
+RUN_KINDS = {Role.PADDING: "padding", Role.PROMPT: "prompt", Role.IMAGE: "image", Role.MARKER: "marker"}
+RUN_KINDS |= {Role.ANSWER: "answer"}
 
 
 class Section(NamedTuple):
-    """A table under a title; cells are numbers, each row with a name in front, or else text that may be long."""
+    """A table under a title.
+
+    With `numbers` its cells are numbers behind a name in the first column, without it text of any length.
+    """
 
     title: str
     header: Sequence[str]
@@ -49,7 +52,7 @@ class Section(NamedTuple):
     numbers: bool = True
 
     def table(self) -> Table:
-        """Returns it for the terminal, without the title, which may be wider."""
+        """Return the table for a terminal, without the title, which may be wider."""
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
         for column, name in enumerate(self.header):
             if self.numbers:
@@ -63,41 +66,41 @@ class Section(NamedTuple):
 
 
 def sections(survey: Survey, suggested: Mapping[str, Layout]) -> list[Section]:
-    """Returns the tables of a survey; what there is nothing to say about is left out."""
-    found = [quantities(view, tally) for view, tally in survey.distinct()]
-    found.append(image_sizes(survey.tallies[0].images))
+    """Return the tables of a survey, without empty ones."""
+    tables = [quantities(view, tally) for view, tally in survey.distinct()]
+    tables.append(image_sizes(survey.tallies[0].images))
     for view, tally in zip(survey.views, survey.tallies, strict=True):
         filled = ((bucket, pair) for (bucket, _), pair in tally.filled.items())
-        found.append(bucket_table(f"Buckets of the config in {view.stages}", view.buckets, filled))
+        tables.append(bucket_table(f"Buckets of the config in {view.stages}", view.buckets, filled))
     filled = ((first_holding(need, suggested), pair) for need, pair in survey.needs().items())
-    found.append(bucket_table("Suggested buckets", suggested, filled))
+    tables.append(bucket_table("Suggested buckets", suggested, filled))
     reasons = []
-    for why, count in survey.reasons.most_common(REASONS):
-        reasons += [(str(count), why), *(("", f"- {sentence}") for sentence in survey.sentences[why])]
-    found.append(Section("Left out", ("records", "why, and the first of them"), reasons, numbers=False))
-    return [section for section in found if section.rows]
+    for reason, count in survey.reasons.most_common(REASONS):
+        reasons += [(str(count), reason), *(("", f"- {sentence}") for sentence in survey.sentences[reason])]
+    tables.append(Section("Skipped records", ("records", "reason, and the first records"), reasons, numbers=False))
+    return [section for section in tables if section.rows]
 
 
 def quantities(view: View, tally: Tally) -> Section:
-    """Returns the table of how much there is in a record, by quantity; those that are always 0 are left out."""
+    """Return the table of quantities per record, without those that are always 0."""
     treatment = f", helper images: {view.helper_images}" if view.helper_images else ""
     rows = [
         (name, *(str(quantile(values, share)) for share in QUANTILES.values()), histogram(values))
         for name, values in tally.quantities.items()
         if any(values)
     ]
-    return Section(f"In a record ({view.stages}{treatment})", ("", *QUANTILES, "spread"), rows)
+    return Section(f"Per record ({view.stages}{treatment})", ("", *QUANTILES, "distribution"), rows)
 
 
 def quantile(values: Counter[int], share: float) -> int:
-    """Returns the smallest value that at least this share of the counted values does not exceed."""
+    """Return the smallest value that a share of the counted values does not exceed."""
     ordered = sorted(values)
     below = np.cumsum([values[value] for value in ordered])
     return ordered[int(np.searchsorted(below, share * below[-1]))]
 
 
 def histogram(values: Counter[int]) -> str:
-    """Returns bars for equal spans from the least value to the greatest."""
+    """Return bars for bins of equal width from the smallest value to the largest."""
     bins = min(BINS, max(values) - min(values) + 1)
     counts, _ = np.histogram(list(values), bins, weights=list(values.values()))
     heights = np.ceil(counts / counts.max() * (len(BARS) - 1)).astype(int)
@@ -105,7 +108,7 @@ def histogram(values: Counter[int]) -> str:
 
 
 def image_sizes(images: Counter[tuple[int, int, bool]]) -> Section:
-    """Returns the table of the most frequent sizes of images as the model gets them."""
+    """Return the table of the most frequent sizes of images after resizing."""
     sizes = Counter()
     for (width, height, _), count in images.items():
         sizes[width, height] += count
@@ -120,15 +123,15 @@ def image_sizes(images: Counter[tuple[int, int, bool]]) -> Section:
     if len(sizes) > IMAGE_SIZES:
         rows.append((f"{len(sizes) - IMAGE_SIZES} other sizes", "", "", ""))
     header = ("pixels", "vision tokens", "user images", "helper images")
-    return Section("Images as the model gets them", header, rows)
+    return Section("Images after resizing", header, rows)
 
 
 def bucket_table(
     title: str, buckets: Mapping[str, Layout], filled: Iterable[tuple[str, Int[np.ndarray, " pair"]]]
 ) -> Section:
-    """Returns the table of buckets with their samples, and the share of the batches that their tokens do not fill.
+    """Return the table of buckets with the number of their samples and the share of padding in their batches.
 
-    `filled` are samples and their tokens by bucket ("" for none), any number of pairs to each.
+    `filled` yields pairs of counts, samples and their tokens, by bucket ("" for none); a bucket may come several times.
     """
     sums = defaultdict(pair_of_zeros)
     for name, pair in filled:
@@ -151,7 +154,7 @@ def bucket_table(
 
 
 def config_file(base: str, changes: Mapping[str, Any], buckets: Mapping[str, Layout]) -> str:
-    """Returns a config file: the one at `base` with changes, by dotted key, and buckets in place of its own."""
+    """Return the text of a config file: the one at `base` with changes, by dotted key, and with new buckets."""
     lines = [
         "from ml_collections import ConfigDict",
         "",
@@ -171,7 +174,7 @@ def config_file(base: str, changes: Mapping[str, Any], buckets: Mapping[str, Lay
 
 
 def write_page(path: Path, **parts: Any) -> None:
-    """Writes one HTML file: `title`, `remark`, `sections`, `config` (a file's text), `samples` of `laid_out`.
+    """Write one HTML file: `title`, `remark`, `sections`, `config` (a file's text), `samples` of `laid_out`.
 
     Raises as `write_text` does.
     """
@@ -183,20 +186,20 @@ def write_page(path: Path, **parts: Any) -> None:
 def laid_out(
     name: str, bucket: str, sample: Sample, layout: Layout, tokenizer: PreTrainedTokenizerFast, special: SpecialTokens
 ) -> dict[str, Any]:
-    """Returns a sample for the page: runs of columns that play the same part, in order."""
+    """Return a sample for the page, as runs of columns with the same role and loss, in order."""
     tokens, roles, loss = (np.zeros(layout.columns, np.int32) for _ in range(3))
     place = sample_columns(sample, layout)
     tokens[place], roles[place], loss[place] = sample.tokens, sample.roles, sample.labels != -100
     kinds = [
-        ("slots" if role == Role.MARKER and token == special.latent_pad else KINDS[Role(role)], bool(carries))
-        for token, role, carries in zip(tokens, roles, loss, strict=True)
+        ("slots" if role == Role.MARKER and token == special.latent_pad else RUN_KINDS[Role(role)], bool(has_loss))
+        for token, role, has_loss in zip(tokens, roles, loss, strict=True)
     ]
     pictures = {"image": iter(sample.images), "slots": iter(sample.helper_images)}
     runs, first = [], 0
-    for (kind, carries), members in itertools.groupby(kinds):
+    for (kind, has_loss), members in itertools.groupby(kinds):
         count = len(list(members))
         picture = next(pictures[kind], None) if kind in pictures else None
-        run = {"kind": kind, "loss": carries, "first": first, "count": count, "image": picture and png(picture)}
+        run = {"kind": kind, "loss": has_loss, "first": first, "count": count, "image": picture and png(picture)}
         if kind in ("prompt", "answer", "marker"):
             run["pieces"] = list(pieces(tokens[first : first + min(count, SHOWN_TOKENS)], tokenizer))
             run["hidden"] = max(0, count - SHOWN_TOKENS)
@@ -206,7 +209,7 @@ def laid_out(
 
 
 def pieces(tokens: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
-    """Yields the text of each token; those that only together are letters come as one."""
+    """Yield the text of each token; tokens that only together form a letter come as one."""
     waiting = []
     for token in tokens:
         waiting.append(int(token))
@@ -219,7 +222,7 @@ def pieces(tokens: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> Iterato
 
 
 def png(image: PatchedImage) -> str:
-    """Returns an image as a data address for HTML, no larger than it is shown."""
+    """Return an image as a data URI for HTML, no larger than it is shown."""
     file, picture = io.BytesIO(), Image.fromarray(unpatch_image(image))
     picture.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
     picture.save(file, "PNG", optimize=True)

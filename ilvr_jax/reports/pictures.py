@@ -1,4 +1,4 @@
-"""Pictures of results: maps with the decoded moves drawn on them and where the model looked."""
+"""Pictures of results: maps with the decoded moves and the places of looks drawn on them."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,27 +14,27 @@ from matplotlib.patheffects import withStroke
 
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.data.frozen_lake.source import Cell
-from ilvr_jax.evaluation.maps import Answer
+from ilvr_jax.evaluation.maps import MapAnswer
 from ilvr_jax.tasks.vsp_planning import Outcome, holes_matter, is_detour, walk
 
 COLUMNS = 4
 CELL_PIXELS = 64
 RIGHT, WRONG, EYE = "#0b7a3b", "#d0202e", "#173a8c"
-OUTCOMES = {
+TITLES = {
     Outcome.GOAL: "reaches the goal",
     Outcome.HOLE: "falls into a hole",
     Outcome.SHORT: "does not end at the goal",
     Outcome.UNPARSED: "no moves could be read",
 }
-# Where in a cell its eyes go, in cells from its middle: the corners, as moves run through the middle.
+# Offsets (x, y) of a cell's eyes from its middle, in cells: the corners, since moves run through the middle.
 CORNERS = ((-0.27, -0.32), (0.27, -0.32), (-0.27, 0.32), (0.27, 0.32))
 
 
-def draw_solutions(answers: Sequence[Answer], path: Path, count: int = 12, wrong: int = 4) -> None:
-    """Draws up to `count` maps with the decoded moves, up to `wrong` of them wrong, as a PNG file.
+def draw_solutions(answers: Sequence[MapAnswer], path: Path, count: int = 12, wrong: int = 4) -> None:
+    """Draw up to `count` maps with the decoded moves, up to `wrong` of them wrong, as a PNG file.
 
-    Detours and maps where holes matter come first, levels in turn. An eye marks where the elf stood, after the moves
-    told so far, when the model wrote each latent segment.
+    Maps that need a detour or have holes in the way come first, from all levels. An eye marks each look, in the cell
+    that the moves written before it lead to.
     """
     chosen = choose_answers(answers, count, wrong)
     rows = max(1, -(-len(chosen) // COLUMNS))
@@ -47,7 +47,7 @@ def draw_solutions(answers: Sequence[Answer], path: Path, count: int = 12, wrong
     for panel, answer in zip(panels, chosen, strict=False):
         draw_answer(panel, answer)
     solved = sum(answer.success for answer in answers)
-    title = f"{solved} of {len(answers)} maps solved; here are {len(chosen)}"
+    title = f"{solved} of {len(answers)} maps solved; {len(chosen)} are shown"
     figure.suptitle(title, fontsize=15, weight="bold", y=1 - 0.12 / height, va="top")
     figure.subplots_adjust(
         left=0.015, right=0.985, bottom=0.55 / height, top=1 - 0.95 / height, wspace=0.06, hspace=0.2
@@ -57,8 +57,8 @@ def draw_solutions(answers: Sequence[Answer], path: Path, count: int = 12, wrong
     figure.savefig(path, format="png")
 
 
-def choose_answers(answers: Sequence[Answer], count: int, wrong: int) -> list[Answer]:
-    """Returns up to `count` answers, by level, at most `wrong` wrong ones or more for want of right ones."""
+def choose_answers(answers: Sequence[MapAnswer], count: int, wrong: int) -> list[MapAnswer]:
+    """Return up to `count` answers, sorted by level; at most `wrong` are wrong, unless too few are right."""
     solved = _varied([answer for answer in answers if answer.success])
     failed = _varied([answer for answer in answers if not answer.success])
     failed = failed[: max(wrong, count - len(solved))][:count]
@@ -66,8 +66,8 @@ def choose_answers(answers: Sequence[Answer], count: int, wrong: int) -> list[An
     return sorted(chosen, key=lambda answer: (answer.level, not answer.success))
 
 
-def _varied(answers: Sequence[Answer]) -> list[Answer]:
-    """Orders answers so that any first few are of all levels in turn, and of a level detours come first."""
+def _varied(answers: Sequence[MapAnswer]) -> list[MapAnswer]:
+    """Sort answers so that levels alternate and each level's maps that need a detour come first."""
     levels = defaultdict(list)
     for answer in answers:
         levels[answer.level].append(answer)
@@ -77,8 +77,8 @@ def _varied(answers: Sequence[Answer]) -> list[Answer]:
     return [answer for turn in turns for answer in turn if answer is not None]
 
 
-def draw_answer(panel: Axes, answer: Answer) -> None:
-    """Draws one map with its moves and looks."""
+def draw_answer(panel: Axes, answer: MapAnswer) -> None:
+    """Draw one map with its moves and an eye for each look."""
     colour = RIGHT if answer.success else WRONG
     panel.imshow(draw_map(answer.map_desc, CELL_PIXELS))
     cells = walk(answer.map_desc, answer.moves or "")
@@ -86,17 +86,17 @@ def draw_answer(panel: Axes, answer: Answer) -> None:
         if start != end:
             _draw_move(panel, start, end, colour)
     looks = defaultdict(int)
-    size = answer.level * CELL_PIXELS / 19  # the same on paper at every level
+    size = answer.level * CELL_PIXELS / 19  # the same size on paper at every level
     for number, moves in enumerate(answer.moves_before_looks, start=1):
         cell = walk(answer.map_desc, moves)[-1]
         down, right = CORNERS[looks[cell] % len(CORNERS)][::-1]
         x, y = _middle((cell[0] + down, cell[1] + right))
         _draw_eye(panel, x, y, size, str(number))
         looks[cell] += 1
-    kind = ", detour" if is_detour(answer.map_desc) else ", holes matter" if holes_matter(answer.map_desc) else ""
+    kind = ", detour" if is_detour(answer.map_desc) else ", holes in the way" if holes_matter(answer.map_desc) else ""
     moves = f"{answer.moves}: " if answer.moves else ""
     moves = moves if len(moves) <= 16 else f"{moves[:14]}…: "
-    panel.set_title(f"{moves}{OUTCOMES[answer.outcome]}", fontsize=10, color=colour, pad=5)
+    panel.set_title(f"{moves}{TITLES[answer.outcome]}", fontsize=10, color=colour, pad=5)
     panel.annotate(
         f"level {answer.level}{kind}",
         (0.5, 1),
@@ -110,7 +110,7 @@ def draw_answer(panel: Axes, answer: Answer) -> None:
 
 
 def _middle(cell: Cell) -> tuple[float, float]:
-    """Returns x and y of the middle of a cell, in pixels."""
+    """Return x and y of a cell's middle, in pixels."""
     return (cell[1] + 0.5) * CELL_PIXELS, (cell[0] + 0.5) * CELL_PIXELS
 
 
@@ -131,7 +131,7 @@ def _draw_move(panel: Axes, start: Cell, end: Cell, colour: str) -> None:
 
 
 def _draw_eye(panel: Axes, x: float, y: float, size: float, number: str) -> None:
-    """Draws an eye `size` wide with a number for its pupil."""
+    """Draw an eye of `size` pixels with a number in its pupil."""
     half, lid = size / 2, size * 0.66
     points = [(x - half, y), (x, y - lid), (x + half, y), (x, y + lid), (x - half, y)]
     outline = Curve(points, [Curve.MOVETO, Curve.CURVE3, Curve.CURVE3, Curve.CURVE3, Curve.CURVE3])
@@ -148,7 +148,7 @@ def _draw_legend(panel: Axes) -> None:
     texts = (
         "moves that reach the goal",
         "moves that do not",
-        "where the elf stood when the model wrote latent segment 1",
+        "the elf's cell at the model's first look",
     )
     for text, start, colour in zip(texts, (0.09, 0.30, 0.46), (RIGHT, WRONG, None), strict=True):
         x = start * box.width

@@ -1,4 +1,4 @@
-"""Tables of success, from the summaries that evaluations write as JSON."""
+"""The table of success on maps, from the summaries of evaluations (JSON)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,15 +8,17 @@ from rich.table import Table
 
 HOLE_BLIND = "hole-blind"
 CAPTION = (
-    "hole-blind: a random shortest path of the map without holes. holes matter: some such path is blocked; "
-    "detours: all are. stay same: answers unchanged when the holes are painted over."
+    "Shares of maps that are solved. hole-blind: a policy that ignores holes and takes a random shortest path. "
+    "holes in the way: maps where holes block some of these paths; detour needed: all of them. "
+    "same without holes: answers that do not change when the holes are painted over. "
+    "no answer: answers without readable moves."
 )
 
 
 def success_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Returns the table of evaluations by name, such as that of the stage; the hole-blind policy comes first.
+    """Return the table of evaluations on the same maps, the hole-blind policy in its first row.
 
-    `evaluations` holds summaries as `Evaluation.summary()` returns them, all of the same maps.
+    `evaluations` are results of `Evaluation.summary()` by the name for their row, such as the stage's.
     """
     header, rows = success_rows(evaluations)
     table = Table(caption=CAPTION, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
@@ -27,18 +29,11 @@ def success_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def success_markdown(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the same table in markdown, for a README."""
-    header, rows = success_rows(evaluations)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def success_rows(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and the rows of the table as text; what does not apply is a dash."""
+    """Return the header and the rows of the table as text, with a dash for a value that does not exist."""
     levels = sorted({level for summary in evaluations.values() for level in summary["success_by_level"]}, key=int)
-    header = ["", "all", *(f"level {level}" for level in levels), "holes matter", "detours"]
-    header += ["stay same", "not parsed", "latent looks", "time"]
+    header = ["", "all", *(f"level {level}" for level in levels), "holes in the way", "detour needed"]
+    header += ["same without holes", "no answer", "looks", "time"]
     rows = []
     for name, summary in evaluations.items():
         if not rows:

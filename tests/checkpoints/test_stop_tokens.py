@@ -85,7 +85,7 @@ def test_answers_end_where_transformers_ends_them(published, tmp_path, capsys, g
     assert list(answer.tokens) == looped == transformers_answer(folder, prompt) and len(looped) == length
     assert answer.stop_reason == "end"
     assert answer.text == trained.tokenizer.decode(looped[:-1])
-    Printer(trained, 4).show(looped)
+    Printer(trained).add(looped)
     assert capsys.readouterr().out == trained.tokenizer.decode(looped[:-1]).rstrip("\ufffd")
 
 

@@ -86,7 +86,7 @@ def write_records(folder, *changes):
 def test_the_figures_are_those_of_another_count(folder, capsys):
     assert main([str(MIRAGE)]) == 0
     printed, _ = capsys.readouterr()
-    assert printed.startswith("sample.jsonl (mirage): 3 records, 3 usable\n4 slots a look, attention windows of 56")
+    assert printed.startswith("sample.jsonl (mirage): 3 records, 3 usable\n4 slots per look, attention windows of 56")
     # The published template, written by hand, and the tokens of its text counted without build_example.
     records = [json.loads(line) for line in MIRAGE.open()]
     tokenizer = train_tokenizer(record_texts(MirageSource(MIRAGE)))
@@ -99,7 +99,7 @@ def test_the_figures_are_those_of_another_count(folder, capsys):
         prompts.append(sum(len(encode(text).ids) for text in texts))
         answers.append(sum(len(encode(text).ids) for text in ("\n" + answer[0], f"{answer[1]}<|im_end|>")))
         totals.append(prompts[-1] + 2 + vision + answers[-1] + 2 + 4)
-    table = cells(printed, "In a record (stage1, helper images: latent)")
+    table = cells(printed, "Per record (stage1, helper images: latent)")
     for name, values in (
         ("user images", [1, 1, 1]),
         ("latent segments", [1, 1, 1]),
@@ -112,9 +112,9 @@ def test_the_figures_are_those_of_another_count(folder, capsys):
     ):
         low, middle, high = sorted(values)
         assert table[name][:6] == [str(value) for value in (low, low, middle, high, high, high)], name
-    assert cells(printed, "Images as the model gets them")["308x308"] == ["121", "1", "1"]
-    assert "Buckets of the config" not in printed and "Left out" not in printed
-    assert "Checked without a config" in printed and "Written: sample_check.html" in printed
+    assert cells(printed, "Images after resizing")["308x308"] == ["121", "1", "1"]
+    assert "Buckets of the config" not in printed and "Skipped records" not in printed
+    assert "Checked without a config" in printed and "Page written to sample_check.html" in printed
 
 
 @pytest.mark.parametrize("values", [[3], [1, 1, 1, 9], [5, 1, 4, 2, 3, 2, 2], list(range(100))])
@@ -243,7 +243,7 @@ def test_what_is_wrong_is_counted_by_kind(folder, capsys, monkeypatch):
     assert main([str(path)]) == 1
     printed, _ = capsys.readouterr()
     assert printed.startswith("train.jsonl (mirage): 12 records, 2 usable\n")
-    lines = printed[printed.index("Left out") :].split("\n\n")[0].splitlines()
+    lines = printed[printed.index("Skipped records") :].split("\n\n")[0].splitlines()
     counted = {}
     for line in lines[3:]:
         if line[0] != " ":
@@ -298,13 +298,13 @@ def test_the_page_shows_samples_column_by_column(folder, capsys):
     )
     assert main([str(path), "--samples=3", "--out=pages/look.html"]) == 0
     page = (folder / "pages" / "look.html").read_text()
-    assert "Written: pages/look.html" in capsys.readouterr().out
+    assert "Page written to pages/look.html" in capsys.readouterr().out
     assert page.count("<img") == 3 + 4 and page.count("data:image/png;base64,") == 7
     assert "http" not in page and "<script" not in page  # nothing is fetched
     text = html.unescape(re.sub(r"<[^>]*>", "", page))
     for shown in ("Which [bold]way[/bold]?", "A & B", "See 🦊 ", "<|vision_start|>", "<|latent_start|>", "<|im_end|>"):
         assert shown in text, shown
-    assert text.count("2 vision tokens") == 3 and text.count("4 latent slots; the teacher sees") == 4
+    assert text.count("2 vision tokens") == 3 and text.count("4 latent slots; the teacher's image:") == 4
     assert main([str(path), "--samples=0"]) == 0
     assert "<img" not in (folder / "train_check.html").read_text()
 
@@ -360,8 +360,8 @@ def test_prompts_of_questions_without_answers(folder, capsys):
     assert main([str(MAPS), "--limit=20"]) == 0
     printed, _ = capsys.readouterr()
     assert printed.startswith("test.jsonl (vsp): 20 records, 20 usable")
-    assert "In a record (prompts)" in printed and "uckets" not in printed.replace("its buckets are checked", "")
-    table = cells(printed, "In a record (prompts)")
+    assert "Per record (prompts)" in printed and "uckets" not in printed.replace("its buckets are checked as well", "")
+    table = cells(printed, "Per record (prompts)")
     assert table["vision tokens, prompt"][:1] == ["49"] and "text tokens, answer" not in table
     page = (folder / "test_check.html").read_text()
     assert page.count("<img") == 4 and "professional maze solver" in html.unescape(re.sub(r"<[^>]*>", "", page))
@@ -386,7 +386,7 @@ def test_parquet_and_images_without_bytes(folder, capsys, monkeypatch):
         assert "- one.parquet row 1: must have an image for every marker, got none in 'reasoning_image_1'" in printed
         assert "- one.parquet row 2: an image of 6 bytes: must be a whole PNG, " in printed
         assert '- one.parquet row 4: "Question" must be text, got null or an empty one' in printed
-        assert cells(printed, "Images as the model gets them")["56x56"] == ["4", "0", "2"]
+        assert cells(printed, "Images after resizing")["56x56"] == ["4", "0", "2"]
     (folder / "elsewhere").mkdir()
     png.rename(folder / "elsewhere" / "a.png")
     rows = [fields | {"Final Answer": "yes", "reasoning_image_1": {"bytes": None, "path": "a.png"}}]
@@ -486,7 +486,7 @@ def test_nothing_usable_after_all(folder, capsys):
     path = write_records(folder, {"image_input": "train.jsonl"})
     assert main([str(path)]) == 2
     printed, said = capsys.readouterr()
-    assert said.endswith(f"{path}: no record is usable\n")
+    assert said.endswith(f"{path} must hold usable records, got none\n")
     assert "1 records, 0 usable" in printed and "must be a whole PNG, " in printed and "ConfigDict" not in printed
 
 
@@ -502,7 +502,7 @@ def test_ctrl_c(capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check, "take", interrupt)
+    monkeypatch.setattr(check, "measure", interrupt)
     assert main([str(MIRAGE)]) == 130
     assert capsys.readouterr().err == "stopped; no page was written\n"
 
@@ -514,10 +514,10 @@ def test_the_settings_of_a_config_are_used(folder, capsys):
     flags += [f"--config.data.buckets.many_looks.{side}" for side in ("images=2", "image_tokens=64")]
     assert main([str(path), *flags]) == 0
     printed, _ = capsys.readouterr()
-    assert "3 slots a look" in printed and f"Checked with {CONFIG}." in printed
-    table = cells(printed, "In a record (warm_up, helper images: encode)")
+    assert "3 slots per look" in printed and f"Checked with {CONFIG}." in printed
+    table = cells(printed, "Per record (warm_up, helper images: encode)")
     assert table["vision tokens, prompt"][0] == "8" and table["vision tokens, answer"][0] == "64"
-    sizes = cells(printed, "Images as the model gets them")
+    sizes = cells(printed, "Images after resizing")
     assert sizes == {"112x56": ["8", "3", "0"], "224x224": ["64", "0", "3"]}
     assert "Be brief." in html.unescape(re.sub(r"<[^>]*>", "", (folder / "train_check.html").read_text()))
 

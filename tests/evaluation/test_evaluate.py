@@ -16,7 +16,7 @@ from PIL import Image
 
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.evaluate import main
-from ilvr_jax.evaluation.results import BadResults, Key, Results, figures
+from ilvr_jax.evaluation.results import BadResults, Key, Results, summarise
 from tests.data.test_zebra_cot import mark, row, write
 from tests.paths import REPOSITORY
 from tests.published import save_published
@@ -66,17 +66,17 @@ def test_every_record_is_asked_once_with_and_without_holes(run, data, tmp_path, 
     assert (summary["questions"], summary["unparsed"], summary["accuracy"]) == (3, 3, 0)
     assert summary["accuracy_interval"][0] == 0 and 0 < summary["accuracy_interval"][1] < 1
     assert summary["hole_blind_success"] == pytest.approx((1 + 0 + 1 / 3) / 3)
-    assert summary["method"] == method and summary["left_out"] == 0
+    assert summary["method"] == method and summary["skipped"] == 0
     looked = sum(line["looks"] for line in lines.values())
     assert (looked == 0) == (method == "text")
-    assert "accuracy interval" in capsys.readouterr().out
-    assert out.with_suffix(".log").read_text().count("0 of 6 answers are there")
+    assert "accuracy, 95 % interval" in capsys.readouterr().out
+    assert out.with_suffix(".log").read_text().count("0 of 6 answers exist")
 
 
 FOREIGN = ({"number": 3}, {"number": 10**30}, {"number": -1}, {"number": True}, {"sample": -1}, {"tokens": -4})
 
 
-def test_a_stopped_evaluation_goes_on_with_the_same_answers(run, data, tmp_path, capsys):
+def test_a_stopped_evaluation_resumes_with_the_same_answers(run, data, tmp_path, capsys):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     sampling = ("--samples-per-question=3", "--temperature=1.0")
     assert evaluate(run, data, whole, *sampling, "--batch-size=2") == 0
@@ -90,9 +90,9 @@ def test_a_stopped_evaluation_goes_on_with_the_same_answers(run, data, tmp_path,
     assert evaluate(run, data, out, *sampling, "--batch-size=16") == 0
     err = capsys.readouterr().err
     numbers = (4, 5, *range(10, 11 + len(FOREIGN)))
-    assert all(f"line {number}: cannot be read" in err for number in numbers) and err.count("\n") == len(numbers)
+    assert all(f"line {number} cannot be read" in err for number in numbers) and err.count("\n") == len(numbers)
     assert answers(out) == answers(whole)
-    assert "6 of 12 answers are there" in out.with_suffix(".log").read_text()
+    assert "6 of 12 answers exist" in out.with_suffix(".log").read_text()
     summary = json.loads((tmp_path / "out.summary.json").read_text())
     assert list(summary["pass_at"]) == ["1", "2", "3"] and summary["majority"] == 0
     before = out.read_bytes()
@@ -100,7 +100,8 @@ def test_a_stopped_evaluation_goes_on_with_the_same_answers(run, data, tmp_path,
     assert evaluate(run, data, out, *sampling, "--seed=1") == 2
     err = capsys.readouterr().err
     assert (
-        "must hold answers of this evaluation (seed 1), but holds those of another (seed 0); name another --out" in err
+        "must hold answers of this evaluation (seed 1), but holds those of another (seed 0); choose another --out"
+        in err
     )
     assert out.read_bytes() == before
 
@@ -124,7 +125,7 @@ def test_bad_records_are_named_and_the_rest_is_answered(run, data, tmp_path, cap
     err = capsys.readouterr().err
     for sentence in (
         "mixed.jsonl line 2: must be one JSON object in UTF-8, but is not JSON",
-        'mixed.jsonl line 3: has no "map_desc"',
+        'mixed.jsonl line 3: must have a "map_desc"',
         "mixed.jsonl line 5: ",
         "mixed.jsonl line 6: an image must take at most 400 vision tokens (--largest-image), got 2209",
         "mixed.jsonl line 7: the prompt must have at most 500 tokens (--longest-prompt), got",
@@ -133,12 +134,12 @@ def test_bad_records_are_named_and_the_rest_is_answered(run, data, tmp_path, cap
     assert {line["record"] for line in answers(out).values() if not line["form"]} == {
         f"mixed.jsonl line {number}" for number in (1, 4, 8)
     }
-    assert json.loads((tmp_path / "out.summary.json").read_text())["left_out"] == 5
+    assert json.loads((tmp_path / "out.summary.json").read_text())["skipped"] == 5
     before = out.read_bytes()
     assert evaluate(run, file, out, *limits) == 1 and out.read_bytes() == before  # nothing is left that can be asked
     assert capsys.readouterr().err == err
     assert evaluate(run, data, tmp_path / "none.jsonl", "--longest-prompt=3") == 2
-    assert capsys.readouterr().err.endswith("maps.jsonl: no record is left to ask\n")
+    assert capsys.readouterr().err.endswith("maps.jsonl must have records that can be asked, got none\n")
 
 
 def test_rows_that_cannot_be_read_are_named_and_the_rest_is_answered(run, data, tmp_path, capsys):
@@ -162,7 +163,7 @@ def test_rows_that_cannot_be_read_are_named_and_the_rest_is_answered(run, data, 
         assert err.count(f"skipped: rows.parquet row {number}: ") == 1, err
     assert err.count("\n") == 7
     assert {line["record"] for line in answers(out).values()} == {"rows.parquet row 0", "rows.parquet row 8"}
-    assert json.loads((tmp_path / "out.summary.json").read_text())["left_out"] == 7
+    assert json.loads((tmp_path / "out.summary.json").read_text())["skipped"] == 7
 
 
 def test_a_published_checkpoint_is_evaluated_in_plain_text(data, tmp_path, capsys):
@@ -195,12 +196,15 @@ def test_a_published_checkpoint_is_evaluated_in_plain_text(data, tmp_path, capsy
         (["--out=/dev/null"], "--out must be a file whose name ends with .jsonl, got '/dev/null'"),
         (["--out=out.log"], "--out must be a file whose name ends with .jsonl, got 'out.log'"),
         (["--data=absent.jsonl"], "absent.jsonl must be a file of records, but cannot be read: No such file"),
-        (["--task=comt", "--method=pixels"], "for comt, which has no pictures as vsp_planning has"),
+        (
+            ["--task=comt", "--method=pixels"],
+            "--task must be one that draws pictures (vsp_planning) for --method=pixels, got comt",
+        ),
         (["--stage=stage2"], "no checkpoint of stage 'stage2'"),
         (["--out=/dev/null/x.jsonl"], "/dev/null cannot be read or written"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence(run, data, tmp_path, capsys, flags, sentence):
+def test_a_bad_flag_is_an_error_of_one_sentence(run, data, tmp_path, capsys, flags, sentence):
     assert evaluate(run, data, tmp_path / "out.jsonl", *flags) == 2
     err = capsys.readouterr().err
     assert sentence in err and err.count("\n") == 1
@@ -255,7 +259,7 @@ def test_other_records_or_weights_are_another_evaluation(run, data, tmp_path, ca
         finally:
             data.write_text(whole)
         err = capsys.readouterr().err
-        assert f"{out} must hold answers of this evaluation (records '" in err and "name another --out" in err, err
+        assert f"{out} must hold answers of this evaluation (records '" in err and "choose another --out" in err, err
     shutil.copytree(run, copied)
     (checkpoint,) = copied.glob("checkpoints/stage1/*[0-9]")
     checkpoint.rename(checkpoint.with_name("6"))
@@ -315,7 +319,7 @@ def test_a_second_writer_is_refused_and_ctrl_c_leaves_a_whole_file(run, data, tm
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
         count = len(answers(out))
-        assert process.stderr.read() == f"stopped; {count} answers are in {out}, and the same command asks the others\n"
+        assert process.stderr.read() == f"stopped; {out} holds {count} answers, and the same command resumes it\n"
     assert out.read_bytes().startswith(before) and out.read_bytes().endswith(b"}\n")
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.log"}
 
@@ -330,20 +334,26 @@ def test_figures_are_those_of_the_answers():
     lines = [line_of(0, 0, "a", True), line_of(0, 1, "b", False), line_of(0, 2, "a", True), line_of(0, 3, None, False)]
     lines += [line_of(1, sample, "c" if sample else "d", sample == 0) for sample in range(4)]
     lines += [line_of(0, 0, "z", False, "without holes")]
-    told = figures(lines)
-    assert (told["questions"], told["answers"], told["right"], told["wrong"], told["unparsed"]) == (2, 8, 3, 4, 1)
-    assert told["accuracy"] == 3 / 8 and told["majority"] == 1 / 2
-    assert told["pass_at"]["1"] == 3 / 8 and told["pass_at"]["4"] == 1
-    assert told["pass_at"]["2"] == pytest.approx(((1 - 1 / 6) + (1 - 3 / 6)) / 2)
-    assert (told["looks"], told["slots"], told["tokens"]) == (8, 32, 40)
-    assert "pass_at" not in figures(lines[:-2])  # one question has fewer samples yet
-    assert "accuracy" not in figures([])
+    summary = summarise(lines)
+    assert (summary["questions"], summary["answers"], summary["right"], summary["wrong"], summary["unparsed"]) == (
+        2,
+        8,
+        3,
+        4,
+        1,
+    )
+    assert summary["accuracy"] == 3 / 8 and summary["majority"] == 1 / 2
+    assert summary["pass_at"]["1"] == 3 / 8 and summary["pass_at"]["4"] == 1
+    assert summary["pass_at"]["2"] == pytest.approx(((1 - 1 / 6) + (1 - 3 / 6)) / 2)
+    assert (summary["looks"], summary["slots"], summary["tokens"]) == (8, 32, 40)
+    assert "pass_at" not in summarise(lines[:-2])  # one question has fewer samples yet
+    assert "accuracy" not in summarise([])
 
 
 def test_a_file_without_its_first_line_is_refused(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text("garbage\n")
-    with pytest.raises(BadResults, match="results.jsonl line 1: must hold the settings of an evaluation"):
+    with pytest.raises(BadResults, match="results.jsonl line 1 must hold the settings of an evaluation"):
         Results(path, {"task": "t"}, 3)
     assert path.read_text() == "garbage\n"
 

@@ -183,7 +183,7 @@ def test_a_segment_that_was_cut_off_is_counted_with_the_slots_it_has(tokenizer):
 
 def test_records_that_cannot_be_played_are_refused(tokenizer):
     player = Player(tokenizer, [FREE], seeing)
-    with pytest.raises(BadRecord, match='test.jsonl line 7: has no "map_desc"'):
+    with pytest.raises(BadRecord, match='test.jsonl line 7: must have a "map_desc"'):
         evaluation_of(player, [Record("?", (draw_map(FREE, 28),), (), name="test.jsonl line 7")])
-    with pytest.raises(BadRecord, match="line 2: must have one image, that of its map, got 0"):
+    with pytest.raises(BadRecord, match="line 2: must have one image, the drawing of its map, got 0"):
         evaluation_of(player, [Record("?", (), (), map_desc=FREE, name="line 2")])

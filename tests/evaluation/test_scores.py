@@ -45,7 +45,7 @@ def test_impossible_counts_are_refused(right, count, k):
 
 @pytest.mark.parametrize(("right", "count"), [(2, 1), (-1, 3), (0, -1)])
 def test_impossible_rates_are_refused(right, count):
-    with pytest.raises(ValueError, match="right answers must be from 0 to the number of answers"):
+    with pytest.raises(ValueError, match="`right` must be from 0 to the number of answers"):
         wilson_interval(right, count)
 
 

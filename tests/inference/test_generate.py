@@ -47,23 +47,23 @@ def printed(capsys, *flags) -> str:
 
 def test_looks_are_shown_as_they_happen_and_the_same_answer_comes_as_json(run, picture, capsys):
     out = printed(capsys, run, f"--image={picture}")
-    text, counts, answer = out.rstrip("\n").rsplit("\n", 2)[-3:]
-    told = json.loads(printed(capsys, run, f"--image={picture}", "--json"))
-    assert told["looks"] and out.startswith(told["text"].partition("‹")[0])
-    whole = [look for look in told["looks"] if look["slots"] == 4]
-    assert out.count("‹looking: 4 slots›") == len(whole) or told["stop_reason"] == "length"
-    assert re.match(rf"{len(told['tokens'])} tokens, {len(told['looks'])} looks? with", counts)
-    assert answer == "answer: none found" and told["answer"] is None
-    assert set(told) == {"answer", "tokens", "text", "looks", "stop_reason", "timings"}
+    text, counts, last_line = out.rstrip("\n").rsplit("\n", 2)[-3:]
+    answer = json.loads(printed(capsys, run, f"--image={picture}", "--json"))
+    assert answer["looks"] and out.startswith(answer["text"].partition("‹")[0])
+    whole = [look for look in answer["looks"] if look["slots"] == 4]
+    assert out.count("‹looking: 4 slots›") == len(whole) or answer["stop_reason"] == "length"
+    assert re.match(rf"{len(answer['tokens'])} tokens, {len(answer['looks'])} looks? with", counts)
+    assert last_line == "answer: none found" and answer["answer"] is None
+    assert set(answer) == {"answer", "tokens", "text", "looks", "stop_reason", "timings"}
 
 
 def test_what_slots_held_and_log_probabilities_are_given_on_request(run, picture, tmp_path, capsys):
     file = tmp_path / "latents.npy"
     flags = (run, f"--image={picture}", "--json", "--log-probabilities", f"--latents={file}")
-    told = json.loads(printed(capsys, *flags))
-    assert len(told["log_probabilities"]) == len(told["tokens"]) and max(told["log_probabilities"]) <= 0
+    answer = json.loads(printed(capsys, *flags))
+    assert len(answer["log_probabilities"]) == len(answer["tokens"]) and max(answer["log_probabilities"]) <= 0
     latents = np.load(file)
-    assert latents.shape == (sum(look["slots"] for look in told["looks"]), 32) and latents.dtype == np.float32
+    assert latents.shape == (sum(look["slots"] for look in answer["looks"]), 32) and latents.dtype == np.float32
     other = tmp_path / "none" / "latents.npy"
     printed(capsys, *flags[:-1], f"--latents={other}")
     np.testing.assert_array_equal(np.load(other), latents)
@@ -86,8 +86,8 @@ def test_a_published_checkpoint_without_latent_tokens_answers_in_plain_text_and_
     assert main(flags) == 0
     out, err = capsys.readouterr()
     assert err == f"{published} has no latent tokens; it is decoded as plain text\n"
-    told = json.loads(out)
-    assert not told["looks"] and 1 <= len(told["tokens"]) <= 6
+    answer = json.loads(out)
+    assert not answer["looks"] and 1 <= len(answer["tokens"]) <= 6
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,14 @@ def test_a_published_checkpoint_without_latent_tokens_answers_in_plain_text_and_
         (["--longest-prompt=0"], "--longest-prompt must be a whole number from 1"),
         (["--largest-image=8"], "an image must take at most 8 vision tokens (--largest-image), got 9"),
         (["--largest-image=-5"], "--largest-image must be a whole number from 1"),
-        (["--image=map.png"], "--image must be given at most 1 times, as many as"),
-        (["--log-probabilities"], "--log-probabilities must be given together with --json"),
+        (["--image=map.png"], "the number of images (--image) must be at most 1, as in the training of"),
+        (["--log-probabilities"], "--log-probabilities must be combined with --json"),
         (["--latents=/dev/null"], "/dev/null must be a regular file or a new one, but it is a device"),
         (["--latents=."], ". must be a regular file or a new one, but it is a folder"),
         (["--latents=/dev/null/x.npy"], "/dev/null cannot be read or written"),
-        ([""], "the question must have letters, got ''"),
+        ([""], "the question must have text, got ''"),
         (["what \udce9?"], "each argument must be text in UTF-8, got b'what \\xe9?'"),
-        (["--method=pixels"], '--method must not be "pixels" here'),
+        (["--method=pixels"], '--method must not be "pixels", which only evaluate has'),
         (["--stage="], "no checkpoint of stage ''"),
         (["--stage=stage2"], "no checkpoint of stage 'stage2'"),
         (
@@ -175,7 +175,7 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path, published, capsys):
     assert main([str(published), "What?", "--stage=stage1"]) == 2
     assert "--stage must not be given for" in capsys.readouterr().err
     assert main([str(published)]) == 2
-    assert "a question must be given" in capsys.readouterr().err
+    assert "the question must be given" in capsys.readouterr().err
 
 
 def test_the_example_of_the_guide_runs(run, capsys):

@@ -9,14 +9,14 @@ from rich.console import Console
 
 from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.data.frozen_lake.source import FrozenLakeSource, shortest_path
-from ilvr_jax.evaluation.maps import Answer, Evaluation
+from ilvr_jax.evaluation.maps import Evaluation, MapAnswer
 from ilvr_jax.reports.pictures import CELL_PIXELS, EYE, RIGHT, WRONG, choose_answers, draw_answer, draw_solutions
-from ilvr_jax.reports.tables import success_markdown, success_table
+from ilvr_jax.reports.tables import success_rows, success_table
 from ilvr_jax.tasks.vsp_planning import holes_matter, is_detour, play
 
 
 def answer_of(map_desc, moves, looks=(), unholed=None, name=""):
-    return Answer(name, map_desc, "", moves, unholed, play(map_desc, moves), (4,) * len(looks), looks)
+    return MapAnswer(name, map_desc, "", moves, unholed, play(map_desc, moves), (4,) * len(looks), looks)
 
 
 @pytest.fixture(scope="module")
@@ -34,28 +34,25 @@ def summary_of(moves):
 
 def test_the_table_puts_stages_under_the_hole_blind_policy():
     stages = {"warm_up": summary_of("RR"), "stage1": summary_of(None), "stage2": summary_of("DRRU")}
-    header, line, *rows = [
-        [cell.strip() for cell in row.split("|")[1:-1]] for row in success_markdown(stages).split("\n")
-    ][:-1]
-    assert len(header) == len(line)
+    header, rows = success_rows(stages)
+    assert {len(row) for row in rows} == {len(header)}
     columns = dict(zip(header, zip(*rows, strict=True), strict=True))
     assert columns == {
         "": ("hole-blind", "warm_up", "stage1", "stage2"),
         "all": ("0.50", "0.50", "0.50", "1.00"),
         "level 3": ("0.50", "0.50", "0.50", "1.00"),
-        "holes matter": ("0.00", "0.00", "0.00", "1.00"),
-        "detours": ("0.00", "0.00", "0.00", "1.00"),
-        "stay same": ("1.00", "1.00", "1.00", "0.50"),
-        "not parsed": ("–", "0", "1", "0"),
-        "latent looks": ("–", "1", "1", "1"),
+        "holes in the way": ("0.00", "0.00", "0.00", "1.00"),
+        "detour needed": ("0.00", "0.00", "0.00", "1.00"),
+        "same without holes": ("1.00", "1.00", "1.00", "0.50"),
+        "no answer": ("–", "0", "1", "0"),
+        "looks": ("–", "1", "1", "1"),
         "time": ("–", "12 s", "12 s", "12 s"),
     }
 
 
 def test_groups_without_maps_are_dashes():
     summary = Evaluation((answer_of(FREE, None),), 0.0).summary()
-    row = success_markdown({"stage1": summary}).splitlines()[-1]
-    assert row == "| stage1 | 0.00 | 0.00 | – | – | – | 1 | 0 | 0 s |"
+    assert success_rows({"stage1": summary})[1][-1] == ["stage1", "0.00", "0.00", "–", "–", "–", "1", "0", "0 s"]
 
 
 def test_the_table_fits_a_narrow_terminal():
@@ -70,8 +67,8 @@ def test_the_table_fits_a_narrow_terminal():
 
 
 def hardest_first(hardness, taken):
-    left_out = [value for value, chosen in zip(hardness, taken, strict=True) if not chosen]
-    return min(value for value, chosen in zip(hardness, taken, strict=True) if chosen) >= max(left_out, default=0)
+    others = [value for value, chosen in zip(hardness, taken, strict=True) if not chosen]
+    return min(value for value, chosen in zip(hardness, taken, strict=True) if chosen) >= max(others, default=0)
 
 
 def test_a_picture_has_wrong_answers_every_level_and_the_hard_maps(maps):
@@ -114,7 +111,7 @@ def test_the_picture_draws_moves_and_looks(tmp_path):
     assert (looking - solved)[2] > 150 and (solved - still)[2] == 0
 
 
-def test_a_look_is_where_the_moves_told_before_it_lead():
+def test_a_look_is_in_the_cell_that_the_moves_before_it_lead_to():
     panel = Figure().subplots()
     draw_answer(panel, answer_of(FREE, "RR", looks=("R", "D", "DDDDR")))  # the last two are off the boxed path
     cells = {text.get_text(): tuple(int(x // CELL_PIXELS) for x in text.get_position()) for text in panel.texts}

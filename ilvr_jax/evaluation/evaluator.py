@@ -1,0 +1,182 @@
+"""Evaluation of one task: a model answers the questions of a file of records, and the answers are scored."""
+
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ilvr_jax.checkpoints.trained import TrainedModel
+from ilvr_jax.config.fields import BadConfig
+from ilvr_jax.data.examples import build_prompt, read_image
+from ilvr_jax.data.pipeline import Source
+from ilvr_jax.data.records import BadRecord, Record
+from ilvr_jax.errors import InputError
+from ilvr_jax.evaluation.results import Key, Results, summarise
+from ilvr_jax.inference.engine import Engine, fit_settings
+from ilvr_jax.inference.requests import Answer, Picture, Request
+from ilvr_jax.inference.transcript import split_at_looks
+from ilvr_jax.method.layout import Sample
+from ilvr_jax.tasks import TASKS
+
+if TYPE_CHECKING:
+    from ilvr_jax.training.progress import Progress
+
+REPORT_SECONDS = 10.0  # between two lines of progress
+
+
+@dataclasses.dataclass
+class Evaluator:
+    """The questions of a task for a model; `answer_all` fills a results file, `summary` reads the figures out of it.
+
+    Records that cannot be asked are printed on stderr and skipped.
+    """
+
+    trained: TrainedModel
+    task: str  # one of TASKS
+    data: Path  # the file or folder of the records, for messages
+    source: Source  # the records, as the task's `open_source` returns them
+    decoding: Mapping[str, Any]  # fields of Request: `method`, `latent_size`, `max_new_tokens`, sampling
+    check_prompt: Callable[[Sample], None]  # raises InputError for a prompt that is too large
+    question: str | None = None  # in place of every record's own; None: the run's, if it has one; empty: the record's
+    instruction: str = ""  # text after every question
+    samples: int = 1  # answers per question; controls are asked once
+    rows: int = 16  # answers decoded in parallel
+    limit: int | None = None  # only the first records are asked
+    seed: int = 0
+    skipped: dict[tuple[Any, str], str] = dataclasses.field(default_factory=dict)  # reasons, by number and form
+
+    def __post_init__(self):
+        for number, sentence in enumerate(getattr(self.source, "skipped", ())):
+            self._skip(("line", str(number)), sentence)
+
+    @property
+    def module(self) -> ModuleType:
+        """The task's functions."""
+        return TASKS[self.task]
+
+    def _skip(self, key: tuple[Any, str], sentence: str) -> None:
+        if key not in self.skipped:
+            self.skipped[key] = sentence
+            print(f"skipped: {sentence}", file=sys.stderr)
+
+    def answer_all(self, results: Results, progress: "Progress") -> float:
+        """Ask the questions that have no answer in the results and add theirs; return the seconds that it took.
+
+        Raises InputError if no record can be asked and the results hold no answer either.
+        """
+        started = time.monotonic()
+        keys = [key for key, _ in self.keys()]
+        answered = sum(key in results.lines for key in keys)
+        if keys and answered == len(keys):
+            return 0.0
+        requests = (request for _, _, request in self.requests(results.lines))  # made twice: all of them fill memory
+        first_request = next(requests, None)
+        if first_request is None and answered:  # what remains was skipped before as well
+            return 0.0
+        if first_request is None:
+            raise BadConfig(f"{self.data} must have records that can be asked, got none")
+        trained = self.trained
+        settings = fit_settings(itertools.chain([first_request], requests), self.rows, trained.model.geometry)
+        engine = Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer)
+        asked: list[tuple[Key, Record]] = []  # by the number of the request
+
+        def asked_requests() -> Iterator[Request]:
+            for key, record, request in self.requests(dict(results.lines)):
+                asked.append((key, record))
+                yield request
+
+        with progress.stage(self.task, answered, len(keys)):
+            progress.say(f"{answered} of {len(keys)} answers exist; {settings.rows} are decoded in parallel")
+            new = 0
+            for answer in engine.serve(asked_requests()):
+                key, record = asked[answer.number]
+                if answer.stop_reason == "refused":
+                    self._skip((key.number, key.form), f"{record.name}: {answer.error}")
+                    continue
+                results.add(self.line(key, record, answer))
+                progress.advance()
+                now, new = time.monotonic(), new + 1
+                if new == 1:  # the rate is measured from here on, without compilation
+                    first = reported = now
+                elif now - reported > REPORT_SECONDS:
+                    rate, reported = (new - 1) / (now - first), now
+                    progress.report({}, rate, (len(keys) - answered - new) / rate)
+        return time.monotonic() - started
+
+    def keys(self) -> Iterator[tuple[Key, Record]]:
+        """Yield everything to ask with its record or control; records that the task refuses are skipped."""
+        for number in range(min(len(self.source), self.limit or len(self.source))):
+            try:
+                record = self.source[number]
+                self.module.check(record)
+                controls = self.module.controls(record) if hasattr(self.module, "controls") else {}
+            except BadRecord as error:
+                self._skip((number, ""), str(error))
+                continue
+            for form, variant in {"": record, **controls}.items():
+                for sample in range(1 if form else self.samples):
+                    yield Key(number, form, sample), variant
+
+    def requests(self, answered: Mapping[Key, Any]) -> Iterator[tuple[Key, Record, Request]]:
+        """Yield a request for everything that is not in `answered`; records that make no prompt are skipped."""
+        trained, previous, prompt = self.trained, None, None
+        settings = dataclasses.replace(trained.prompts, question=None)
+        for key, record in self.keys():
+            number_and_form = key.number, key.form
+            if key in answered or {(key.number, ""), number_and_form} & self.skipped.keys():
+                continue
+            if previous != number_and_form:  # the samples of a question share their prompt
+                question = trained.prompts.question if self.question is None else self.question
+                asked = dataclasses.replace(record, question=(question or record.question) + self.instruction)
+                try:
+                    prompt = build_prompt(asked, trained.tokenizer, trained.special, settings, key.number)
+                    self.check_prompt(prompt)
+                except InputError as error:
+                    named = str(error).startswith(record.name)
+                    self._skip(number_and_form, str(error) if named else f"{record.name}: {error}")
+                    continue
+                previous = number_and_form
+
+            def draw_look(tokens: list[int], record: Record = record) -> Picture:
+                return read_image(self.module.draw_look(record, self._text(tokens)), settings)
+
+            seed = np.random.SeedSequence((self.seed, key.number, key.sample)).generate_state(1)[0]
+            draw = draw_look if self.decoding["method"] == "pixels" else None
+            yield key, record, Request(prompt, **self.decoding, seed=int(seed), draw_look=draw, name=record.name)
+
+    def _text(self, tokens: list[int]) -> str:
+        """Return the text of tokens without looks."""
+        return "".join(split_at_looks(tokens, self.trained.tokenizer, self.trained.special)[0])
+
+    def line(self, key: Key, record: Record, answer: Answer) -> dict[str, Any]:
+        """Return the line of the results file for an answer, scored."""
+        final_answer = self.module.find_answer(self._text(answer.tokens), record)
+        return {
+            **key._asdict(),
+            "record": record.name,
+            "answer": None if final_answer is None else self.module.canonical(final_answer),
+            "right": final_answer is not None and self.module.is_right(record, final_answer),
+            "text": answer.text,
+            "tokens": len(answer.tokens),
+            "looks": len(answer.looks),
+            "slots": answer.slots,
+            "picture_tokens": sum(look.picture_tokens for look in answer.looks),
+            "stop_reason": answer.stop_reason,
+            "error": answer.error,
+            "seconds": round(answer.timings.total, 4),
+        }
+
+    def summary(self, results: Results, seconds: float) -> dict[str, Any]:
+        """Return the figures of all answers in the results, with the task's own."""
+        lines = list(results.lines.values())
+        summary = {**summarise(lines), "skipped": len(self.skipped), "seconds": round(seconds, 2)}
+        if hasattr(self.module, "figures"):
+            numbers = sorted({line["number"] for line in lines if not line["form"]})
+            summary |= self.module.figures({number: self.source[number] for number in numbers}, lines)
+        return summary
