@@ -26,7 +26,7 @@ FULL_WORDS = ("No space left", "ENOSPC", "Disk quota", "File too large")
 LOCK = ".lock"  # in a folder: the lock file of the process that writes there
 CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems without locks
 POINTER = b"version https://git-lfs"  # what a clone without large-file storage holds in place of a file
-IS_POINTER = "holds a pointer of Git's large-file storage; fetch the file itself (git lfs pull)"
+IS_POINTER = "is a pointer of Git's large-file storage; fetch the file itself (git lfs pull)"
 
 
 class InUse(InputError):
@@ -34,7 +34,7 @@ class InUse(InputError):
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Opens a file for reading bytes.
+    """Open a file for reading bytes.
 
     Raises OSError, with the path, if it is not there or is no regular file: a FIFO or a device may never end.
     """
@@ -47,7 +47,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_json(path: str | Path, raises: Callable[[str], InputError] = InputError) -> Any:
-    """Returns the content of a JSON file; raises `raises`, naming the file, if it cannot be read."""
+    """Return the content of a JSON file; raise `raises`, naming the file, if it cannot be read."""
     try:
         with open_regular(path) as file:
             content = file.read()
@@ -63,7 +63,7 @@ def read_json(path: str | Path, raises: Callable[[str], InputError] = InputError
 
 
 def read_object(path: str | Path, raises: Callable[[str], InputError] = InputError) -> dict[str, Any]:
-    """Returns the object that a JSON file holds; raises `raises`, naming the file, as `read_json` does."""
+    """Return the object that a JSON file holds; raise `raises`, naming the file, as `read_json` does."""
     content = read_json(path, raises)
     if not isinstance(content, dict):
         raise raises(f"{path} must be a JSON object, got {quote(content)}")
@@ -71,7 +71,7 @@ def read_object(path: str | Path, raises: Callable[[str], InputError] = InputErr
 
 
 def read_text(path: str | Path, raises: type[InputError] = InputError) -> str:
-    """Returns the content of a text file in UTF-8; raises `raises`, naming the file, if it cannot be read."""
+    """Return the content of a text file in UTF-8; raise `raises`, naming the file, if it cannot be read."""
     try:
         with open_regular(path) as file:
             content = file.read()
@@ -86,7 +86,7 @@ def read_text(path: str | Path, raises: type[InputError] = InputError) -> str:
 
 
 def check_output(path: Path) -> None:
-    """Raises InputError if writing to `path` would not make or replace a regular file."""
+    """Raise InputError if writing to `path` would not make or replace a regular file."""
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a device, FIFO or socket"
         raise InputError(f"{path} must be a regular file or a new one, but it is {kind}")
@@ -94,7 +94,7 @@ def check_output(path: Path) -> None:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Yields the path of a new file beside `path`, which takes that file's place if nothing is raised.
+    """Yield the path of a new file beside `path`, which takes that file's place if nothing is raised.
 
     Folders are made as needed. Raises InputError if `path` is no regular file, OSError, with the path, if it cannot be
     written.
@@ -121,25 +121,25 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8, as a whole or not at all; raises as `written` does."""
+    """Write a text file in UTF-8, as a whole or not at all; raise as `written` does."""
     with written(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON; raises as `written` does."""
+    """Write a value as indented JSON; raise as `written` does."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def copy(source: Path, destination: Path) -> None:
-    """Copies a small file; raises OSError, with the path that cannot be read or written."""
+    """Copy a small file; raise OSError, with the path that cannot be read or written."""
     with open_regular(source) as file, named_errors(destination):
         destination.write_bytes(file.read())
 
 
 @contextlib.contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
-    """Gives the errors of writes and reads within it, which lack a file name (a full disk), that of `path`."""
+    """Give the errors of writes and reads within it, which lack a file name (a full disk), that of `path`."""
     try:
         yield
     except OSError as error:
@@ -149,7 +149,7 @@ def named_errors(path: str | Path) -> Iterator[None]:
 
 
 def check_new_folder(path: Path) -> None:
-    """Raises InputError if `path` is there and no empty folder, or another process writes there; OSError as `lock`."""
+    """Raise InputError if `path` is there and no empty folder, or another process writes there; OSError as `lock`."""
     if path.is_dir():
         with locked_folder(path):
             _check_empty(path)
@@ -160,7 +160,7 @@ def check_new_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[None]:
-    """Makes a folder, new or empty, for what is written within; whatever ends that early, it is removed again.
+    """Make a folder, new or empty, for what is written within; whatever ends that early, it is removed again.
 
     Raises as `check_new_folder` does, and OSError, with the path, if it cannot be made or the disk is full, however the
     libraries that write put that.
@@ -191,19 +191,19 @@ def _check_empty(folder: Path) -> None:
 
 
 def check_room(folder: Path, size: int, file_size: int) -> None:
-    """Raises the error of a full disk if files of `size` bytes in all, up to `file_size` each, cannot be written."""
+    """Raise the error of a full disk if files of `size` bytes in all, up to `file_size` each, cannot be written."""
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if shutil.disk_usage(folder).free < size or 0 <= limit < min(size, file_size):
         raise full_disk(folder)
 
 
 def full_disk(path: Path) -> OSError:
-    """Returns the error of a full disk on which `path` cannot be written."""
+    """Return the error of a full disk on which `path` cannot be written."""
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Returns whether an error, or one that it came from, is the file system's for a full disk, in words or by code."""
+    """Return whether an error, or one that it came from, is the file system's for a full disk, in words or by code."""
     while error is not None:
         if getattr(error, "errno", None) in FULL or any(words in str(error) for words in FULL_WORDS):
             return True
@@ -219,7 +219,7 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
-    """Holds the lock file `path` for one writer of `what`, and removes it afterwards.
+    """Hold the lock file `path` for one writer of `what`, and removes it afterwards.
 
     The lock ends with the process, however that ends; on a file system that has none a warning is printed. Raises
     InUse, naming the process that holds it, its host and since when, if there is one; OSError if the file cannot be
@@ -263,7 +263,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Makes a folder if it is not there, and holds it for one writer; raises as `lock` does.
+    """Make a folder if it is not there, and holds it for one writer; raise as `lock` does.
 
     Folders that were made, and in which nothing was written, are removed afterwards.
     """

@@ -1,4 +1,4 @@
-"""Records written as a data set of the ILVR format."""
+"""Writing records as a data set of the ILVR format."""
 
 import json
 from collections.abc import Iterable
@@ -6,21 +6,22 @@ from pathlib import Path
 
 from PIL import Image
 
+from ilvr_jax.data.json_lines import all_images
 from ilvr_jax.data.records import Record, Text
 from ilvr_jax.errors import InputError
 from ilvr_jax.files import locked_folder
 
 
 def write_records(records: Iterable[Record], folder: Path) -> int:
-    """Writes records as `folder`/train.jsonl and PNG files beside it, and returns how many.
+    """Write records to train.jsonl in a folder, with PNG files beside it, and return their number.
 
-    train.jsonl appears when all are written. Raises InputError if there is one already, InUse if another process writes
-    into the folder.
+    train.jsonl appears when it is complete. Raises InputError if it exists already, InUse if another process writes to
+    the folder.
     """
     path, count = folder / "train.jsonl", 0
     with locked_folder(folder):
         if path.exists():
-            raise InputError(f"{path} exists: give a folder without a train.jsonl")
+            raise InputError(f"{folder} must be a folder without a train.jsonl, but has one")
         (folder / "images").mkdir(exist_ok=True)
         unfinished = path.with_suffix(".jsonl.partial")
         with unfinished.open("w", encoding="utf-8") as file:
@@ -31,10 +32,10 @@ def write_records(records: Iterable[Record], folder: Path) -> int:
 
 
 def _fields(record: Record, folder: Path, number: int) -> dict:
-    looks = [step for step in record.steps if not isinstance(step, Text)]
-    pictures = [*record.images, *(look.helper_image for look in looks)]
-    names = [f"images/{number:06d}_{index}.png" for index in range(len(pictures))]
-    for name, pixels in zip(names, pictures, strict=True):
+    """Write the images of a record and return the fields of its line."""
+    images = all_images(record)
+    names = [f"images/{number:06d}_{index}.png" for index in range(len(images))]
+    for name, pixels in zip(names, images, strict=True):
         Image.fromarray(pixels).save(folder / name)
     helper_names = iter(names[len(record.images) :])
     return {

@@ -1,10 +1,10 @@
-"""The formats that files of records can be in, by name.
+"""The formats of files of records, by name.
 
 To add one, write a module beside this one with a source: an object with `__len__` and `__getitem__` that returns
-Records (records.py) and can be pickled, since grain's workers get copies of it; ilvr_jax/data/mirage.py is the
-shortest example. It raises BadRecord, one sentence that names the record, what it must be and what it was; `skipped` is
-the list of such sentences for the records it skipped, `remarks` one of sentences about records that are used. Then give
-it a name in FORMATS: it can be trained on as `data.source`.
+Records (records.py) and can be pickled, since grain's workers get copies of it; ilvr_jax/data/mirage.py is the shortest
+example. Bad input raises BadRecord with one sentence that names the record, what it must be and what it was. `skipped`
+lists these sentences for the records that were skipped, `remarks` sentences about records that are used. Then name it
+in FORMATS, which makes it a value of `data.source`.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ from ilvr_jax.data.zebra_cot import ZebraCotSource
 
 
 def open_ilvr(path: Path, root: Path | None, on_bad_record: str = "error", **options: bool) -> Source:
-    """Opens JSON lines with `sequence_plan`."""
+    """Open JSON lines of ILVR's fields."""
     return IlvrSource(path, root, on_bad_record=on_bad_record, **options)
 
 
 def open_vsp(path: Path, root: Path | None, on_bad_record: str = "error", **options: bool) -> Source:
-    """Opens JSON lines of questions without answers: ILVR's fields, `sequence_plan` optional. For evaluation."""
+    """Open JSON lines of ILVR's fields without answers (`sequence_plan` is optional), for evaluation."""
     return IlvrSource(path, root, plan_required=False, on_bad_record=on_bad_record, **options)
 
 
-# A function opens the records at `path`, paths of images being relative to `root` (None: the file's folder).
-# `on_bad_record` is "error" or "skip". Options by name: `for_evaluation` (questions and final answers are needed, looks
-# are not read; default False) and `follow_links` (out of the folder; default True). It raises BadRecord.
+# Each function opens the records at `path` and raises BadRecord; image paths are relative to `root` (None: the file's
+# folder), and `on_bad_record` is "error" or "skip". Options by name: `for_evaluation` (read questions and final answers
+# but no looks; default False) and `follow_links` (follow links out of the folder; default True).
 FORMATS: dict[str, Callable[..., Source]] = {
     "ilvr": open_ilvr,
     "mirage": MirageSource,
@@ -41,18 +41,17 @@ FORMATS: dict[str, Callable[..., Source]] = {
     "zebra_cot": ZebraCotSource,
 }
 
-# Fields that JSON lines of one format alone have.
-FIELDS = {"sequence_plan": "ilvr", "text_output": "mirage"}
-RECORDS_LOOKED_AT = 100  # some may be bad
+FORMAT_OF_FIELD = {"sequence_plan": "ilvr", "text_output": "mirage"}  # fields that only one format of JSON lines has
+RECORDS_READ = 100  # to find the format: some may be bad
 
 
 def find_format(path: Path) -> str:
-    """Returns the format of a file or folder, from what is in it; raises BadRecord if it cannot be read."""
+    """Return the format of a file or folder, found from its content; raise BadRecord if it cannot be read."""
     if os.path.isdir(path) or path.suffix == ".parquet":
         return "zebra_cot"
     with open_records(path) as file:
-        for piece in itertools.islice(read_pieces(file, path), RECORDS_LOOKED_AT):
+        for piece in itertools.islice(read_pieces(file, path), RECORDS_READ):
             with contextlib.suppress(BadRecord):
-                for field in FIELDS.keys() & read_object(piece.content).keys():
-                    return FIELDS[field]
+                for field in FORMAT_OF_FIELD.keys() & read_object(piece.content).keys():
+                    return FORMAT_OF_FIELD[field]
     return "vsp"

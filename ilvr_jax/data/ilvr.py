@@ -1,14 +1,13 @@
-"""ILVR's JSON-lines format: one record a line, image files beside it."""
+"""ILVR's JSON-lines format: one record per line, with paths of image files."""
 
 import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ilvr_jax.data.image_files import ImageFolder, check_image_path, check_image_paths
-from ilvr_jax.data.json_lines import JsonLines, as_answer, check_fields, check_text, kind
-from ilvr_jax.data.markers import place_images
-from ilvr_jax.data.records import IMAGE_MARKER, BadRecord, Look, Record, Text
+from ilvr_jax.data.image_files import ImageFolder
+from ilvr_jax.data.json_lines import JsonLines, as_answer, check_fields, check_text, kind, read_question
+from ilvr_jax.data.records import BadRecord, Look, Record, Text
 from ilvr_jax.errors import listed, quote
 
 MAP_CELLS = {1: "start", 2: "goal", -1: "hole", 0: "ice"}
@@ -19,12 +18,12 @@ class IlvrSource(JsonLines):
 
     Fields of a line: `text_input` (text), `image_input` (a path or a list of paths, relative to `root`) and
     `sequence_plan` (steps `{"type": "text", "content": ...}` and `{"type": "latent", "helper_image": path}`);
-    optional `original_final_answer` (as `as_answer` reads it) and `map_desc` (rows of 1 start, 2 goal, -1 hole,
-    0 ice). Other fields are ignored. Texts that follow each other are joined. With `plan_required=False` a line may
-    have no steps; with `for_evaluation`, too, and of its steps only the texts are read, since no look is shown then.
+    optional `original_final_answer` (read by `as_answer`) and `map_desc` (rows of 1 start, 2 goal, -1 hole, 0 ice).
+    Other fields are ignored. Consecutive texts are joined. With `plan_required=False` a line may have no steps; with
+    `for_evaluation` as well, and only the texts of its steps are read, since no look is shown.
 
-    Every line is checked here, and that its image files are in `root` (default: the file's folder); pixels are
-    decoded only when an image is loaded. `on_bad_record` and `follow_links` are as in JsonLines.
+    Opening checks every line, and that its image files are in `root` (default: the file's folder); pixels are decoded
+    only when an image is loaded. `on_bad_record` and `follow_links` are those of JsonLines.
     """
 
     def __init__(
@@ -43,15 +42,10 @@ class IlvrSource(JsonLines):
 def parse_record(
     fields: Mapping[str, Any], root: ImageFolder, name: str, plan_required: bool, for_evaluation: bool = False
 ) -> Record:
-    """Makes a record of a line's fields; raises BadRecord, which states what is wrong, not in which line."""
+    """Make a record of a line's fields; raise BadRecord without the name of the line."""
     plan_required = plan_required and not for_evaluation
     check_fields(fields, ("text_input", "image_input", *(("sequence_plan",) if plan_required else ())))
-    question, images = place_images(
-        check_text(fields["text_input"], '"text_input"'),
-        check_image_paths(fields["image_input"], root, '"image_input"'),
-        IMAGE_MARKER,
-        '"text_input"',
-    )
+    question, images = read_question(fields, root)
     plan, rows = fields.get("sequence_plan"), fields.get("map_desc")
     return Record(
         question=question,
@@ -64,9 +58,9 @@ def parse_record(
 
 
 def check_map(rows: Any) -> tuple[tuple[int, ...], ...]:
-    """Returns a map as tuples of 1 start, 2 goal, -1 hole and 0 ice.
+    """Return a map as tuples of 1 start, 2 goal, -1 hole and 0 ice.
 
-    Raises BadRecord if it is not rows of equal length of these, with one start and one goal.
+    Raises BadRecord unless its rows have equal length and hold only these, with one start and one goal.
     """
     if not isinstance(rows, list | tuple) or not rows or not all(isinstance(row, list | tuple) for row in rows):
         raise BadRecord(f'"map_desc" must be rows of 1 start, 2 goal, -1 hole and 0 ice, got {quote(rows)}')
@@ -103,7 +97,7 @@ def _steps(plan: Any, root: ImageFolder, required: bool) -> tuple[Text | Look, .
             if texts:
                 steps.append(Text("".join(texts)))
                 texts = []
-            steps.append(Look(check_image_path(step["helper_image"], root, f'"helper_image" of {where}')))
+            steps.append(Look(root.find(step["helper_image"], f'"helper_image" of {where}')))
         else:
             raise BadRecord(f'{where} must have the type "text" or "latent", got {quote(step.get("type"))}')
     if texts:
@@ -113,7 +107,7 @@ def _steps(plan: Any, root: ImageFolder, required: bool) -> tuple[Text | Look, .
 
 
 def _texts(plan: Any) -> tuple[Text, ...]:
-    """Returns the texts of a plan that need not be whole, joined."""
+    """Return the joined texts of a plan, ignoring all its other steps."""
     steps = [step for step in plan if isinstance(step, dict)] if isinstance(plan, list) else []
     texts = [step["content"] for step in steps if step.get("type") == "text" and isinstance(step.get("content"), str)]
     text = check_text("".join(texts), 'the text of "sequence_plan"')

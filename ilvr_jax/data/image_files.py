@@ -1,4 +1,4 @@
-"""Images as records name them: files in the folder of a data set, or their content as a data URI."""
+"""Images in records: paths of files in the folder of a data set, or data URIs."""
 
 import base64
 import binascii
@@ -11,8 +11,8 @@ from urllib.parse import unquote
 from ilvr_jax.data.records import BadRecord, ImageSource
 from ilvr_jax.errors import quote
 
-LONGEST_PATH = 4096  # characters: Linux opens no longer ones, and following one of a million takes half a minute
-MOST_IMAGES = 1000  # of a field: far above what a context holds
+LONGEST_PATH = 4096  # characters: the limit of Linux; resolving a path of a million takes half a minute
+MOST_IMAGES = 1000  # of a field, far more than fit a context
 DATA_URI = re.compile(r"data:", re.IGNORECASE)
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
@@ -20,19 +20,19 @@ URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 class ImageFolder:
     """The folder that the image paths of a data set are relative to.
 
-    A path must stay inside by its text. Links inside are those of the folder's owner and are followed; with
-    `follow_links=False` one that leads out of the folder is refused.
+    A path must not leave the folder by its text. Links in the folder are trusted and followed; with
+    `follow_links=False` a link out of the folder is an error.
     """
 
     def __init__(self, folder: str | Path, follow_links: bool = True):
         self.folder = Path(os.path.realpath(folder))
         self.follow_links = follow_links
-        self._named = os.path.abspath(folder)  # as an absolute path in a record may begin, too
+        self._named = os.path.abspath(folder)  # an absolute path in a record may begin with this spelling as well
 
     def find(self, value: Any, where: str) -> ImageSource:
-        """Returns the file that a path names, or the content of a data URI.
+        """Return the file at a path, or the content of a data URI.
 
-        Raises BadRecord, which begins with `where`, if it is neither, leaves the folder, or is no regular file.
+        Raises BadRecord, beginning with `where`, for anything else, a path out of the folder or not of a regular file.
         """
         if not isinstance(value, str) or not value:
             raise BadRecord(f"{where} must be the path of an image file, got {quote(value)}")
@@ -56,9 +56,16 @@ class ImageFolder:
             raise BadRecord(f"{where} must be an image file in {self.folder}, but {quote(value)} {_problem(path)}")
         return path
 
+    def find_all(self, value: Any, where: str) -> tuple[ImageSource, ...]:
+        """Return the images at a path, a list of paths or null; raise BadRecord as `find` does."""
+        values = [] if value is None else value if isinstance(value, list) else [value]
+        if len(values) > MOST_IMAGES:
+            raise BadRecord(f"{where} must list at most {MOST_IMAGES} images, got {len(values)}")
+        return tuple(self.find(path, where) for path in values)
+
     def _inside(self, value: str) -> Path | None:
-        """Returns a path without `..`, None if it leaves the folder by its text."""
-        # Before links are followed: `..` after a link would leave the folder that the link leads to.
+        """Return a path without `..`, or None if it leaves the folder by its text."""
+        # Before links are resolved: `..` behind a link would leave the folder that the link points to.
         path = os.path.normpath(os.path.join(self.folder, value))
         for folder in (str(self.folder), self._named):
             if path.startswith(folder.rstrip("/") + "/"):
@@ -67,34 +74,21 @@ class ImageFolder:
 
 
 def leaves(path: Path, folder: Path) -> bool:
-    """Returns whether a path leads out of a folder (a real path) by its links."""
+    """Return whether links in a path lead out of a folder, which is given by its real path."""
     return not Path(os.path.realpath(path)).is_relative_to(folder)
 
 
 def _problem(path: Path) -> str:
-    """Returns why a path is no file."""
+    """Return why a path is not a regular file."""
     try:
         os.stat(path)
     except OSError as error:
         return "is a link to nothing" if os.path.islink(path) else f"cannot be read: {error.strerror}"
-    return "is no regular file"
-
-
-def check_image_path(value: Any, root: ImageFolder, where: str) -> ImageSource:
-    """Returns the image that a field names; raises BadRecord as `ImageFolder.find` does."""
-    return root.find(value, where)
-
-
-def check_image_paths(value: Any, root: ImageFolder, where: str) -> tuple[ImageSource, ...]:
-    """Returns the images that a path, a list of paths or null names; raises BadRecord as `ImageFolder.find` does."""
-    values = [] if value is None else value if isinstance(value, list) else [value]
-    if len(values) > MOST_IMAGES:
-        raise BadRecord(f"{where} must list at most {MOST_IMAGES} images, got {len(values)}")
-    return tuple(root.find(path, where) for path in values)
+    return "is not a regular file"
 
 
 def decode_data_uri(text: str, where: str) -> bytes:
-    """Returns the content of a data URI such as `data:image/png;base64,...`; raises BadRecord if it cannot be read."""
+    """Return the content of a data URI such as `data:image/png;base64,...`; raise BadRecord if it cannot be read."""
     head, comma, data = text.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise BadRecord(f"{where} must be a data URI such as data:image/png;base64,..., got {quote(text)}")
@@ -108,7 +102,7 @@ def decode_data_uri(text: str, where: str) -> bytes:
 
 
 def is_unicode(text: str) -> bool:
-    """Returns whether a text holds no half of a surrogate pair, which JSON can and UTF-8 cannot."""
+    """Return whether a text has no half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

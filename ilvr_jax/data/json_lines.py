@@ -1,4 +1,4 @@
-"""JSON files of records: records found again by their place in the file, and checks that formats share."""
+"""JSON files of records, read by their offsets in the file, and the checks that formats share."""
 
 import json
 import math
@@ -11,29 +11,38 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ilvr_jax.data.image_files import ImageFolder, is_unicode
-from ilvr_jax.data.markers import UnreadMarkers
-from ilvr_jax.data.records import BadRecord, Fingerprint, ImageSource, Look, Record, image_bytes_count
+from ilvr_jax.data.markers import UnreadMarkers, place_images
+from ilvr_jax.data.records import (
+    IMAGE_MARKER,
+    BadRecord,
+    Fingerprint,
+    ImageSource,
+    Look,
+    Record,
+    image_bytes_count,
+    prefix_errors,
+)
 from ilvr_jax.errors import quote
-from ilvr_jax.files import POINTER, open_regular
+from ilvr_jax.files import IS_POINTER, POINTER, open_regular
 
 LONGEST_RECORD = 2**27  # bytes: images may be inside, as data URIs
-LARGEST_ARRAY = 2**30  # bytes of a file that has no lines, and is read at once
-MOST_VALUES = 2**20  # of a record: Python takes some hundred bytes for each
-LONGEST_TEXT = 10**6  # characters of a record's question or answer: far above what a context holds
+LARGEST_ARRAY = 2**30  # bytes of a file without lines, which is read as a whole
+MOST_VALUES = 2**20  # of a record: each takes some hundred bytes of memory in Python
+LONGEST_TEXT = 10**6  # characters of a record's question or answer, far more than fit a context
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]', re.DOTALL)  # possessive: no state is kept for each character
+TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]', re.DOTALL)  # possessive: no backtracking states
 
 
 class JsonLines:
     """The records of a JSON-lines file, or of one JSON array, read from disk one at a time.
 
-    `parse(fields, root, name)` makes a Record of an object's fields, or raises BadRecord, which states what is wrong,
-    not in which line; paths of images are relative to `root` (default: the file's folder), as `check_image_path`
-    reads them. Every record is parsed here once. `on_bad_record`, "error" or "skip", is what a bad one does: raise
-    BadRecord, or add its sentence to `skipped`. `remarks` has a sentence for each marker that stays as text.
+    `parse(fields, root, name)` makes a Record of an object's fields or raises BadRecord without the record's name.
+    Image paths are relative to `root` (default: the file's folder). Opening parses every record once. With
+    `on_bad_record="error"` a bad record raises BadRecord, with "skip" its sentence is added to `skipped`. `remarks` has
+    a sentence for each kind of marker that stays as text.
 
-    Raises BadRecord, too, if the file cannot be read or holds no usable record, and with a record that has changed
-    since.
+    Raises BadRecord as well for a file that cannot be read, without any usable record, and with a record that has
+    changed since it was opened.
     """
 
     def __init__(
@@ -69,11 +78,11 @@ class JsonLines:
         self.remarks = markers.remarks()
         if not self._offsets:
             first = f" ({self.skipped[0]})" if self.skipped else ""
-            raise BadRecord(f"{self.path} must hold a JSON object a line, or an array of them, got none{first}")
+            raise BadRecord(f"{self.path} must hold a JSON object per line, or an array of objects, got none{first}")
         self._fingerprint = fingerprint.text(len(self))
 
     def fingerprint(self) -> str:
-        """Returns a digest of the usable records in their order, and of the sizes of their image files."""
+        """Return a digest of the usable records, in order, and of the sizes of their images."""
         return self._fingerprint
 
     def __len__(self) -> int:
@@ -86,7 +95,7 @@ class JsonLines:
                 file.seek(self._offsets[index])
                 content = file.read(self._lengths[index])
         except OSError as error:
-            raise BadRecord(f"{name}: the file cannot be read any more: {error.strerror}") from error
+            raise BadRecord(f"{name}: the file cannot be read again: {error.strerror}") from error
         if zlib.crc32(content) != self._checksums[index]:
             raise BadRecord(f"{name}: has changed since the file was opened; start again")
         return self._parse(content, self._numbers[index])
@@ -96,45 +105,43 @@ class JsonLines:
 
     def _parse(self, content: bytes | None, number: int) -> Record:
         name = self._name(number)
-        try:
+        with prefix_errors(name):
             return self._parse_fields(read_object(content), self.root, name)
-        except BadRecord as error:
-            raise BadRecord(f"{name}: {error}") from error
 
 
 def all_images(record: Record) -> list[ImageSource]:
-    """Returns the images of a record, helper images last."""
+    """Return the images of a record's question, then its helper images."""
     return [*record.images, *(step.helper_image for step in record.steps if isinstance(step, Look))]
 
 
 class Piece(NamedTuple):
-    """A record's place in a file."""
+    """A record in a file, not parsed."""
 
-    offset: int
-    number: int  # of the line, or of the record where there are no lines; from 1
-    content: bytes | None  # None: longer than LONGEST_RECORD
+    offset: int  # bytes
+    number: int  # of the line, or of the record in a file without lines; from 1
+    content: bytes | None  # None if it is longer than LONGEST_RECORD
 
 
 def open_records(path: Path) -> BinaryIO:
-    """Opens a file of records for reading; raises BadRecord, which names it, if it is no regular file."""
+    """Open a file of records for reading; raise BadRecord, naming it, if it is not a regular file."""
     try:
         return open_regular(path)
     except OSError as error:
         raise BadRecord(f"{path} must be a file of records, but cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise BadRecord(f"{quote(str(path))} must be a file of records, but is no name of one ({error})") from error
+        raise BadRecord(f"{quote(str(path))} must be a file of records, but is not a valid path ({error})") from error
 
 
 def has_no_lines(file: BinaryIO) -> bool:
-    """Returns whether a file is one JSON array, or has its objects indented over several lines, not one a line.
+    """Return whether a file is one JSON array or objects over several lines each, instead of one object per line.
 
-    The file is read from its beginning, and then set there again.
+    Reads from the beginning of the file and returns to it.
     """
     file.seek(0)
     lines = iter(lambda: file.readline(LONGEST_RECORD), b"")
     line = next((line for line in lines if _filled(line)), b"")
     first = _filled(line)
-    # A list that is whole on a line with others after it is a bad line.
+    # A whole list on a line that others follow is a bad line, not the array.
     is_line = line.endswith(b"\n") and first.endswith(b"]") and any(map(_filled, lines))
     file.seek(0)
     return first == b"{" or (first.startswith(b"[") and not is_line)
@@ -145,16 +152,16 @@ def _filled(line: bytes) -> bytes:
 
 
 def read_pieces(file: BinaryIO, path: Path) -> Iterator[Piece]:
-    """Yields the records of a file from its beginning: its lines that are not blank, or all objects of its array.
+    """Yield the records of a file from its beginning: its lines that are not blank, or the objects of its array.
 
-    Raises BadRecord if the file is too large to be read without lines, or a pointer of Git's large-file storage.
+    Raises BadRecord for a file without lines that is too large, and for a pointer of Git's large-file storage.
     """
     if not has_no_lines(file):
         yield from _lines(file, path)
         return
     content = file.read(LARGEST_ARRAY + 1)
     if len(content) > LARGEST_ARRAY:
-        raise BadRecord(f"{path} must have one JSON object a line to be larger than {LARGEST_ARRAY // 2**20} MB")
+        raise BadRecord(f"{path} must have one JSON object per line, since it has over {LARGEST_ARRAY // 2**20} MB")
     for number, (start, end) in enumerate(split_objects(content), start=1):
         yield Piece(start, number, content[start:end] if end - start <= LONGEST_RECORD else None)
 
@@ -167,7 +174,7 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[Piece]:
             whole, line = False, file.readline(LONGEST_RECORD)
             length += len(line)
         if offset == 0 and line.startswith(POINTER):
-            raise BadRecord(f"{path} is a pointer of Git's large-file storage; fetch the file itself (git lfs pull)")
+            raise BadRecord(f"{path} {IS_POINTER}")
         if not whole:
             yield Piece(offset, number, None)
         elif _filled(line):
@@ -176,14 +183,14 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[Piece]:
 
 
 def split_objects(content: bytes) -> Iterator[tuple[int, int]]:
-    """Yields where the items of a JSON array begin and end, or objects that follow each other without one.
+    """Yield start and end of the items of a JSON array, or of objects that follow each other without an array.
 
-    Brackets alone are looked at: what is wrong inside an item, or left after the last one, is for its reader to find.
+    Only brackets and commas are read. Errors inside an item, or text behind the last one, are left to its parser.
     """
     begin = len(content) - len(content.removeprefix(BYTE_ORDER_MARK).lstrip())
     is_array = content[begin : begin + 1] == b"["
-    inside = int(is_array)  # the depth that items are at
-    start, depth, some = begin, 0, False
+    inside = int(is_array)  # the depth of items
+    start, depth, has_items = begin, 0, False
     for token in TOKEN.finditer(content, begin):
         letter = content[token.start() : token.start() + 1]
         if letter in b"[{":
@@ -192,9 +199,9 @@ def split_objects(content: bytes) -> Iterator[tuple[int, int]]:
         elif letter in b"]}":
             depth -= 1
         if is_array and (depth, letter) in ((1, b","), (0, b"]")):
-            if letter == b"," or some or content[start : token.start()].strip():
+            if letter == b"," or has_items or content[start : token.start()].strip():
                 yield start, token.start()
-            start, some = token.end(), True
+            start, has_items = token.end(), True
             if letter == b"]":
                 break
         elif depth == inside == 0 and letter == b"}":
@@ -205,9 +212,9 @@ def split_objects(content: bytes) -> Iterator[tuple[int, int]]:
 
 
 def read_object(content: bytes | None) -> dict[str, Any]:
-    """Returns the fields of a record; raises BadRecord if it is not one JSON object in UTF-8, or too large."""
+    """Return the fields of a record; raise BadRecord unless it is one JSON object in UTF-8 and not too large."""
     if content is None:
-        raise BadRecord(f"must be at most {LONGEST_RECORD // 2**20} MB long, got more")
+        raise BadRecord(f"must have at most {LONGEST_RECORD // 2**20} MB, got more")
     if content.count(b",") + content.count(b"[") + content.count(b"{") > MOST_VALUES:
         raise BadRecord(f"must hold at most {MOST_VALUES} values, got more")
     try:
@@ -226,19 +233,26 @@ def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        raise BadRecord(f"must name each field once, got {quote(next(x for x in names if names.count(x) > 1))} again")
+        raise BadRecord(f"must have each field once, got {quote(next(x for x in names if names.count(x) > 1))} again")
     return fields
 
 
 def check_fields(fields: Mapping[str, Any], required: tuple[str, ...]) -> None:
-    """Raises BadRecord if a required field is not there."""
+    """Raise BadRecord if a required field is missing."""
     for field in required:
         if field not in fields:
-            raise BadRecord(f'lacks the field "{field}"; {", ".join(required)} are needed')
+            raise BadRecord(f'must have the fields {", ".join(required)}, but lacks "{field}"')
+
+
+def read_question(fields: Mapping[str, Any], root: ImageFolder) -> tuple[str, tuple[ImageSource, ...]]:
+    """Return the question in `text_input` and its images in `image_input`, in the order of its markers."""
+    text = check_text(fields["text_input"], '"text_input"')
+    images = root.find_all(fields["image_input"], '"image_input"')
+    return place_images(text, images, IMAGE_MARKER, '"text_input"')
 
 
 def check_text(value: Any, where: str) -> str:
-    """Returns the value if it is Unicode text; raises BadRecord, which begins with `where`, if not."""
+    """Return a value that is Unicode text; raise BadRecord, beginning with `where`, for any other."""
     if not isinstance(value, str):
         raise BadRecord(f"{where} must be text, got {kind(value)}")
     if len(value) > LONGEST_TEXT:
@@ -249,9 +263,9 @@ def check_text(value: Any, where: str) -> str:
 
 
 def as_answer(value: Any, where: str) -> str | None:
-    """Returns a final answer as a person writes it: text, a number, true or false, or a list of one of these.
+    """Return a final answer as text, from text, a number, true or false, or a list of one of these; None for null.
 
-    Null is None. Raises BadRecord, which begins with `where`, for anything else.
+    Raises BadRecord, beginning with `where`, for any other value.
     """
     if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list):
         value = value[0]
@@ -262,13 +276,13 @@ def as_answer(value: Any, where: str) -> str | None:
     if isinstance(value, int) and value.bit_length() < 1000:
         return str(value)
     if isinstance(value, float | Decimal) and math.isfinite(value):
-        # Tables turn whole numbers into floats where one of a column is missing.
+        # Tables turn a column of whole numbers into floats if one is missing.
         return str(int(value)) if value == int(value) and abs(value) < 1e15 else str(value)
     raise BadRecord(f"{where} must be text, a number, true, false or a list of one of these, got {quote(value)}")
 
 
 def kind(value: Any) -> str:
-    """Returns in words what type a JSON value has."""
+    """Return the type of a JSON value in words."""
     if value is None:
         return "null or missing"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}

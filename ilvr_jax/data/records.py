@@ -1,9 +1,11 @@
-"""What one sample of training data says, whatever format it was read from, or generated."""
+"""Records: questions with images and interleaved answers, in one form for all formats and generators."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ ImageSource = Path | bytes | np.ndarray
 """An image file, the content of one (PNG, JPEG, ...), or the pixels themselves: uint8 [height, width, 3]."""
 
 IMAGE_MARKER = "<image>"
-"""Stands in a question where an image belongs."""
+"""The place of an image in a question."""
 
 MapDesc = tuple[tuple[int, ...], ...]
 """Rows of a FrozenLake map: 1 start, 2 goal, -1 hole, 0 ice."""
@@ -30,7 +32,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Look:
-    """A latent step of the answer: the model looks ahead at ``helper_image``."""
+    """A look in the answer, supervised by ``helper_image``."""
 
     helper_image: ImageSource
 
@@ -39,10 +41,13 @@ class Look:
 class Record:
     """One question with its images and its interleaved answer.
 
-    ``question`` may hold ``<image>`` once for each of ``images``, where it belongs, in their order; when it holds
-    none, all images come before it. ``steps`` (``sequence_plan``) is empty only for evaluation records; ``answer`` is
-    ``original_final_answer``; ``map_desc`` holds 1 for the start, 2 for the goal, -1 for a hole and 0 for ice;
-    ``name`` is for messages, such as "train.jsonl line 3" or "frozen_lake record 17".
+    Attributes:
+        question: text with ``<image>`` once for each of ``images``, in their order, or with none: all come before it.
+        images: the images of the question.
+        steps: the answer; empty only for records without an answer, which are for evaluation.
+        answer: the final answer, if it is given apart from the steps.
+        map_desc: the FrozenLake map of the image, if it shows one.
+        name: the record in messages, such as "train.jsonl line 3" or "frozen_lake record 17".
     """
 
     question: str
@@ -54,28 +59,37 @@ class Record:
 
 
 class BadRecord(InputError):
-    """A record that cannot be used; the message is one sentence naming the record and what is wrong with it."""
+    """A record that cannot be used; one sentence names it and the problem."""
+
+
+@contextlib.contextmanager
+def prefix_errors(name: str) -> Iterator[None]:
+    """Put a record's name in front of the BadRecords that are raised in the block."""
+    try:
+        yield
+    except BadRecord as error:
+        raise BadRecord(f"{name}: {error}") from error
 
 
 class Fingerprint:
-    """A digest of records in their order, for the method `fingerprint` of a source that adds them as it opens."""
+    """A digest of records in their order, for the method `fingerprint` of a source."""
 
     def __init__(self):
         self._hash = hashlib.blake2b(digest_size=16)
 
     def add(self, *parts: object) -> None:
-        """Adds bytes, or the repr of values that have a stable one: text, numbers, None, and tuples of these."""
+        """Add bytes, or values with a stable repr: text, numbers, None, and tuples of these."""
         for part in parts:
             content = part if isinstance(part, bytes) else repr(part).encode()
             self._hash.update(len(content).to_bytes(8) + content)
 
     def text(self, records: int) -> str:
-        """Returns the fingerprint of so many records, as messages show it."""
+        """Return the fingerprint, with the number of records, for messages."""
         return f"{records} records with digest {self._hash.hexdigest()}"
 
 
 def image_bytes_count(image: ImageSource) -> int:
-    """Returns the size of an image file, of the content of one or of pixels; raises BadRecord if there is no file."""
+    """Return the size of an image in bytes; raise BadRecord for a file that cannot be read."""
     if isinstance(image, bytes):
         return len(image)
     if isinstance(image, np.ndarray):

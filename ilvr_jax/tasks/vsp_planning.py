@@ -22,7 +22,7 @@ from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.data.frozen_lake.source import MOVE_WORDS, MOVES, Cell, find_cell
 from ilvr_jax.data.images import open_image
 from ilvr_jax.data.pipeline import Source
-from ilvr_jax.data.records import BadRecord, MapDesc, Record
+from ilvr_jax.data.records import BadRecord, MapDesc, Record, prefix_errors
 from ilvr_jax.tasks.final_answer import find_boxed
 
 MOVE_LETTERS = {word: letter for letter, word in MOVE_WORDS.items()}
@@ -189,10 +189,8 @@ def cell_pixels(record: Record) -> int:
     """Return the side of a cell in the record's image, in pixels; raise BadRecord if it cannot be read."""
     image = record.images[0]
     if not isinstance(image, np.ndarray):
-        try:
+        with prefix_errors(record.name):
             image = np.asarray(open_image(image, record.name if isinstance(image, bytes) else str(image)))
-        except BadRecord as error:
-            raise BadRecord(f"{record.name}: {error}") from error
     return max(1, round(image.shape[0] / len(record.map_desc)))
 
 

@@ -254,11 +254,11 @@ def test_what_is_wrong_is_counted_by_kind(folder, capsys, monkeypatch):
         "…: must have at most … pixels in the file, got …": 1,
         "…: must be an image with a single frame, got several": 1,
         "…: must have … or … bits a channel, got …": 1,
-        '"text_output" must have one <output_image> where each of the … images of "image_output" belongs, got …': 1,
+        '"text_output" must have one <output_image> for each of the … images of "image_output", got …': 1,
         "a text must not hold special tokens, got <|im_end|>": 1,
         "must be one JSON object in UTF-8, but is not JSON": 1,
         "must be one JSON object, got a list": 1,
-        'lacks the field "image_input"; text_input, image_input, text_output are needed': 1,
+        'must have the fields text_input, image_input, text_output, but lacks "image_input"': 1,
     }
     for sentence in (
         "train.jsonl line 10: must be one JSON object in UTF-8, but is not JSON (",
@@ -412,8 +412,8 @@ def test_formats_are_found(folder, lines, format):
         ([str(MIRAGE), "--samples=-1"], "--samples must be at least 0, got -1"),
         (
             [str(MIRAGE), "--format=ilvr"],
-            f"{MIRAGE} must hold a JSON object a line, or an array of them, got none (sample.jsonl line 1: "
-            'lacks the field "sequence_plan"; text_input, image_input, sequence_plan are needed)',
+            f"{MIRAGE} must hold a JSON object per line, or an array of objects, got none (sample.jsonl line 1: "
+            'must have the fields text_input, image_input, sequence_plan, but lacks "sequence_plan")',
         ),
         (
             [str(MIRAGE), "--config=x.py"],
@@ -564,8 +564,8 @@ def test_markers_that_stay_as_text_are_remarked(folder, capsys):
     assert main([str(path)]) == 0
     printed, _ = capsys.readouterr()
     remarks = [
-        "train.jsonl line 2 has <latent>, which stays as text, since no image belongs there (records with it: 2)",
-        "train.jsonl line 2 has <img>, which stays as text, since no image belongs there (records with it: 1)",
+        "train.jsonl line 2 has <latent>, which stays as text, since it has no image (records with it: 2)",
+        "train.jsonl line 2 has <img>, which stays as text, since it has no image (records with it: 1)",
     ]
     assert all(f"\n{remark}\n" in printed for remark in remarks)
     assert all(html.escape(remark, quote=False) in (folder / "train_check.html").read_text() for remark in remarks)

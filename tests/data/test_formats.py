@@ -74,7 +74,7 @@ def test_the_documented_way_to_add_one(folder, sections):
     (folder / "train.jsonl").write_text('{"image": "map.png", "caption": "A map."}\n{"image": "map.png"}\n')
     source = module["CaptionSource"](folder / "train.jsonl", on_bad_record="skip")
     assert source[0].steps == (Text("A map."),) and source[0].images == (folder / "map.png",)
-    assert source.skipped == ['train.jsonl line 2: lacks the field "caption"; image, caption are needed']
+    assert source.skipped == ['train.jsonl line 2: must have the fields image, caption, but lacks "caption"']
 
 
 @pytest.mark.parametrize("name", FORMATS)

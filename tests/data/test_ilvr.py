@@ -90,13 +90,13 @@ BAD = {
     '"text"': "must be one JSON object, got text",
     "{oops": "must be one JSON object in UTF-8, but is not JSON (",
     "[" * 5000: "must be one JSON object in UTF-8, but is not JSON (",
-    json.dumps(without("text_input")): 'lacks the field "text_input"; text_input, image_input, sequence_plan',
-    json.dumps(without("image_input")): 'lacks the field "image_input"',
-    json.dumps(without("sequence_plan")): 'lacks the field "sequence_plan"',
+    json.dumps(without("text_input")): 'must have the fields text_input, image_input, sequence_plan, but lacks "text',
+    json.dumps(without("image_input")): 'sequence_plan, but lacks "image_input"',
+    json.dumps(without("sequence_plan")): 'sequence_plan, but lacks "sequence_plan"',
     json.dumps({**GOOD, "text_input": 3}): '"text_input" must be text, got a number',
     json.dumps({**GOOD, "text_input": "\ud800"}): '"text_input" must be Unicode text, got half of a surrogate pair',
     json.dumps({**GOOD, "image_input": "no.png"}): "/data, but 'no.png' cannot be read: No such file",
-    json.dumps({**GOOD, "image_input": "deep"}): "/data, but 'deep' is no regular file",
+    json.dumps({**GOOD, "image_input": "deep"}): "/data, but 'deep' is not a regular file",
     json.dumps({**GOOD, "image_input": [7]}): '"image_input" must be the path of an image file, got 7',
     json.dumps({**GOOD, "image_input": "a\0.png"}): "Unicode characters without NUL, got 'a\\x00.png'",
     json.dumps({**GOOD, "image_input": "x" * 5000}): "at most 4096 Unicode characters without NUL, got 'xxx",
@@ -155,7 +155,7 @@ def test_missing_and_empty_files(folder):
         BadRecord, match="nothing.jsonl must be a file of records, but cannot be read: No such file or directory"
     ):
         IlvrSource(folder / "nothing.jsonl")
-    with pytest.raises(BadRecord, match="train.jsonl must hold a JSON object a line, or an array of them, got none"):
+    with pytest.raises(BadRecord, match="train.jsonl must hold a JSON object per line, or an array of objects, got"):
         IlvrSource(write(folder, "", ""))
 
 
@@ -172,7 +172,10 @@ def test_the_real_evaluation_file():
     assert len(source) == 200
     assert source[0].map_desc == ((0, 2, 0), (0, 0, 0), (0, 1, 0))
     assert source[0].steps == () and source[199].images[0].name.startswith("level6")
-    with pytest.raises(BadRecord, match='test.jsonl line 1: lacks the field "sequence_plan"'):
+    with pytest.raises(
+        BadRecord,
+        match='test.jsonl line 1: must have the fields .*, but lacks "sequence_plan"',
+    ):
         IlvrSource(path)
 
 
@@ -240,7 +243,7 @@ def test_a_step_back_after_a_link_stays_in_the_folder(elsewhere):
 def test_files_that_are_no_regular_ones(folder, tmp_path, make):
     make(tmp_path / "a.png")
     with pytest.raises(
-        BadRecord, match="x.jsonl line 1: \"image_input\" must be an image file .*'a.png' is no regular"
+        BadRecord, match="x.jsonl line 1: \"image_input\" must be an image file .*'a.png' is not a regular"
     ):
         IlvrSource(write(tmp_path, GOOD, name="x.jsonl"))
     make(tmp_path / "train.jsonl")
@@ -285,7 +288,7 @@ def test_an_array_in_place_of_lines(folder, indent, mark):
         (f"array.json record {number}", line["text_input"]) for number, line in enumerate(lines, start=1)
     ]
     path.write_text(mark + json.dumps([lines[0], {"text_input": 3}, 7, *lines[1:]], indent=indent), encoding="utf-8")
-    with pytest.raises(BadRecord, match='^array.json record 2: lacks the field "image_input"'):
+    with pytest.raises(BadRecord, match='^array.json record 2: must have the fields .*, but lacks "image_input"'):
         IlvrSource(path)
     source = IlvrSource(path, on_bad_record="skip")
     assert [record.name[-1] for record in source] == ["1", "4", "5"]
@@ -295,7 +298,7 @@ def test_an_array_in_place_of_lines(folder, indent, mark):
     source = IlvrSource(path, on_bad_record="skip")
     assert len(source) == 2 and source.skipped[0].startswith("array.json record 3: must be one JSON object in UTF-8")
     path.write_text("[]")
-    with pytest.raises(BadRecord, match="array.json must hold a JSON object a line, or an array of them, got none"):
+    with pytest.raises(BadRecord, match="array.json must hold a JSON object per line, or an array of objects, got"):
         IlvrSource(path)
 
 
@@ -351,7 +354,7 @@ def test_files_that_change_after_they_were_opened(folder):
         with pytest.raises(BadRecord, match=f"^changing.jsonl line {index + 1}: has changed since the file was opened"):
             source[index]
     path.unlink()
-    with pytest.raises(BadRecord, match="^changing.jsonl line 1: the file cannot be read any more: No such file"):
+    with pytest.raises(BadRecord, match="^changing.jsonl line 1: the file cannot be read again: No such file"):
         source[0]
 
 
@@ -412,7 +415,7 @@ def test_evaluation_needs_questions_and_answers_alone(folder):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ('{"text_input": "a", "text_input": "b"}', "must name each field once, got 'text_input' again"),
+        ('{"text_input": "a", "text_input": "b"}', "must have each field once, got 'text_input' again"),
         ('{"n": [' + "[]," * 2**20 + "[]]}", "must hold at most 1048576 values, got more"),
         (json.dumps(GOOD | {"text_input": "x" * 1_000_001}), "must have at most 1000000 characters, got 1000001"),
         (json.dumps({**GOOD, "sequence_plan": [{"type": "text", "content": "x" * 2**19}] * 2}), "must have at most"),
@@ -434,4 +437,4 @@ def test_a_line_of_many_megabytes_takes_little_memory(folder, monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [record.name for record in source] == ["train.jsonl line 1", "train.jsonl line 3"] and peak < 2**22
-    assert source.skipped == ["train.jsonl line 2: must be at most 1 MB long, got more"]
+    assert source.skipped == ["train.jsonl line 2: must have at most 1 MB, got more"]

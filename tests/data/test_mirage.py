@@ -114,24 +114,24 @@ BAD = [
     ("[]", "must be one JSON object, got a list"),
     (
         {name: value for name, value in GOOD.items() if name != "text_output"},
-        'lacks the field "text_output"; text_input, image_input, text_output are needed',
+        'must have the fields text_input, image_input, text_output, but lacks "text_output"',
     ),
     (
         {**GOOD, "text_output": "No marker."},
-        '"text_output" must have one <output_image> where each of the 1 images of "image_output" belongs, got 0',
+        '"text_output" must have one <output_image> for each of the 1 images of "image_output", got 0',
     ),
     (
         {**GOOD, "image_output": ["b.png", "c.png"]},
-        'one <output_image> where each of the 2 images of "image_output" belongs, got 1',
+        'one <output_image> for each of the 2 images of "image_output", got 1',
     ),
-    ({**GOOD, "image_output": []}, 'where each of the 0 images of "image_output" belongs, got 1'),
+    ({**GOOD, "image_output": []}, 'for each of the 0 images of "image_output", got 1'),
     (
         {**GOOD, "text_input": "<image> or <image>?"},
         '"text_input" must have one <image> for each of the 1 images of "image_input", or none at all, got 2',
     ),
     ({**GOOD, "text_output": 3}, '"text_output" must be text, got a number'),
     ({**GOOD, "text_output": "", "image_output": []}, '"text_output" must be text, got an empty one'),
-    ({**GOOD, "image_output": None}, 'where each of the 0 images of "image_output" belongs, got 1'),
+    ({**GOOD, "image_output": None}, 'for each of the 0 images of "image_output", got 1'),
     ({**GOOD, "image_output": "no.png"}, '"image_output" must be an image file in '),
     ({**GOOD, "image_output": "../outside.png"}, "must stay inside the data folder"),
     (

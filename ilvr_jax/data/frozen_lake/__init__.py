@@ -1,1 +1,1 @@
-"""FrozenLake maps: generated records and their drawings."""
+"""FrozenLake maps: generated records and drawings."""

@@ -1,9 +1,8 @@
-"""FrozenLake maps like those of VSP spatial planning: generated, solved, told in words and drawn."""
+"""Generated records of FrozenLake maps like those of VSP spatial planning: maps, shortest paths, answers."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -11,25 +10,24 @@ from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.data.ilvr import check_map
 from ilvr_jax.data.json_lines import has_no_lines, open_records, read_object, read_pieces
-from ilvr_jax.data.records import BadRecord, Fingerprint, Look, MapDesc, Record, Text
+from ilvr_jax.data.records import Fingerprint, Look, MapDesc, Record, Text, prefix_errors
 
 Cell = tuple[int, int]  # row, column, from 0
 
-# In the order in which ties between shortest paths are broken.
-MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
+MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}  # in the order that breaks ties of shortest paths
 
 CELL_WORDS = {1: "elf", 2: "goal", -1: "hole", 0: "ice"}
 MOVE_WORDS = {"U": "up", "D": "down", "L": "left", "R": "right"}
-FARTHEST = 9  # distances above it are told in one word
-ATTEMPTS = 20_000  # maps drawn before a record is given up: at the defaults, one in 25 to 120 has a detour
+FARTHEST = 9  # larger distances are written as "far"
+ATTEMPTS = 20_000  # to draw a map for a record: with the defaults, one map in 25 to 120 needs a detour
 
 
 class NoMap(ValueError):
-    """No map meets the settings. No BadRecord: leaving the record out would hide what is wrong with them."""
+    """No map meets the settings. Not a BadRecord, since skipping the record would hide the problem."""
 
 
 class FrozenLakeSource:
-    """`count` records made on the fly; record i is a pure function of (settings, seed, i).
+    """`count` records, generated when they are read; record i is a pure function of (settings, seed, i).
 
     Raises BadRecord if a file of `settings.exclude` cannot be read.
     """
@@ -39,11 +37,11 @@ class FrozenLakeSource:
         self.seed = seed
         self.count = count
         self.excluded = frozenset(
-            same for path in settings.exclude for map_desc in read_maps(path) for same in symmetries(map_desc)
+            variant for path in settings.exclude for map_desc in read_maps(path) for variant in symmetries(map_desc)
         )
 
     def fingerprint(self) -> str:
-        """Returns a digest of what the records are a function of: settings, seed, their number and excluded maps."""
+        """Return a digest of the settings, the seed, the number of records and the excluded maps."""
         fingerprint = Fingerprint()
         settings = dataclasses.asdict(self.settings) | {"exclude": None}
         fingerprint.add(tuple(sorted(settings.items())), self.seed, self.count, tuple(sorted(self.excluded)))
@@ -53,14 +51,14 @@ class FrozenLakeSource:
         return self.count
 
     def __getitem__(self, index: int) -> Record:
-        """Makes one record. Raises IndexError outside of the source, NoMap if none meets the settings."""
+        """Generate a record; raise IndexError for a number out of range, NoMap if no map meets the settings."""
         if not 0 <= index < self.count:
-            raise IndexError(f"record {index} of a source of {self.count}")
+            raise IndexError(f"the record must be from 0 to {self.count - 1}, got {index}")
         map_desc, moves = self._make_map(np.random.default_rng((self.seed, index)))
-        return tell(map_desc, moves, self.settings, name=f"frozen_lake record {index}")
+        return make_record(map_desc, moves, self.settings, name=f"frozen_lake record {index}")
 
     def _make_map(self, random: np.random.Generator) -> tuple[MapDesc, str]:
-        """Draws maps until one has a way, is not excluded, and has a detour if it is this record's turn."""
+        """Draw maps until one can be solved, is not excluded, and needs a detour if this record is one that must."""
         settings = self.settings
         side = settings.levels[random.integers(len(settings.levels))]
         detour_needed = random.random() < settings.detour_share
@@ -72,14 +70,14 @@ class FrozenLakeSource:
             if not detour_needed or len(moves) > empty_map_distance(map_desc):
                 return map_desc, moves
         raise NoMap(
-            f"data.frozen_lake: none of {ATTEMPTS} maps of level {side} met hole_probability "
-            f"{settings.hole_probability}, detour_share {settings.detour_share}, max_moves {settings.max_moves} and "
-            "exclude; they must leave more maps"
+            f"data.frozen_lake: hole_probability {settings.hole_probability}, detour_share {settings.detour_share}, "
+            f"max_moves {settings.max_moves} and exclude must allow maps of level {side}, but none of {ATTEMPTS} maps "
+            "met them"
         )
 
 
 def random_map(random: np.random.Generator, side: int, hole_probability: float) -> MapDesc:
-    """Draws a square map: start and goal on any two cells, each other cell a hole with the given probability."""
+    """Draw a square map: start and goal on two random cells, any other cell a hole with the given probability."""
     cells = np.where(random.random(side * side) < hole_probability, -1, 0).tolist()
     start, goal = random.integers(side * side), random.integers(side * side - 1)
     cells[start] = 1
@@ -88,25 +86,25 @@ def random_map(random: np.random.Generator, side: int, hole_probability: float) 
 
 
 def find_cell(map_desc: MapDesc, kind: int) -> Cell:
-    """Returns the first cell of a kind (1 start, 2 goal); raises ValueError if there is none."""
+    """Return the first cell of a kind (1 start, 2 goal); raise ValueError if there is none."""
     for row, cells in enumerate(map_desc):
         if kind in cells:
             return row, cells.index(kind)
-    raise ValueError(f"a map without a {CELL_WORDS[kind]} ({kind})")
+    raise ValueError(f"the map must have a cell {kind} ({CELL_WORDS[kind]}), got none")
 
 
 def empty_map_distance(map_desc: MapDesc) -> int:
-    """Returns how many moves the goal is from the start if there were no holes."""
+    """Return the number of moves from start to goal on the map without holes."""
     (start_row, start_column), (goal_row, goal_column) = find_cell(map_desc, 1), find_cell(map_desc, 2)
     return abs(start_row - goal_row) + abs(start_column - goal_column)
 
 
 def distance_to_goal(map_desc: MapDesc) -> dict[Cell, int]:
-    """Returns how many moves each cell is from the goal, for the cells from which it can be reached."""
+    """Return the number of moves to the goal, for each cell from which it can be reached."""
     height, width = len(map_desc), len(map_desc[0])
     goal = find_cell(map_desc, 2)
     distances, reached = {goal: 0}, [goal]
-    for row, column in reached:  # grows while it is read: breadth first
+    for row, column in reached:  # breadth first: grows during the loop
         further = distances[row, column] + 1
         for down, right in MOVES.values():
             cell = next_row, next_column = row + down, column + right
@@ -118,10 +116,9 @@ def distance_to_goal(map_desc: MapDesc) -> dict[Cell, int]:
 
 
 def shortest_path(map_desc: MapDesc) -> str | None:
-    """Returns the shortest path from start to goal as letters of UDLR, None if there is no way.
+    """Return the shortest path from start to goal as letters of UDLR, None if there is no path.
 
-    Of several, at every cell the first of up, down, left, right that comes nearer to the goal: up or down as long
-    as that is on a shortest path.
+    Ties are broken at every cell by the first of up, down, left and right that comes nearer to the goal.
     """
     distances = distance_to_goal(map_desc)
     cell = find_cell(map_desc, 1)
@@ -141,11 +138,11 @@ def _step(cell: Cell, move: str) -> Cell:
     return cell[0] + MOVES[move][0], cell[1] + MOVES[move][1]
 
 
-def tell(map_desc: MapDesc, moves: str, settings: FrozenLakeConfig, name: str = "") -> Record:
-    r"""Makes the record of a map and its path: the map in words, then cell and move by turns, then `\boxed{moves}`.
+def make_record(map_desc: MapDesc, moves: str, settings: FrozenLakeConfig, name: str = "") -> Record:
+    r"""Return the record of a map and its path: the map in words, then each move after its cell, then `\boxed{moves}`.
 
-    After every `moves_per_look` moves but the last comes a look at the map as it then is. Each word has a space
-    before it wherever it stands, so that a thing is the same one token everywhere.
+    A look at the map as it then is follows every `moves_per_look` moves, except at the end. Every word has a space
+    before it, so that it is the same single token everywhere.
     """
     text, steps, cell = "", [], find_cell(map_desc, 1)
     if settings.read_out != "none":
@@ -169,9 +166,9 @@ def tell(map_desc: MapDesc, moves: str, settings: FrozenLakeConfig, name: str = 
 
 
 def cell_words(map_desc: MapDesc, read_out: str) -> list[list[str]]:
-    """Returns a word for each cell: what is on it, or on bare ice its distance to the goal if that is asked for.
+    """Return a word for each cell: its kind or, for ice with `read_out="distances"`, its distance to the goal.
 
-    With "distances", ice too far for one digit is "far", ice without a way to the goal is "cut".
+    Ice farther than FARTHEST is "far", and ice without a path to the goal is "cut".
     """
     words = [[CELL_WORDS[kind] for kind in row] for row in map_desc]
     if read_out == "distances":
@@ -185,7 +182,7 @@ def cell_words(map_desc: MapDesc, read_out: str) -> list[list[str]]:
 
 
 def symmetries(map_desc: MapDesc) -> Iterator[MapDesc]:
-    """Yields the map turned and mirrored in all 8 ways, itself among them."""
+    """Yield the 8 rotations and reflections of a map, with the map itself."""
     for mirrored in (map_desc, map_desc[::-1]):
         for _ in range(4):
             yield mirrored
@@ -193,22 +190,14 @@ def symmetries(map_desc: MapDesc) -> Iterator[MapDesc]:
 
 
 def read_maps(path: str | Path) -> Iterable[MapDesc]:
-    """Yields the `map_desc` of every record of a JSON-lines file or JSON array; other fields are ignored.
+    """Yield the `map_desc` of every record of a JSON-lines file or JSON array; other fields are ignored.
 
     Raises BadRecord, naming file and line, if the file cannot be read or a line has no valid map.
     """
     path = Path(path)
-    try:
-        with open_records(path) as file:
-            word = "record" if has_no_lines(file) else "line"
-            for piece in read_pieces(file, path):
-                try:
-                    yield check_map(read_object(piece.content).get("map_desc"))
-                except BadRecord as error:
-                    raise BadRecord(f"{path} {word} {piece.number}: {error}") from error
-    except BadRecord as error:
-        raise BadRecord(f"data.frozen_lake.exclude: {error}") from error
-
-
-def _bad(name: str, value: Any, wanted: str) -> ValueError:
-    return ValueError(f"`data.frozen_lake.{name}` must be {wanted}, got {value!r}")
+    with prefix_errors("data.frozen_lake.exclude"), open_records(path) as file:
+        word = "record" if has_no_lines(file) else "line"
+        for piece in read_pieces(file, path):
+            with prefix_errors(f"{path} {word} {piece.number}"):
+                map_desc = check_map(read_object(piece.content).get("map_desc"))
+            yield map_desc
