@@ -1,4 +1,4 @@
-"""The shell that all commands share: errors of users become one sentence and an exit status."""
+"""What all commands share: flags, and errors of users as one sentence and an exit status."""
 
 import argparse
 import functools
@@ -17,7 +17,7 @@ DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser without abbreviations, whose errors are one line of bounded length, without the usage."""
+    """argparse's parser without abbreviated flags; its errors are one line of bounded length, without the usage."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
@@ -27,17 +27,17 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def path_flag(text: str) -> Path:
-    """Returns the path that a flag holds; for an empty one, which would be the current folder, argparse names it."""
+    """Return the path of a flag; raise ArgumentTypeError for an empty one, which would be the current folder."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"must be a path, got {quote(text)}")
     return Path(text)
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """Wraps a command's main function, which takes the arguments (None: the process's own) and returns its exit status.
+    """Wrap a command's main function, which takes the arguments (None: the process's own) and returns the exit status.
 
-    Bad input (InputError, a file that cannot be read or written) ends it with 2, a full disk with 1, Ctrl-C with 130,
-    each after one sentence on stderr. Errors of other kinds are faults of this package: their traceback is wanted.
+    Bad input (InputError, a file that cannot be read or written) gives the status 2, a full disk or memory 1, Ctrl-C
+    130, each after one sentence on stderr. Other errors are bugs of this package and end with a traceback.
     """
 
     @functools.wraps(main)
@@ -46,30 +46,30 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
         try:
             check_encoding(sys.argv[1:] if arguments is None else arguments)
             status = main(arguments)
-            if sys.stdout is not None:  # none where the caller closed it
+            if sys.stdout is not None:  # the caller may have closed it
                 sys.stdout.flush()
             return status
         except InputError as error:
             return fail(BAD_INPUT, error)
-        except BrokenPipeError:  # who read the output has ended
+        except BrokenPipeError:  # the reader of the output has ended
             _discard_output()
             return FAILED
         except OSError as error:
             if error.filename is None:
                 _discard_output()
             return fail(FAILED if error.errno in FULL else BAD_INPUT, describe(error))
-        except KeyboardInterrupt as error:  # where `interrupts` does not end the process: it is not ours alone
+        except KeyboardInterrupt as error:  # where `interrupts` does not end the process
             return fail(STOPPED, str(error) or "stopped")
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's name of it
+            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA: out of memory
                 raise
-            return fail(FAILED, f"the memory is full; ask for smaller batches, images or answers ({error})")
+            return fail(FAILED, f"the memory is full; use smaller batches, images or answers ({error})")
 
     return run
 
 
 def check_encoding(arguments: Sequence[str]) -> None:
-    """Raises InputError for an argument that is no UTF-8 text: no file, prompt or message could hold it."""
+    """Raise InputError for an argument that is not UTF-8 text, which no prompt or message can hold."""
     for argument in arguments:
         try:
             argument.encode()
@@ -78,7 +78,7 @@ def check_encoding(arguments: Sequence[str]) -> None:
 
 
 def _discard_output() -> None:
-    """Lets the interpreter write the rest of its output to nowhere as it ends, where it would fail once more."""
+    """Send unwritten output to /dev/null, since the interpreter would fail again to write it at its end."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -86,13 +86,13 @@ def _discard_output() -> None:
 
 
 def fail(status: int, sentence: object) -> int:
-    """Prints why a command ends and returns its exit status."""
+    """Print an error on stderr and return the exit status."""
     print(one_line(str(sentence)), file=sys.stderr)
     return status
 
 
 def describe(error: OSError) -> str:
-    """Returns one sentence for an error of the file system, which names the file where that is known."""
+    """Return one sentence for an error of the file system, naming the file if it is known."""
     problem = error.strerror or str(error) or type(error).__name__
     if error.errno in FULL:
         return f"no disk space to write {error.filename or 'the output'} ({problem}); free some and repeat the command"

@@ -1,4 +1,4 @@
-"""Writes generated FrozenLake records as a data set: python -m ilvr_jax.export_data --config=configs/base.py"""
+"""python -m ilvr_jax.export_data --config=configs/base.py: generated FrozenLake records as a data set."""
 
 import argparse
 import dataclasses
@@ -23,11 +23,11 @@ from ilvr_jax.interrupts import stop_sentence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 1 not written, 2 bad input, 130 stopped."""
     parser = ArgumentParser(
-        prog="python -m ilvr_jax.export_data", description="Writes generated FrozenLake records and their images."
+        prog="python -m ilvr_jax.export_data", description="Write generated FrozenLake records and their images."
     )
-    parser.add_argument("--count", required=True, type=int, help="how many records")
+    parser.add_argument("--count", required=True, type=int, help="number of records")
     parser.add_argument("--out", required=True, type=path_flag, help="the folder to write to")
-    parser.add_argument("--seed", type=int, help="of the generator (default: the config's seed)")
+    parser.add_argument("--seed", type=int, help="of the generator (default: the config's)")
     options = read_config_flags(parser, arguments)
     if options.count < 1:
         raise BadConfig(f"--count must be at least 1, got {options.count}")
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export_config(options: argparse.Namespace) -> None:
+    """Write the records of the config to the folder and print how to read them."""
     config, seed = options.config, options.config.seed if options.seed is None else options.seed
     settings = config.data.frozen_lake
     settings = dataclasses.replace(
@@ -52,8 +53,8 @@ def _export_config(options: argparse.Namespace) -> None:
     records = (source[index] for index in range(len(source)))
     count = write_records(rich.progress.track(records, "Exporting", total=len(source), console=console), options.out)
     print(
-        f"{count} records in {options.out / 'train.jsonl'}: {CELL_PIXELS} pixels a cell, "
-        f"read with data.image_scale={28 / CELL_PIXELS} for one vision token a cell"
+        f"{count} records written to {options.out / 'train.jsonl'}, {CELL_PIXELS} pixels per cell; "
+        f"data.image_scale={28 / CELL_PIXELS} makes each cell one vision token"
     )
 
 

@@ -1,4 +1,4 @@
-"""Files that users name: regular ones alone are read and written, and a file is replaced as a whole."""
+"""Reading and writing the files of users: only regular ones, each replaced as a whole; locks and new folders."""
 
 import contextlib
 import datetime
@@ -21,24 +21,24 @@ from filelock import FileLock, Timeout
 from ilvr_jax.errors import InputError, quote
 from ilvr_jax.interrupts import undone_when_stopped
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk, a full quota and the limit of a file's size
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a full quota, a file over the size limit
 FULL_WORDS = ("No space left", "ENOSPC", "Disk quota", "File too large")
-LOCK = ".lock"  # in a folder: the lock file of the process that writes there
-CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems without locks
-POINTER = b"version https://git-lfs"  # what a clone without large-file storage holds in place of a file
+LOCK = ".lock"  # the lock file of a folder, held by the process that writes there
+CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # file systems without locks
+POINTER = b"version https://git-lfs"  # the beginning of a file that was cloned without large-file storage
 IS_POINTER = "is a pointer of Git's large-file storage; fetch the file itself (git lfs pull)"
 
 
 class InUse(InputError):
-    """A file or folder that another process writes; the sentence names that process."""
+    """A file or folder that another process is writing; the sentence names the process."""
 
 
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a file for reading bytes.
 
-    Raises OSError, with the path, if it is not there or is no regular file: a FIFO or a device may never end.
+    Raises OSError, with the path, if it is missing or not a regular file: a FIFO or a device may never end.
     """
-    # Without O_NONBLOCK opening a FIFO waits for a writer.
+    # Without O_NONBLOCK, opening a FIFO waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -58,12 +58,12 @@ def read_json(path: str | Path, raises: Callable[[str], InputError] = InputError
         if content.startswith(POINTER):
             problem = IS_POINTER
         else:
-            problem = f"is not ({error}); {len(content)} bytes are there"
+            problem = f"is not ({error}); it has {len(content)} bytes"
         raise raises(f"{path} must be JSON in UTF-8, but {problem}") from error
 
 
 def read_object(path: str | Path, raises: Callable[[str], InputError] = InputError) -> dict[str, Any]:
-    """Return the object that a JSON file holds; raise `raises`, naming the file, as `read_json` does."""
+    """Return the object in a JSON file; raise `raises`, naming the file, as `read_json` does."""
     content = read_json(path, raises)
     if not isinstance(content, dict):
         raise raises(f"{path} must be a JSON object, got {quote(content)}")
@@ -86,7 +86,7 @@ def read_text(path: str | Path, raises: type[InputError] = InputError) -> str:
 
 
 def check_output(path: Path) -> None:
-    """Raise InputError if writing to `path` would not make or replace a regular file."""
+    """Raise InputError if `path` exists and is not a regular file."""
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a device, FIFO or socket"
         raise InputError(f"{path} must be a regular file or a new one, but it is {kind}")
@@ -94,19 +94,19 @@ def check_output(path: Path) -> None:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Yield the path of a new file beside `path`, which takes that file's place if nothing is raised.
+    """Yield the path of a temporary file that replaces `path` after the block, unless the block raises an error.
 
-    Folders are made as needed. Raises InputError if `path` is no regular file, OSError, with the path, if it cannot be
+    Makes folders as needed. Raises InputError if `path` is not a regular file, OSError, with the path, if it cannot be
     written.
     """
     check_output(path)
-    path = Path(os.path.realpath(path))  # a link keeps pointing to the file
+    path = Path(os.path.realpath(path))  # a link stays a link to the file
     path.parent.mkdir(parents=True, exist_ok=True)
     with named_errors(path):
         try:
             descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.parent)
         except OSError as error:
-            error.filename = str(path)  # the one that its writer named
+            error.filename = str(path)  # not the temporary file
             raise
         os.close(descriptor)
         unfinished = Path(name)
@@ -139,17 +139,17 @@ def copy(source: Path, destination: Path) -> None:
 
 @contextlib.contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
-    """Give the errors of writes and reads within it, which lack a file name (a full disk), that of `path`."""
+    """Add the name of `path` to OSErrors of the block that have none, such as that of a full disk."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:  # without a number it is a sentence already
+        if error.filename is None and error.errno is not None:  # one without a number is a sentence already
             error.filename = str(path)
         raise
 
 
 def check_new_folder(path: Path) -> None:
-    """Raise InputError if `path` is there and no empty folder, or another process writes there; OSError as `lock`."""
+    """Raise InputError unless `path` is new or an empty folder that no other process writes to; OSError as `lock`."""
     if path.is_dir():
         with locked_folder(path):
             _check_empty(path)
@@ -160,10 +160,10 @@ def check_new_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[None]:
-    """Make a folder, new or empty, for what is written within; whatever ends that early, it is removed again.
+    """Make or lock a new or empty folder that the block fills; empty it again if the block does not finish.
 
-    Raises as `check_new_folder` does, and OSError, with the path, if it cannot be made or the disk is full, however the
-    libraries that write put that.
+    Raises as `check_new_folder` does, and OSError, with the path, if it cannot be made or the disk is full, whatever
+    error a library raises for that.
     """
     if not path.is_dir():
         check_new_folder(path)
@@ -191,19 +191,19 @@ def _check_empty(folder: Path) -> None:
 
 
 def check_room(folder: Path, size: int, file_size: int) -> None:
-    """Raise the error of a full disk if files of `size` bytes in all, up to `file_size` each, cannot be written."""
+    """Raise the error of a full disk unless files of `size` bytes in total, up to `file_size` each, can be written."""
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if shutil.disk_usage(folder).free < size or 0 <= limit < min(size, file_size):
         raise full_disk(folder)
 
 
 def full_disk(path: Path) -> OSError:
-    """Return the error of a full disk on which `path` cannot be written."""
+    """Return the error of a full disk for `path`."""
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Return whether an error, or one that it came from, is the file system's for a full disk, in words or by code."""
+    """Return whether an error, or one that caused it, is that of a full disk, by its code or its words."""
     while error is not None:
         if getattr(error, "errno", None) in FULL or any(words in str(error) for words in FULL_WORDS):
             return True
@@ -218,12 +218,11 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def lock(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path` for one writer of `what`, and removes it afterwards.
+def lock(path: Path, target: str) -> Iterator[None]:
+    """Hold the lock file `path`, for one writer of `target`, during the block, and remove it afterwards.
 
-    The lock ends with the process, however that ends; on a file system that has none a warning is printed. Raises
-    InUse, naming the process that holds it, its host and since when, if there is one; OSError if the file cannot be
-    made.
+    The lock ends with the process, even a killed one. A file system without locks prints a warning. Raises InUse, with
+    the process that holds the lock, its host and the time, if there is one; OSError if the file cannot be made.
     """
     holder = {
         "process": os.getpid(),
@@ -242,37 +241,38 @@ def lock(path: Path, what: str) -> Iterator[None]:
     held = FileLock(path, blocking=False, thread_local=False, preserve_lock_file=True, on_acquired=sign)
     try:
         held.acquire()
-        while not linked:  # the file was deleted by its holder between being opened and locked here
+        while not linked:  # its holder deleted the file after it was opened here and before it was locked
             held.release()
             held.acquire()
     except Timeout as error:
-        path.touch()  # raises why it cannot be made, if it is not there
-        raise InUse(f"{what} is being written by {_holder(path)}; wait for it to end or stop it") from error
+        path.touch()  # if it is missing, this raises why it cannot be made
+        raise InUse(f"{target} is being written by {_holder(path)}; wait for it to end or stop it") from error
     except OSError as error:
         if error.errno not in CANNOT_LOCK:
             raise
-        print(f"{path.parent} has no locks ({error.strerror}): other writers of {what} go unnoticed", file=sys.stderr)
+        warning = f"{path.parent} has no locks ({error.strerror}): other writers of {target} are not noticed"
+        print(warning, file=sys.stderr)
     remove = functools.partial(path.unlink, missing_ok=True)
     try:
         with undone_when_stopped(remove):
             yield
     finally:
-        remove()  # while it is held: who opened it before us notices that it is gone
+        remove()  # before the release: a process that has opened it notices that it is gone
         held.release()
 
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Make a folder if it is not there, and holds it for one writer; raise as `lock` does.
+    """Make a folder if it is missing, and lock it during the block; raise as `lock` does.
 
-    Folders that were made, and in which nothing was written, are removed afterwards.
+    Folders that were made and are still empty are removed afterwards.
     """
     if os.path.lexists(folder) and not folder.is_dir():
         raise InputError(f"{folder} must be a folder, but is a file, a device or a broken link")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
 
     def remove_empty() -> None:
-        with contextlib.suppress(OSError):  # something is in it
+        with contextlib.suppress(OSError):  # it is not empty
             for path in made:
                 path.rmdir()
 
@@ -288,5 +288,5 @@ def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_bytes())
         return f"process {quote(holder['process'])} on {holder['host']} since {holder['since']}"
-    except (OSError, ValueError, LookupError, TypeError):  # it has only just been made
+    except (OSError, ValueError, LookupError, TypeError):  # it was made a moment ago
         return "another process"

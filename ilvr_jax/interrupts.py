@@ -1,9 +1,9 @@
-"""Ctrl-C ends a command at once and with 130, whatever it is doing.
+"""Ctrl-C ends a command at once with the status 130, whatever it is doing.
 
-Python's own way, an exception in the main thread, does neither: inside a callback from compiled code it is lost, and
-the command runs to its end; a compilation delays it by minutes; and an interpreter may crash that ends while XLA
-computes. Here a thread of its own is woken, which ends the process. No handler of an exception runs: what must be left
-in order is registered.
+Python's default, an exception in the main thread, does not: inside a callback from compiled code the exception is lost
+and the command continues; a compilation delays it by minutes; and the interpreter may crash if it ends while XLA
+computes. Here a separate thread wakes up and ends the process. No exception handlers run, so functions that clean up
+are registered.
 """
 
 import contextlib
@@ -14,19 +14,19 @@ import threading
 from collections.abc import Callable, Iterator
 
 STOPPED = 130  # exit status
-FLUSH_SECONDS = 3.0  # that output may take to be written; its reader may have stopped reading
+FLUSH_SECONDS = 3.0  # limit for writing the output, whose reader may have stopped
 
-_sentences: list[Callable[[], str]] = []  # on what was reached, the innermost last
+_sentences: list[Callable[[], str]] = []  # of nested blocks, the innermost last
 _undone: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
 def stop_sentence(sentence: Callable[[], str]) -> Iterator[None]:
-    """Within it Ctrl-C prints this sentence in place of "stopped"."""
+    """Print this sentence in place of "stopped" at Ctrl-C during the block."""
     _sentences.append(sentence)
     try:
         yield
-    except KeyboardInterrupt:  # in a process that is not ours alone
+    except KeyboardInterrupt:  # raised in a process that is not ours alone
         raise KeyboardInterrupt(sentence()) from None
     finally:
         _sentences.remove(sentence)
@@ -34,7 +34,7 @@ def stop_sentence(sentence: Callable[[], str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undone_when_stopped(undo: Callable[[], None]) -> Iterator[None]:
-    """Within it Ctrl-C calls a function that removes what is unfinished."""
+    """Call a function that removes unfinished files at Ctrl-C during the block."""
     _undone.append(undo)
     try:
         yield
@@ -43,12 +43,12 @@ def undone_when_stopped(undo: Callable[[], None]) -> Iterator[None]:
 
 
 def stop_at_interrupts() -> None:
-    """Makes Ctrl-C end this process from here on; where it is ignored, or another handler is set, that is kept."""
+    """Make Ctrl-C end this process from now on, unless it is ignored or another handler is set."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to by the C handler, at any moment
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # the C handler writes to it at any time
     signal.signal(signal.SIGINT, _do_nothing)
     threading.Thread(target=_wait, args=(reader,), name="interrupts", daemon=True).start()
 
@@ -60,13 +60,13 @@ def _do_nothing(number: int, frame: object) -> None:
 def _wait(reader: int) -> None:
     while True:
         numbers = os.read(reader, 1)
-        # Training sets a handler of its own, which ends it after a step.
+        # Training sets another handler, which ends it after a step.
         if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) is _do_nothing:
             _stop()
 
 
 def _stop() -> None:
-    """Ends the process and those that it started, after one sentence on stderr."""
+    """End the process and its children, after one sentence on stderr."""
     try:
         if processes := sys.modules.get("multiprocessing"):
             for child in processes.active_children():
@@ -84,6 +84,6 @@ def _stop() -> None:
 def _write() -> None:
     message = f"{_sentences[-1]() if _sentences else 'stopped'}\n"
     if sys.stderr.isatty():
-        message = "\n" + message  # below ^C, and below an answer that is being printed
+        message = "\n" + message  # below ^C and below a partly printed answer
     os.write(sys.stderr.fileno(), message.encode())
     sys.stdout.flush()

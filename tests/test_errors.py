@@ -108,7 +108,7 @@ def test_a_full_memory_is_one_sentence(error, capsys):
     def main(arguments):
         raise error
 
-    assert main([]) == 1 and capsys.readouterr().err.startswith("the memory is full; ask for smaller batches")
+    assert main([]) == 1 and capsys.readouterr().err.startswith("the memory is full; use smaller batches")
 
 
 def test_arguments_are_text(capsys):

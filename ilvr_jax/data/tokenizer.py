@@ -130,7 +130,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
             raise BadTokenizer(f"{folder / TOKENIZER} must be a file, but cannot be read: {error.strerror}") from error
         return [folder / TOKENIZER, *files]
     if not all(os.path.lexists(folder / name) for name in (VOCABULARY, MERGES)):
-        raise BadTokenizer(f"{folder} must hold a tokenizer, {TOKENIZER} or {VOCABULARY} and {MERGES}, but does not")
+        raise BadTokenizer(f"{folder} must hold a tokenizer: {TOKENIZER}, or {VOCABULARY} and {MERGES}")
     vocabulary = read_object(folder / VOCABULARY, BadTokenizer)
     pairs = [line.split(" ") for line in read_text(folder / MERGES, BadTokenizer).splitlines()]
     merged = {"".join(pair) for pair in pairs if len(pair) == 2}

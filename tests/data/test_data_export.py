@@ -107,8 +107,8 @@ def test_the_command_takes_config_values_and_the_configs_seed(tmp_path, capsys):
     for read, made in zip(IlvrSource(tmp_path / "train.jsonl"), FrozenLakeSource(settings, 9, 3), strict=True):
         assert (read.map_desc, read.question, len(read.steps)) == (made.map_desc, "Where to?", len(made.steps))
     assert capsys.readouterr().out == (
-        f"3 records in {tmp_path / 'train.jsonl'}: 64 pixels a cell, read with data.image_scale=0.4375 for one vision "
-        "token a cell\n"
+        f"3 records written to {tmp_path / 'train.jsonl'}, 64 pixels per cell; data.image_scale=0.4375 makes each cell "
+        "one vision token\n"
     )
 
 

@@ -85,7 +85,7 @@ def test_missing_special_tokens_are_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text(plain)
     with pytest.raises(ValueError, match=r"and latent tokens, but lacks <\|latent_pad\|>$"):
         special_tokens(PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")))
-    with pytest.raises(ValueError, match=r"must hold a tokenizer, tokenizer.json or vocab.json and merges.txt"):
+    with pytest.raises(ValueError, match=r"must hold a tokenizer: tokenizer.json, or vocab.json and merges.txt"):
         load_tokenizer(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match='must encode "assistant" as one token, got 9'):
         special_tokens(train_tokenizer(TEXTS, vocabulary=265))
