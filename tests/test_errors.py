@@ -1,4 +1,4 @@
-"""Messages for users: one line of bounded length, and the shell of the commands that prints them."""
+"""Messages for users: one line of bounded length each, printed by all commands."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Files that users name: special files, damaged JSON, writes that fail, and two writers."""
+"""Files of users: special files, damaged JSON, failing writes, and two writers."""
 
 import errno
 import os
@@ -114,6 +114,6 @@ def test_a_file_system_without_locks_gets_a_warning(number, tmp_path, monkeypatc
     monkeypatch.setattr("fcntl.flock", refuse)
     with locked_folder(tmp_path):
         pass
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"{tmp_path} has no locks ({os.strerror(number)})" in said
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"{tmp_path} has no locks ({os.strerror(number)})" in err
     assert not any(tmp_path.iterdir())

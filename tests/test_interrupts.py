@@ -20,7 +20,7 @@ def run(*arguments: str) -> subprocess.Popen:
 
 
 def interrupt(process: subprocess.Popen) -> tuple[str, str]:
-    """Returns stdout and stderr of a process that must end, with 130, within seconds."""
+    """Return stdout and stderr of a process that must end, with 130, within seconds."""
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
     assert process.returncode == 130, err

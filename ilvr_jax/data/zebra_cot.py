@@ -267,7 +267,7 @@ def as_text(value: pa.Scalar, column: str) -> str | None:
     """Return a value of a text column or a final answer as text; raise BadRecord if it is neither."""
     try:
         content = value.as_py()
-    except UnicodeDecodeError as error:  # parquet does not ensure it
+    except UnicodeDecodeError as error:  # parquet files may hold any bytes as text
         raise BadRecord(f'"{column}" must be UTF-8, but is not ({error})') from error
     if column == ANSWER:
         return as_answer(content, f'"{column}"')

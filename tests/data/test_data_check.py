@@ -1,4 +1,4 @@
-"""The check of a data set: its counts by another way of counting, its buckets by the pipeline, and what it says."""
+"""The check of a data set: its counts against other counts, its buckets against the pipeline, and its report."""
 
 import dataclasses
 import functools
@@ -53,14 +53,14 @@ RECORD = {
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Runs each test in a folder of its own: pages are written to the working directory."""
+    """Run each test in its own folder, since pages are written to the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     return tmp_path
 
 
 def cells(printed: str, title: str) -> dict[str, list[str]]:
-    """Returns the rows of a printed table by their first word(s)."""
+    """Return the rows of a printed table by their first word(s)."""
     lines = printed[printed.index(title) :].split("\n\n")[0].splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("─")) + 1
     rows = [re.split(r"  +|(?<=\S) (?=[\d–])", line.strip(" ▁▂▃▄▅▆▇█")) for line in lines[first:]]
@@ -68,14 +68,14 @@ def cells(printed: str, title: str) -> dict[str, list[str]]:
 
 
 def save_config(printed: str, folder: Path) -> Path:
-    """Writes the config that a check printed, as a user does, into a file."""
+    """Write the config that a check printed, as a user does, into a file."""
     path = folder / "own_data.py"
     path.write_text(re.search(r"^from ml_collections .*?^    return config\n", printed, re.DOTALL | re.MULTILINE)[0])
     return path
 
 
 def write_records(folder, *changes):
-    """Writes mirage records, each with changes, and their two images: of 2 x 1 and 4 x 4 vision tokens."""
+    """Write mirage records, each with changes, and their two images: of 2 x 1 and 4 x 4 vision tokens."""
     for name, size in (("a.png", (56, 28)), ("b.png", (112, 112))):
         Image.new("RGB", size, "teal").save(folder / name)
     path = folder / "train.jsonl"
@@ -485,8 +485,8 @@ def test_pages_are_regular_files(folder, capsys, kind):
 def test_nothing_usable_after_all(folder, capsys):
     path = write_records(folder, {"image_input": "train.jsonl"})
     assert main([str(path)]) == 2
-    printed, said = capsys.readouterr()
-    assert said.endswith(f"{path} must hold usable records, got none\n")
+    printed, err = capsys.readouterr()
+    assert err.endswith(f"{path} must hold usable records, got none\n")
     assert "1 records, 0 usable" in printed and "must be a whole PNG, " in printed and "ConfigDict" not in printed
 
 

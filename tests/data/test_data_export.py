@@ -1,4 +1,4 @@
-"""Exported records: read back as they were, trained on as if they were generated, and never half there."""
+"""Exported records: they are read back unchanged, give the same training, and are never incomplete."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ COUNT, SEED, SCALE = 24, 5, 28 / 64
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Returns a folder that the command wrote."""
+    """Return a folder that the command wrote."""
     folder = tmp_path_factory.mktemp("data") / "new" / "exported"
     main([f"--config={CONFIG}", f"--count={COUNT}", f"--out={folder}", f"--seed={SEED}"])
     return folder
@@ -44,7 +44,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generated():
-    """Returns the records that a run of the same config and seed is trained on."""
+    """Return the records that a run of the same config and seed is trained on."""
     settings = parse(load_config(CONFIG)).data.frozen_lake
     exclude = tuple(str(resolve_path(path)) for path in settings.exclude)
     assert settings.cell_pixels == 28 and exclude
@@ -169,7 +169,7 @@ def test_existing_data_are_not_overwritten(exported):
 
 
 def test_two_exports_into_one_folder_are_refused(tmp_path, capsys):
-    """The second would exchange pictures that lines of the first name."""
+    """The second would replace images of the first."""
     with locked_folder(tmp_path):
         assert main([f"--config={CONFIG}", "--count=1", f"--out={tmp_path}"]) == 2
     assert f"{tmp_path} is being written by process {os.getpid()} on " in capsys.readouterr().err

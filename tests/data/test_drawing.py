@@ -47,7 +47,7 @@ def test_a_small_picture_is_the_whole_large_one_averaged_in_boxes(real_maps, cel
 
 
 def cells_of(picture: np.ndarray, cell_pixels: int) -> np.ndarray:
-    """Cuts a picture into [row, column, height, width, 3]."""
+    """Return a picture as cells: [row, column, height, width, 3]."""
     rows, columns = picture.shape[0] // cell_pixels, picture.shape[1] // cell_pixels
     return picture.reshape(rows, cell_pixels, columns, cell_pixels, 3).transpose(0, 2, 1, 3, 4)
 
@@ -74,7 +74,7 @@ def sprite(name: str) -> Image.Image:
 
 @pytest.mark.parametrize("move, elf", [("L", "elf_left"), ("D", "elf_down"), ("R", "elf_right"), ("U", "elf_up")])
 @pytest.mark.parametrize("kind, lying", [(0, None), (1, "stool"), (2, "goal"), (-1, "hole")])
-def test_the_elf_stands_on_what_lies_there_and_looks_where_it_went(move, elf, kind, lying):
+def test_the_elf_is_drawn_over_the_cell_and_faces_its_last_move(move, elf, kind, lying):
     expected = sprite("ice")
     for name in [lying] * bool(lying) + ["cracked_hole" if kind == -1 else elf]:
         expected = Image.alpha_composite(expected, sprite(name))
@@ -88,7 +88,7 @@ def test_the_elf_stands_on_what_lies_there_and_looks_where_it_went(move, elf, ki
 
 @pytest.mark.skipif(not REASONING.is_dir(), reason="optional data: the real examples are not in ../shared")
 def test_the_real_helper_images_are_drawn_pixel_for_pixel():
-    """They show the stool left behind, the elf's four directions, the elf at the goal and the cracks of a hole."""
+    """The images show the stool at the start, the elf in four directions and at the goal, and the cracks of a hole."""
     seen = set()
     for line in (REASONING / "sample.jsonl").read_text().splitlines():
         record = json.loads(line)

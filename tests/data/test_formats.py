@@ -1,4 +1,4 @@
-"""Formats by name: what a run is trained on, and that the examples of docs/formats.md are right."""
+"""Formats by name, and the examples of docs/formats.md."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ BLOCK = re.compile(r"```(?:json|python)\n(.*?)```", re.DOTALL)
 
 @pytest.fixture(scope="module")
 def sections():
-    """Returns the examples of the documentation by the heading above them."""
+    """Return the examples of the documentation by the heading above them."""
     parts = (REPOSITORY / "docs" / "formats.md").read_text().split("\n## ")[1:]
     return {part.partition("\n")[0]: found[1] for part in parts if (found := BLOCK.search(part))}
 
@@ -39,7 +39,7 @@ def open_configured(source: str, path: Path, **changes):
 
 
 def write_example(folder: Path, name: str, example: str) -> Path:
-    """Writes the documentation's example of a format as a file."""
+    """Write the documentation's example of a format as a file."""
     if name == "zebra_cot":
         exec(example, {})
         return folder / "train.parquet"
@@ -78,7 +78,7 @@ def test_the_documented_way_to_add_one(folder, sections):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_bad_records_are_left_out_if_the_config_says_so(folder, sections, name):
+def test_bad_records_are_skipped_if_the_config_asks_for_it(folder, sections, name):
     path = write_example(folder, name, sections[name])
     if name == "zebra_cot":
         exec(sections[name].replace("[reasoning_image_1]", "[reasoning_image_2]").replace("train.", "worse."), {})

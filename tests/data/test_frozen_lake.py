@@ -1,4 +1,4 @@
-"""Generated maps and what is told of them: against gymnasium's FrozenLake, scipy's shortest paths and the real maps."""
+"""Generated maps and records: against gymnasium's FrozenLake, scipy's shortest paths and the real maps."""
 
 import json
 import pickle
@@ -39,20 +39,20 @@ def maps(draw):
 
 
 def distances_to_goal(map_desc) -> np.ndarray:
-    """Returns scipy's distance of each cell to the goal, infinite where there is no way or a hole."""
+    """Return scipy's distance of each cell to the goal, infinite where there is no way or a hole."""
     cells = np.array(map_desc)
     numbers = np.arange(cells.size).reshape(cells.shape)
     graph = lil_array((cells.size, cells.size))
-    for here, there in ((numbers[1:], numbers[:-1]), (numbers[:, 1:], numbers[:, :-1])):
-        for one, other in zip(here.ravel(), there.ravel(), strict=True):
-            if cells.flat[one] != -1 and cells.flat[other] != -1:
-                graph[one, other] = 1
+    for nodes, neighbours in ((numbers[1:], numbers[:-1]), (numbers[:, 1:], numbers[:, :-1])):
+        for node, other in zip(nodes.ravel(), neighbours.ravel(), strict=True):
+            if cells.flat[node] != -1 and cells.flat[other] != -1:
+                graph[node, other] = 1
     goal = int(np.flatnonzero(cells == 2)[0])
     return scipy_distances(graph.tocsr(), directed=False, indices=goal).reshape(cells.shape)
 
 
 def play(map_desc, moves: str) -> tuple[list[tuple[int, int]], float]:
-    """Returns the cells that gymnasium's elf visits, and the sum of the rewards; fails if it goes on after the end."""
+    """Return the cells that gymnasium's elf visits, and the sum of the rewards; fails if it goes on after the end."""
     letters = {1: "S", 2: "G", -1: "H", 0: "F"}
     game = gymnasium.make(
         "FrozenLake-v1", desc=["".join(letters[cell] for cell in row) for row in map_desc], is_slippery=False
@@ -68,7 +68,7 @@ def play(map_desc, moves: str) -> tuple[list[tuple[int, int]], float]:
 
 
 def contents(record) -> tuple:
-    """Returns all that a record says and shows, to be compared."""
+    """Return all that a record says and shows, to be compared."""
     steps = [step.content if isinstance(step, Text) else step.helper_image.tobytes() for step in record.steps]
     pictures = [(picture.shape, picture.tobytes()) for picture in record.images]
     return record.question, pictures, steps, record.answer, record.map_desc, record.name
@@ -176,7 +176,7 @@ def test_symmetries_are_the_8_turned_and_mirrored_maps(map_desc):
     assert set(symmetries(map_desc)) == turned_and_mirrored(map_desc)
 
 
-def test_excluded_maps_never_come_up_turned_or_mirrored(tmp_path):
+def test_excluded_maps_are_not_generated_turned_or_mirrored_either(tmp_path):
     def small_maps(seed, count, **settings):
         source = FrozenLakeSource(FrozenLakeConfig(levels=(3,), **settings), seed, count)
         return [record.map_desc for record in source]
@@ -198,7 +198,7 @@ def test_the_real_maps_can_be_excluded():
 
 @given(maps())
 @few
-def test_cells_are_told_by_what_is_on_them_and_how_far_the_goal_is(map_desc):
+def test_words_of_cells_are_their_kinds_or_their_distances_to_the_goal(map_desc):
     kinds = {1: "elf", 2: "goal", -1: "hole", 0: "ice"}
     assert cell_words(map_desc, "map") == [[kinds[cell] for cell in row] for row in map_desc]
     far = distances_to_goal(map_desc)
@@ -226,7 +226,7 @@ def test_cells_cut_off_and_far_away():
     st.sampled_from([8, 28]),
 )
 @settings(deadline=None, max_examples=40)
-def test_a_record_tells_the_map_the_moves_and_looks_in_between(seed, per_look, read_out, cell_names, cell_pixels):
+def test_a_record_has_the_map_the_moves_and_looks_in_between(seed, per_look, read_out, cell_names, cell_pixels):
     record = FrozenLakeSource(
         FrozenLakeConfig(
             moves_per_look=per_look,
@@ -249,11 +249,11 @@ def test_a_record_tells_the_map_the_moves_and_looks_in_between(seed, per_look, r
     opening = ""
     if read_out != "none":
         opening = "".join(" " + " ".join(row) + "\n" for row in cell_words(record.map_desc, read_out))
-    told = [
+    phrases = [
         f" {row} {column} {WORDS[move]}" if cell_names == "row_column" else f" {WORDS[move]}"
         for (row, column), move in zip(cells[:-1], moves, strict=True)
     ]
-    expected = ["".join(told[first : first + per_look]) for first in range(0, len(told), per_look)]
+    expected = ["".join(phrases[first : first + per_look]) for first in range(0, len(phrases), per_look)]
     expected[0] = opening + expected[0]
     expected[-1] += rf" \boxed{{{moves}}}"
     assert [step.content for step in texts] == expected
@@ -286,9 +286,9 @@ def test_a_record_tells_the_map_the_moves_and_looks_in_between(seed, per_look, r
         ("exclude", (1,), "a tuple of str"),
     ],
 )
-def test_a_bad_setting_is_named(key, value, wanted):
+def test_a_bad_setting_is_named(key, value, rule):
     with pytest.raises(
-        BadConfig, match=f"^`data.frozen_lake.{key}` must {'' if wanted.startswith('name') else 'be '}{wanted}, got "
+        BadConfig, match=f"^`data.frozen_lake.{key}` must {'' if rule.startswith('name') else 'be '}{rule}, got "
     ):
         read(FrozenLakeConfig, {key: value}, "data.frozen_lake")
 
@@ -301,7 +301,7 @@ def test_settings_are_read_from_a_config():
         read(FrozenLakeConfig, {"moves_a_look": 2}, "data.frozen_lake")
 
 
-def test_settings_that_leave_no_map_are_told_at_the_record():
+def test_settings_that_allow_no_map_are_an_error_at_the_record():
     source = FrozenLakeSource(FrozenLakeConfig(levels=(3,), max_moves=1, detour_share=1.0), seed=0, count=1)
     message = (
         r"^data\.frozen_lake: hole_probability 0\.18, detour_share 1\.0, .* of level 3, but none of 20000 maps met them"

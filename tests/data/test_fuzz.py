@@ -1,4 +1,4 @@
-"""Damaged and strange input of every kind: each gives a clean result or one bounded sentence."""
+"""Damaged and strange input: a clean result or one sentence of bounded length."""
 
 import copy
 import functools
@@ -91,7 +91,7 @@ RAW += ["01", "+1", "\\u0041", '"\\ud83d"', '"\\uZZZZ"', "//", "{,}", '"\t"', '"
 
 
 def mutate_bytes(random: random.Random, content: bytes) -> bytes:
-    """Returns content with some bytes flipped, cut out, doubled, or put in."""
+    """Return content with some bytes flipped, cut out, doubled, or put in."""
     content = bytearray(content)
     for _ in range(random.choice((1, 1, 2, 8))):
         place = random.randrange(len(content) + 1)
@@ -115,7 +115,7 @@ def mutate_bytes(random: random.Random, content: bytes) -> bytes:
 
 
 def mutate_value(random: random.Random, value: Any) -> Any:
-    """Returns a JSON value with some of the values in it exchanged, removed, wrapped or repeated."""
+    """Return a JSON value with some of the values in it exchanged, removed, wrapped or repeated."""
     value = copy.deepcopy(value)
     for _ in range(random.choice((1, 1, 2, 4))):
         places = list(_places(value))
@@ -145,7 +145,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def outcome(read: Callable[[], Any], error: type[Exception]) -> Any:
-    """Returns what `read` returns, or the error that it raises: one sentence of bounded length."""
+    """Return what `read` returns, or the error that it raises: one sentence of bounded length."""
     try:
         return read()
     except error as raised:
@@ -167,11 +167,11 @@ def folder(tmp_path_factory):
 
 
 def is_whole(record: Record) -> bool:
-    """Returns whether a record's values are what a Record's have to be."""
+    """Return whether a record's values are what a Record's have to be."""
     images = [*record.images, *(step.helper_image for step in record.steps if isinstance(step, Look))]
     texts = [record.question, *(step.content for step in record.steps if isinstance(step, Text)), record.answer or ""]
-    found = all(isinstance(image, bytes) or image.is_file() for image in images)
-    return found and all(isinstance(text, str) and text.encode() is not None for text in texts)
+    exist = all(isinstance(image, bytes) or image.is_file() for image in images)
+    return exist and all(isinstance(text, str) and text.encode() is not None for text in texts)
 
 
 def read_records(format: str, path: Path, for_evaluation: bool) -> list[Record]:
@@ -196,7 +196,7 @@ GOOD = {
 
 
 def write_json(random: random.Random, path: Path, record: dict) -> None:
-    """Writes a mutated record, among good ones or alone, in lines or an array."""
+    """Write a mutated record, among good ones or alone, in lines or an array."""
     mutated = mutate_value(random, record) if random.random() < 0.6 else record
     records = random.choice(([mutated], [record, mutated], [mutated, record]))
     match random.randrange(3):
@@ -259,7 +259,7 @@ VALUES += [marker for marker in STRANGE if isinstance(marker, str) and "<" in ma
 
 
 def as_array(random: random.Random, values: list) -> pa.Array:
-    """Returns values as an array of a random type that takes them, or of some other one as nulls."""
+    """Return values as an array of a random type that takes them, or of some other one as nulls."""
     for kind in random.sample(TYPES, 8):
         try:
             return pa.array(values, kind)
@@ -269,7 +269,7 @@ def as_array(random: random.Random, values: list) -> pa.Array:
 
 
 def write_parquet(random: random.Random, path: Path) -> None:
-    """Writes a parquet file with a mutated row or column, or mutated itself."""
+    """Write a parquet file with a mutated row or column, or mutated itself."""
     rows = [copy.deepcopy(ROW) for _ in range(random.choice((1, 2, 5)))]
     columns = {name: pa.array([row[name] for row in rows], IMAGE if "image" in name else pa.string()) for name in ROW}
     names, arrays = list(columns), list(columns.values())
@@ -317,7 +317,7 @@ def test_parquet_rows(folder):
 
 
 def image_files() -> dict[str, bytes]:
-    """Returns image files of every format that is read, with EXIF data, palettes, transparency and several frames."""
+    """Return image files of every format that is read, with EXIF data, palettes, transparency and several frames."""
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
     palette, grey, exif = colours.quantize(16), colours.convert("L"), Image.Exif()
     transparent = colours.convert("RGBA")

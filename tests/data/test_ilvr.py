@@ -1,4 +1,4 @@
-"""ILVR's JSON-lines format: what is read, and a sentence for everything that is wrong."""
+"""ILVR's JSON-lines format: records, and a sentence for each kind of bad input."""
 
 import base64
 import json
@@ -137,7 +137,7 @@ def test_bad_lines_are_named_and_explained(folder, line):
     assert BAD[line] in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_bad_lines_can_be_left_out_and_are_counted(folder):
+def test_bad_lines_can_be_skipped(folder):
     source = IlvrSource(write(folder, GOOD, *BAD, GOOD), on_bad_record="skip")
     assert [record.name for record in source] == ["train.jsonl line 1", f"train.jsonl line {len(BAD) + 2}"]
     assert len(source) == 2 and len(source.skipped) == len(BAD)
@@ -185,7 +185,7 @@ def test_maps_come_back_as_tuples():
 
 @pytest.fixture
 def elsewhere(tmp_path):
-    """Returns a data set as a hub's cache keeps it: files are links to blobs, and a folder is one to another disk."""
+    """Return a data set as a hub's cache keeps it: files are links to blobs, and a folder is one to another disk."""
     revision = tmp_path / "snapshots" / "0123"
     for folder in (revision / "images", tmp_path / "blobs", tmp_path / "disk"):
         folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Mirage's JSON-lines format: what is read, and a sentence for everything that is wrong."""
+"""Mirage's JSON-lines format: records, and a sentence for each kind of bad input."""
 
 import json
 import pickle
@@ -83,7 +83,7 @@ plans = st.lists(st.one_of(texts.map(Text), st.sampled_from(["a.png", "b.png", "
 
 
 def joined(steps: list[Text | Look]) -> list[Text | Look]:
-    """Returns the steps with texts that follow each other joined and empty ones left out."""
+    """Return the steps with texts that follow each other joined and empty ones left out."""
     result: list[Text | Look] = []
     for step in steps:
         if isinstance(step, Text) and result and isinstance(result[-1], Text):
@@ -149,7 +149,7 @@ def test_bad_lines_are_named_and_explained(folder, line, sentence):
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_bad_lines_can_be_left_out_and_are_counted(folder):
+def test_bad_lines_can_be_skipped(folder):
     lines = [GOOD, *(line for line, _ in BAD), GOOD]
     source = MirageSource(write(folder, *lines), on_bad_record="skip")
     assert [record.name for record in source] == ["train.jsonl line 1", f"train.jsonl line {len(lines)}"]

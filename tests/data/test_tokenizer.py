@@ -69,7 +69,7 @@ def test_saving_and_loading(tmp_path, monkeypatch):
     assert (loaded.pad_token, loaded.eos_token) == ("<|endoftext|>", "<|im_end|>")
 
 
-def test_special_tokens_are_looked_up():
+def test_special_tokens_have_their_ids():
     special = special_tokens(TOKENIZER)
     written = "<|endoftext|><|im_start|>assistant<|vision_start|><|image_pad|><|vision_end|>"
     written += "<|latent_start|><|latent_pad|><|latent_end|><|im_end|>"

@@ -1,4 +1,4 @@
-"""Zebra-CoT's parquet format: what is read, how little of it, and a sentence for everything that is wrong."""
+"""Zebra-CoT's parquet format: records, how little of a file is read, and a sentence for each kind of bad input."""
 
 import multiprocessing
 import os
@@ -53,7 +53,7 @@ GOOD = row(
 
 
 def numbered(number: int) -> dict:
-    """Returns a row whose text and images tell its number; every second one has a second look."""
+    """Return a row whose text and images tell its number; every second one has a second look."""
     trace, images = f"see {mark('reasoning_image_1')}", {"reasoning_image_1": b"look %d" % number}
     if number % 2:
         trace, images = trace + mark("reasoning_image_2"), images | {"reasoning_image_2": b"again %d" % number}
@@ -62,7 +62,7 @@ def numbered(number: int) -> dict:
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Returns the list of what is read from parquet files: row group and columns of each read."""
+    """Return the list of what is read from parquet files: row group and columns of each read."""
     made, read = [], pq.ParquetFile.read_row_group
 
     def record(self, i, columns=None, use_threads=True, **options):
@@ -190,13 +190,13 @@ def test_processes_and_threads_read_for_themselves(tmp_path):
     assert queue.get(timeout=60) == records
     child.join()
 
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(list(source))) for _ in range(4)]
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(list(source))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [records] * 4
+    assert results == [records] * 4
 
 
 # Texts with pieces of markers in them: only whole markers count.
@@ -208,7 +208,7 @@ plans = st.lists(st.one_of(texts, st.integers(0, 11)), max_size=12)
 
 
 def steps_of(plan: list[str | int], images: dict[str, bytes]) -> list[Text | Look]:
-    """Returns the steps that a plan of texts and images' numbers means, texts joined and empty ones left out."""
+    """Return the steps that a plan of texts and images' numbers means, texts joined and empty ones left out."""
     steps: list[Text | Look] = []
     for part in plan:
         step = Text(part) if isinstance(part, str) else Look(images[f"reasoning_image_{part + 1}"])
@@ -290,7 +290,7 @@ def test_bad_rows_are_named_and_explained(tmp_path, bad, sentence):
     assert str(caught.value).startswith(f"bad.parquet row 3: {sentence}") and "\n" not in str(caught.value)
 
 
-def test_bad_rows_can_be_left_out_and_are_counted(tmp_path):
+def test_bad_rows_can_be_skipped(tmp_path):
     write(tmp_path / "train.parquet", [GOOD, *(bad for bad, _ in BAD), GOOD], group=5)
     source = ZebraCotSource(tmp_path, on_bad_record="skip")
     assert [record.name for record in source] == ["train.parquet row 0", f"train.parquet row {len(BAD) + 1}"]
@@ -354,7 +354,7 @@ def test_files_that_are_none_of_the_format(tmp_path):
 
 
 def arrays(image=None, column: str = "reasoning_image_1", **changes) -> dict[str, pa.Array]:
-    """Returns the columns of GOOD, one row long, some of them exchanged."""
+    """Return the columns of GOOD, one row long, some of them exchanged."""
     columns = {name: pa.array([GOOD[name]], IMAGE if "image" in name else pa.string()) for name in GOOD}
     return columns | changes | ({} if image is None else {column: image})
 

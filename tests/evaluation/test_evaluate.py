@@ -297,8 +297,8 @@ def test_a_full_disk_keeps_the_answers_that_were_written(run, data, tmp_path, ca
         patched.setattr(Results, "add", add_with_little_room)
         assert evaluate(run, data, out, rows) == 1
     assert f"no disk space to write {out} (File too large)" in capsys.readouterr().err
-    kept = out.read_bytes().splitlines(keepends=True)
-    assert kept[:3] == lines[:3] and len(kept) == 4 and kept[3].endswith(b"}\n")
+    content = out.read_bytes().splitlines(keepends=True)
+    assert content[:3] == lines[:3] and len(content) == 4 and content[3].endswith(b"}\n")
     assert evaluate(run, data, out, rows) == 0 and answers(out) == answers(whole)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: a player of known skill, in place of the model, gets the figures that its answers deserve."""
+"""Evaluation of maps: the figures of players of known skill in place of a model."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def tokenizer():
 
 
 class Player:
-    """Stands in for the model: answers from the pixels of each prompt by looking the map up."""
+    """A fake model that finds the map of each prompt by its pixels and answers with a given function."""
 
     def __init__(self, tokenizer, maps, answer):
         self.tokenizer, self.special, self.answer = tokenizer, special_tokens(tokenizer), answer

@@ -1,4 +1,4 @@
-"""python -m ilvr_jax.generate: what it prints for runs and published checkpoints, and for what it cannot answer."""
+"""python -m ilvr_jax.generate: its output for runs, published checkpoints and bad input."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def printed(capsys, *flags) -> str:
     return capsys.readouterr().out
 
 
-def test_looks_are_shown_as_they_happen_and_the_same_answer_comes_as_json(run, picture, capsys):
+def test_looks_are_printed_while_they_happen_and_json_holds_the_same_answer(run, picture, capsys):
     out = printed(capsys, run, f"--image={picture}")
     text, counts, last_line = out.rstrip("\n").rsplit("\n", 2)[-3:]
     answer = json.loads(printed(capsys, run, f"--image={picture}", "--json"))
@@ -81,7 +81,7 @@ def test_methods_and_sampling_are_chosen_by_flags(run, picture, capsys):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_a_published_checkpoint_without_latent_tokens_answers_in_plain_text_and_says_so(published, picture, capsys):
+def test_a_published_checkpoint_without_latent_tokens_answers_in_plain_text_with_a_warning(published, picture, capsys):
     flags = [str(published), "What is this?", f"--image={picture}", "--max-new-tokens=6", "--json"]
     assert main(flags) == 0
     out, err = capsys.readouterr()
@@ -129,7 +129,7 @@ def test_a_published_checkpoint_without_latent_tokens_answers_in_plain_text_and_
         (["<|latent_start|>"], "a text must not hold special tokens, got <|latent_start|>"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence(run, picture, capsys, flags, sentence):
+def test_bad_input_is_an_error_of_one_sentence(run, picture, capsys, flags, sentence):
     assert main([str(run), *([] if "missing" in flags[0] else [f"--image={picture}"]), *flags]) == 2
     out, err = capsys.readouterr()
     assert sentence in err and err.count("\n") == 1 and out == ""

@@ -1,4 +1,4 @@
-"""Tables hold the figures of the summaries; the picture shows what it should, checked by its pixels."""
+"""Tables hold the figures of summaries; pictures are checked by their pixels."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Answers as people judge them: tables of spellings with verdicts, read and scored as evaluation does."""
+"""Reading and scoring answers: tables of spellings with the verdicts of people."""
 
 import threading
 import time

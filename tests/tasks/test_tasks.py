@@ -1,4 +1,4 @@
-"""Tasks: answers are found in texts as models write them, and compared without regard to spelling."""
+"""Tasks: finding answers in texts as models write them, and comparing them in any spelling."""
 
 import inspect
 import json

@@ -99,7 +99,7 @@ def test_what_is_not_a_list_of_moves_is_unparsed(text):
     assert parse_moves(text) is None
 
 
-def test_moves_told_in_words_are_read():
+def test_moves_in_words_are_read():
     assert stated_moves(" ice elf\n goal ice\n 0 1 left 0 0 Down 1 0") == "LD"
     assert stated_moves(r"upright leftover \boxed{UDLR}") == ""
 
@@ -116,7 +116,7 @@ def test_moves_told_in_words_are_read():
         ("right left", (0, 0), "L"),
     ],
 )
-def test_a_look_shows_the_map_after_the_moves_told(text, elf, last_move):
+def test_a_look_shows_the_map_after_the_moves_in_words(text, elf, last_move):
     map_desc = ((1, 0, 0), (0, -1, 2))
     record = Record("?", (draw_map(map_desc, 28),), (), map_desc=map_desc)
     drawn = draw_look(record, text)
@@ -131,8 +131,8 @@ def test_looks_of_generated_records_are_drawn_as_they_are(read_out):
     for record in (source[number] for number in range(10)):
         for number, step in enumerate(record.steps):
             if isinstance(step, Look):
-                told = answer_text(dataclasses.replace(record, steps=record.steps[:number]))
-                np.testing.assert_array_equal(draw_look(record, told), step.helper_image)
+                text = answer_text(dataclasses.replace(record, steps=record.steps[:number]))
+                np.testing.assert_array_equal(draw_look(record, text), step.helper_image)
                 looks += 1
     assert looks
 
