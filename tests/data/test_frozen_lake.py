@@ -265,7 +265,7 @@ def test_a_record_has_the_map_the_moves_and_looks_in_between(seed, per_look, rea
 
 
 @pytest.mark.parametrize(
-    "key, value, wanted",
+    "key, value, rule",
     [
         ("levels", 3, "a tuple"),
         ("levels", (), "name at least one"),
