@@ -21,8 +21,8 @@ from ilvr_jax.config.flags import read_config_flags
 from ilvr_jax.data.sources import make_tokenizer, open_source
 from ilvr_jax.data.tokenizer import special_tokens
 from ilvr_jax.models.sharding import on_mesh, one_device, place_rows
+from ilvr_jax.progress import Progress
 from ilvr_jax.training.batches import open_iterator
-from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.run import Run
 from ilvr_jax.training.setup import init_params, make_step
 from ilvr_jax.training.state import init_train_state

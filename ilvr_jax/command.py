@@ -1,4 +1,4 @@
-"""What all commands share: flags, and errors of users as one sentence and an exit status."""
+"""The shell that all commands share: flags, and errors of users as one sentence and an exit status."""
 
 import argparse
 import functools

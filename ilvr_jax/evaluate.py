@@ -23,8 +23,8 @@ from ilvr_jax.files import check_output, write_json
 from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, decoding_fields, flag_errors, usable_method
 from ilvr_jax.inference.sampling import check_whole
 from ilvr_jax.interrupts import stop_sentence
+from ilvr_jax.progress import Progress
 from ilvr_jax.tasks import TASKS
-from ilvr_jax.training.progress import Progress
 
 MOST_SAMPLES, MOST_ROWS = 2**16, 2**16
 LABELS = {  # of figures whose names in the summary need an explanation
@@ -46,7 +46,7 @@ LABELS = {  # of figures whose names in the summary need an explanation
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 1 some records skipped, 2 bad input, 130 stopped."""
     options = read_flags(arguments)
-    trained = open_trained(options.checkpoint, options.stage, options.dtype)
+    trained = load_model(options.checkpoint, options.stage, options.dtype)
     options.method = usable_method(options, trained)
     evaluator = make_evaluator(options, trained)
     settings = settings_of(options, evaluator)

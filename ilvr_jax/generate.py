@@ -28,7 +28,7 @@ from ilvr_jax.tasks.final_answer import find_final_answer
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 1 not written, 2 bad input, 130 stopped."""
     options = read_flags(arguments)
-    trained = open_trained(options.checkpoint, options.stage, options.dtype)
+    trained = load_model(options.checkpoint, options.stage, options.dtype)
     options.method = usable_method(options, trained)
     engine, request = prepare(options, trained)
     printer = None if options.json else Printer(trained)

@@ -15,6 +15,7 @@ ORDER = (
     "interrupts",
     "errors",
     "files",
+    "progress",
     "config",
     "models",
     "method",

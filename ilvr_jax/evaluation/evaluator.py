@@ -25,7 +25,7 @@ from ilvr_jax.method.layout import Sample
 from ilvr_jax.tasks import TASKS
 
 if TYPE_CHECKING:
-    from ilvr_jax.training.progress import Progress
+    from ilvr_jax.progress import Progress
 
 REPORT_SECONDS = 10.0  # between two lines of progress
 
@@ -92,7 +92,7 @@ class Evaluator:
                 yield request
 
         with progress.stage(self.task, answered, len(keys)):
-            progress.say(f"{answered} of {len(keys)} answers exist; {settings.rows} are decoded in parallel")
+            progress.log(f"{answered} of {len(keys)} answers exist; {settings.rows} are decoded in parallel")
             new = 0
             for answer in engine.serve(asked_requests()):
                 key, record = asked[answer.number]

@@ -18,7 +18,7 @@ from ilvr_jax.method.slots import SLOT_INPUTS
 from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models import BACKBONES
 from ilvr_jax.models.base import Model
-from ilvr_jax.training.progress import Progress
+from ilvr_jax.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)

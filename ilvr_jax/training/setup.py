@@ -36,8 +36,8 @@ from ilvr_jax.method import slots
 from ilvr_jax.models.base import Model
 from ilvr_jax.models.sharding import check_mesh, divisor, make_mesh, on_mesh, places
 from ilvr_jax.models.tensor_files import BadCheckpoint
+from ilvr_jax.progress import Progress
 from ilvr_jax.training.optimizer import make_optimizer
-from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.run import Run, check_choices
 from ilvr_jax.training.step import make_train_step
 

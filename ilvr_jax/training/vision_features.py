@@ -20,7 +20,7 @@ from ilvr_jax.data.records import BadRecord, Text
 from ilvr_jax.method.layout import Layout
 from ilvr_jax.models.base import Model
 from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
-from ilvr_jax.training.progress import Progress
+from ilvr_jax.progress import Progress
 
 VERSION = 1  # of the features and of their files
 BATCH_TOKENS = 1024  # vision tokens encoded at a time, unless one image has more

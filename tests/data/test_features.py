@@ -20,7 +20,7 @@ from ilvr_jax.data.records import Look, Record
 from ilvr_jax.method.layout import Layout, collate, merge_layouts, required_layout
 from ilvr_jax.models.qwen2_5_vl.images import EncodedImage, FeatureBatch
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
-from ilvr_jax.training.progress import Progress
+from ilvr_jax.progress import Progress
 from ilvr_jax.training.step import OBJECTIVES, loss_and_gradients
 from ilvr_jax.training.vision_features import complete_features, open_features
 from tests.samples import CONFIG, GEOMETRY, SPECIAL, random_sample

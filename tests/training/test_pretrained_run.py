@@ -25,10 +25,10 @@ from ilvr_jax.data.mirage import MirageSource
 from ilvr_jax.data.tokenizer import read_tokenizer, record_texts
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.lora import decoder_params
+from ilvr_jax.progress import Progress
 from ilvr_jax.training.interruption import Interrupted
 from ilvr_jax.training.loop import train
 from ilvr_jax.training.metrics import read_metrics
-from ilvr_jax.training.progress import Progress
 from tests.published import save_published
 from tests.vectors import SHARED
 

@@ -22,6 +22,7 @@ from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.data.records import BadRecord
 from ilvr_jax.files import locked_folder
 from ilvr_jax.method.layout import Layout, padded_tokens
+from ilvr_jax.progress import Progress
 from ilvr_jax.train import main
 from ilvr_jax.training.batches import place_to_resume
 from ilvr_jax.training.clock import Clock
@@ -30,7 +31,6 @@ from ilvr_jax.training.evaluations import is_evaluated
 from ilvr_jax.training.interruption import Interrupted
 from ilvr_jax.training.loop import train
 from ilvr_jax.training.metrics import read_metrics
-from ilvr_jax.training.progress import Progress
 from ilvr_jax.training.setup import make_step, open_evaluation_source, with_steps
 from tests.samples import POISON, export_maps, poison_objective, tiny_config
 
