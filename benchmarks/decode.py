@@ -63,8 +63,10 @@ def make_torch(description: dict):
 
 
 def make_ours(torch_model, description: dict, prompts: np.ndarray, new_tokens: int) -> Callable[[], tuple]:
-    """Return a compiled function that answers all prompts and returns tokens, seconds and seconds to first tokens."""
-    from ilvr_jax.inference.engine import Engine, Request, fit_settings
+    """Returns what serves all prompts at once, after compiling, and gives tokens, seconds and those to first tokens."""
+    from ilvr_jax.inference.engine import Engine
+    from ilvr_jax.inference.requests import Request
+    from ilvr_jax.inference.sizes import fit_settings
     from ilvr_jax.method.layout import build_sample
     from ilvr_jax.method.tokens import SpecialTokens
     from ilvr_jax.models.qwen2_5_vl.config import model_config_from_hf

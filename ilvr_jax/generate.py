@@ -17,9 +17,10 @@ from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.records import Record
 from ilvr_jax.errors import quote
 from ilvr_jax.files import check_output, named_errors, written
-from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, decoding_fields, usable_method
-from ilvr_jax.inference.engine import Engine, fit_settings
+from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, how_to_decode
+from ilvr_jax.inference.engine import Engine
 from ilvr_jax.inference.requests import Answer, Request
+from ilvr_jax.inference.sizes import fit_settings
 from ilvr_jax.inference.transcript import show_look
 from ilvr_jax.tasks.final_answer import find_final_answer
 
@@ -93,8 +94,8 @@ def prepare(options: argparse.Namespace, trained: TrainedModel) -> tuple[Engine,
     )
     settings = fit_settings([request], 1, trained.model.geometry)
     engine = Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer)
-    if refusal := engine.refusal(request):
-        raise BadConfig(refusal)
+    if error := engine.validate(request):
+        raise BadConfig(error)
     return engine, request
 
 

@@ -1,4 +1,4 @@
-"""Requests to the engine and their answers; what makes a request one that no engine can serve."""
+"""Requests to the engine, their answers, and the checks of requests that do not depend on an engine's sizes."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -15,37 +15,37 @@ from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
 from ilvr_jax.models.qwen2_5_vl.images import MERGE, EncodedImage, PatchedImage
 
 METHODS = {
-    "latent": "the model looks when it wants to, into slots",
-    "text": "the model never looks",
-    "single": "the model looks once, before it says anything (as Mirage does)",
-    "pixels": "where the model wants to look it is shown a picture, which is encoded",
+    "latent": "each look is latent slots, wherever the model begins one",
+    "text": "no looks",
+    "single": "one look of latent slots, at the start of the answer (as in Mirage)",
+    "pixels": "each look is a picture, drawn and encoded wherever the model begins one",
 }
 
-LARGEST_VALUE = 1e6  # of an image: normalised pixels are below 3, features of the vision tower below some hundreds
+LARGEST_VALUE = 1e6  # of an image: normalised pixels are below 3, features of the vision tower in the hundreds at most
 
 Picture = PatchedImage | EncodedImage
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt and how to answer it. `max_new_tokens` counts slots and markers, but not the tokens of pictures.
+    """One prompt and the settings of its answer.
 
-    Any values can be put in: `Engine.refusal` checks all of them, in that one place.
+    Nothing is checked here: `Engine.validate` checks all values.
     """
 
-    prompt: Sample  # as `data.examples.build_prompt` makes it; it ends with the assistant header
-    max_new_tokens: int
+    prompt: Sample  # from `data.examples.build_prompt`; it ends with the assistant header
+    max_new_tokens: int  # slots and markers included, but not the tokens of pictures
     latent_size: int  # K
     method: str = "latent"  # one of METHODS
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     seed: int = 0
-    early_end: bool = False  # ends a segment where the model prefers `latent_end` to all else
-    draw_look: Callable[[list[int]], Picture] | None = None  # for "pixels": the picture after the tokens so far
-    log_probabilities: bool = False
-    latent_vectors: bool = False
-    forced_tokens: tuple[int, ...] = ()  # tokens of the answer that are given, by place; -1 for those that are not
+    early_end: bool = False  # a look ends where `latent_end` is the most likely token
+    draw_look: Callable[[list[int]], Picture] | None = None  # for "pixels": draws the picture after the tokens so far
+    log_probabilities: bool = False  # whether the answer has those of its tokens
+    latent_vectors: bool = False  # whether the answer has the inputs of its slots
+    forced_tokens: tuple[int, ...] = ()  # the answer's first tokens; -1 where the model chooses
     name: str = ""
 
 
@@ -62,26 +62,25 @@ class Look:
 class Timings:
     """Seconds on the host's clock."""
 
-    queued: float = 0.0  # from being taken from the queue to being given a row
-    first_token: float = 0.0  # from then to the first token: prompt and its images
-    total: float = 0.0  # from then to the last token
-    pictures: float = 0.0  # in pictures: drawn, encoded and prefilled
+    first_token: float = 0.0  # from admission to the first token: the prompt and its images
+    total: float = 0.0  # from admission to the last token
+    pictures: float = 0.0  # of these, for pictures: drawn, encoded and prefilled
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """The result of a request."""
 
-    number: int  # of the request, in the order in which they were given
+    number: int  # of the request, in their order
     name: str
-    tokens: tuple[int, ...]  # that the model wrote, the one that ended it included; a slot's is `latent_pad`
-    text: str | None  # with looks shown; None for an engine without a tokenizer
+    tokens: tuple[int, ...]  # new ones, the one that ended the answer included; a slot's is `latent_pad`
+    text: str | None  # with looks marked; None for an engine without a tokenizer
     looks: tuple[Look, ...]
-    stop_reason: str  # "end", "length", "picture" (there was no room for one) or "refused"
+    stop_reason: str  # "end", "length", "picture" (one did not fit) or "refused"
     error: str | None = None  # one sentence, if it was refused or a picture did not fit
-    log_probabilities: tuple[float, ...] | None = None  # of the tokens, 0 where there was nothing to choose
+    log_probabilities: tuple[float, ...] | None = None  # of the tokens, 0 in slots and their `latent_end`
     latent_vectors: Float[np.ndarray, "slots channels"] | None = None
-    shared_tokens: int = 0  # of the prompt, whose keys and values were there already
+    shared_tokens: int = 0  # of the prompt: reused from an earlier prompt
     timings: Timings = Timings()
 
     @property
@@ -90,7 +89,7 @@ class Answer:
 
 
 def check_request(request: Request) -> None:
-    """Raise ValueError, one sentence, for values of a request's settings that no engine can serve."""
+    """Raise ValueError, one sentence, for a request that no engine can serve."""
     if not isinstance(request, Request):
         raise ValueError(f"a request must be a Request, got {quote(request)}")
     if not isinstance(request.method, str) or request.method not in METHODS:
@@ -107,15 +106,15 @@ def check_request(request: Request) -> None:
     if not isinstance(request.forced_tokens, (tuple, list)):
         raise ValueError(f"forced_tokens must be a tuple of tokens, got {quote(request.forced_tokens)}")
     if len(request.forced_tokens) > request.max_new_tokens:
-        given, new = len(request.forced_tokens), request.max_new_tokens
-        raise ValueError(f"forced_tokens must be no more than max_new_tokens ({new}), got {given}")
+        most, length = request.max_new_tokens, len(request.forced_tokens)
+        raise ValueError(f"forced_tokens must be at most max_new_tokens ({most}), got {length}")
     if len(request.forced_tokens) and request.method == "single":
         raise ValueError('forced_tokens must be empty for method "single", which begins with a look')
     _check_shapes(request.prompt)
 
 
 def _check_shapes(prompt: Sample) -> None:
-    """Raise ValueError unless a prompt has tokens, and images of some size."""
+    """Raise ValueError unless a prompt has tokens, and images whose sizes are valid."""
     if not isinstance(prompt, Sample):
         raise ValueError(f"prompt must be a Sample, got {quote(prompt)}")
     if not _is_whole_array(prompt.tokens) or prompt.tokens.ndim != 1 or not len(prompt.tokens):
@@ -127,7 +126,7 @@ def _check_shapes(prompt: Sample) -> None:
 
 
 def _check_size(image: Picture) -> None:
-    """Raise ValueError unless an image is one, and its height and width can be patches of vision tokens."""
+    """Raise ValueError unless an image is one, of whole vision tokens in height and width."""
     if not isinstance(image, (PatchedImage, EncodedImage)):
         raise ValueError(f"an image must be a PatchedImage or EncodedImage, got {quote(image)}")
     if isinstance(image, EncodedImage) and not (_is_float_array(image.features) and image.features.ndim == 3):
@@ -139,7 +138,7 @@ def _check_size(image: Picture) -> None:
 
 
 def check_prompt(prompt: Sample, special: SpecialTokens, config: ModelConfig) -> None:
-    """Raise ValueError, one sentence, if a prompt that `check_request` passed is not one for a model."""
+    """Raise ValueError, one sentence, if a prompt that passed `check_request` does not suit a model."""
     tokens, positions = prompt.tokens, prompt.positions
     if not _is_whole_array(positions) or positions.shape != (3, len(tokens)):
         raise ValueError(f"the prompt's positions must have shape (3, {len(tokens)}), got {_described(positions)}")
@@ -160,7 +159,7 @@ def check_prompt(prompt: Sample, special: SpecialTokens, config: ModelConfig) ->
 
 
 def check_picture(image: Picture, config: ModelConfig) -> None:
-    """Raise ValueError, one sentence, if an image is not one that a model takes."""
+    """Raise ValueError, one sentence, if an image does not suit a model."""
     _check_size(image)
     if isinstance(image, EncodedImage):
         values, channels = image.features, config.hidden_size
@@ -176,13 +175,13 @@ def check_picture(image: Picture, config: ModelConfig) -> None:
                 f"pixels of {image.height}x{image.width} patches must have shape ({patches}, {still}) in uint8 or "
                 f"({patches}, {config.vision.patch_dim}) in float32, got {_described(values)}"
             )
-    # What is no number, or becomes none, stays in the cache of the row, where it is multiplied by 0 for later requests.
+    # NaN and infinity would stay in the row's cache, and masking multiplies them by 0, which is NaN for later requests.
     if values.dtype != np.uint8 and not (np.abs(values.astype(np.float32)) <= LARGEST_VALUE).all():
         raise ValueError(f"the values of an image must be numbers up to {LARGEST_VALUE:g}, got others")
 
 
 def check_tokens(name: str, tokens: Iterable[int], least: int, vocab_size: int) -> None:
-    """Raise ValueError, one sentence, for a token below `least` or past the vocabulary."""
+    """Raise ValueError, one sentence, for a token below `least` or outside the vocabulary."""
     for token in tokens:
         check_whole(name, token, least, vocab_size - 1)
 
@@ -192,10 +191,10 @@ def _is_whole_array(value: object) -> bool:
 
 
 def _is_float_array(value: object) -> bool:
-    # kind "V" with a name of its own: bfloat16, which numpy does not know as a float
+    # bfloat16 is no np.floating
     return isinstance(value, np.ndarray) and (np.issubdtype(value.dtype, np.floating) or value.dtype.name == "bfloat16")
 
 
 def _described(value: object) -> str:
-    """Return an array's shape and dtype, or the value if it is none."""
+    """Return an array's shape and dtype, or the quoted value of anything else."""
     return f"{value.shape} {value.dtype}" if isinstance(value, np.ndarray) else quote(value)

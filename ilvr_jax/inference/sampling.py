@@ -1,4 +1,4 @@
-"""Sampling of the next token: greedy, temperature, top-k, top-p, settings and a seed for each row."""
+"""Sampling of the next token: greedy, temperature, top-k and top-p, with settings and a seed for each row."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from ilvr_jax.errors import quote
 
 
 class Sampling(NamedTuple):
-    """How each row samples. Temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole."""
+    """The settings of each row. Temperature 0 is greedy; top_k 0 and top_p 1 keep the whole distribution."""
 
     temperature: Float[Array, " rows"]
     top_k: Int[Array, " rows"]
@@ -20,8 +20,8 @@ class Sampling(NamedTuple):
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise ValueError, one sentence that begins with the setting's name, for a value that cannot be sampled with."""
-    # The limits keep quotients of logits, and what sums are compared with, inside float32.
+    """Raise ValueError, one sentence that begins with the setting's name, for a value out of range."""
+    # The limits keep scaled logits and the thresholds of cumulative probabilities inside float32.
     if not (_is_real(temperature) and (temperature == 0 or 1e-6 <= temperature <= 1e6)):
         raise ValueError(f"temperature must be 0 or a number from 1e-6 to 1e6, got {quote(temperature)}")
     check_whole("top_k", top_k)
@@ -43,10 +43,9 @@ def _is_real(value: object) -> bool:
 def sample_tokens(
     logits: Float[Array, "rows vocab"], sampling: Sampling, step: Int[Array, " rows"]
 ) -> Int[Array, " rows"]:
-    """Return one token a row; top-p is of what top-k left, as in transformers.
+    """Return one token per row; top-p applies to what top-k leaves, as in transformers.
 
-    A row's draw depends on its settings, its seed, its step and its logits alone, so not on the other rows of the
-    batch: what they need only decides which work is left out.
+    A row's draw depends on its own settings, seed, step and logits alone; work that no row needs is skipped.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     sampled = sampling.temperature > 0
@@ -63,12 +62,12 @@ def sample_tokens(
 
 
 def _truncate(logits: Float[Array, "rows vocab"], sampling: Sampling) -> Float[Array, "rows vocab"]:
-    """Return the logits with what top-k and top-p leave out at minus infinity."""
+    """Return the logits, minus infinity where top-k or top-p exclude a token."""
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
     top_k, top_p = sampling.top_k[:, None], sampling.top_p[:, None]
-    kept = (top_k == 0) | (jnp.arange(logits.shape[-1]) < top_k)
-    probabilities = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
-    kept &= (top_p >= 1) | (jnp.cumsum(probabilities, axis=-1) - probabilities < top_p)
+    included = (top_k == 0) | (jnp.arange(logits.shape[-1]) < top_k)
+    probabilities = jax.nn.softmax(jnp.where(included, ranked, -jnp.inf), axis=-1)
+    included &= (top_p >= 1) | (jnp.cumsum(probabilities, axis=-1) - probabilities < top_p)
     rows = jnp.arange(len(logits))[:, None]
-    return jnp.where(jnp.zeros_like(kept).at[rows, order].set(kept), logits, -jnp.inf)
+    return jnp.where(jnp.zeros_like(included).at[rows, order].set(included), logits, -jnp.inf)

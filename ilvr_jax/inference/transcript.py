@@ -1,4 +1,4 @@
-"""Decoded tokens as a person reads them: text, and where the model looked."""
+"""Decoded tokens as text for people, with the looks marked."""
 
 from collections.abc import Iterable, Sequence
 
@@ -27,10 +27,10 @@ def split_at_looks(
 
 
 def show_look(slots: int, picture_tokens: int = 0) -> str:
-    """Return what stands in a shown text for a look: its slots, or the vision tokens of a picture."""
+    """Return the mark of a look in a text: its number of slots, or of a picture's vision tokens."""
     return f"‹looking: {picture_tokens} vision tokens›" if picture_tokens else f"‹looking: {slots} slots›"
 
 
 def show_text(texts: Sequence[str], looks: Iterable[str]) -> str:
-    """Return the texts with what is shown for the looks between them."""
+    """Return the texts joined, with the marks of the looks between them."""
     return texts[0] + "".join(look + text for look, text in zip(looks, texts[1:], strict=True))

@@ -15,7 +15,9 @@ from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.records import Record
 from ilvr_jax.generate import Printer, main
 from ilvr_jax.inference.decode import DecodeSettings, generate
-from ilvr_jax.inference.engine import Engine, Request, fit_settings
+from ilvr_jax.inference.engine import Engine
+from ilvr_jax.inference.requests import Request
+from ilvr_jax.inference.sizes import fit_settings
 from ilvr_jax.method.layout import collate, required_layout
 from tests.published import VOCABULARY, save_published
 

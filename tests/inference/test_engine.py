@@ -13,16 +13,9 @@ from hypothesis import strategies as st
 from jax import monitoring
 
 from ilvr_jax.inference.decode import DecodeSettings, generate
-from ilvr_jax.inference.engine import (
-    Answer,
-    Engine,
-    EngineInUse,
-    EngineSettings,
-    Request,
-    few_sizes,
-    fit_settings,
-    plan_chunks,
-)
+from ilvr_jax.inference.engine import Engine, EngineInUse
+from ilvr_jax.inference.requests import Answer, Request
+from ilvr_jax.inference.sizes import EngineSettings, few_sizes, fit_settings, plan_chunks
 from ilvr_jax.method.layout import build_sample, collate, required_layout
 from ilvr_jax.models.qwen2_5_vl.images import EncodedImage
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
@@ -486,7 +479,7 @@ def test_settings_fit_the_requests():
     requests = mixed_requests(12)
     settings = fit_settings(requests, 4, GEOMETRY)
     engine = Engine(MODEL, PARAMS, SPECIAL, settings)
-    assert not any(engine.refusal(request) for request in requests)
+    assert not any(engine.validate(request) for request in requests)
     assert settings.rows == 4 and len(settings.chunks) <= 3
     with pytest.raises(ValueError, match="there are no requests"):
         fit_settings([], 4, GEOMETRY)

@@ -9,7 +9,9 @@ from ilvr_jax.config.experiments import parse
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
-from ilvr_jax.inference.engine import Engine, Request, fit_settings
+from ilvr_jax.inference.engine import Engine
+from ilvr_jax.inference.requests import Request
+from ilvr_jax.inference.sizes import fit_settings
 from ilvr_jax.training.loop import train
 from ilvr_jax.training.run import check_choices
 from tests.samples import tiny_config

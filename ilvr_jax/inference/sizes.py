@@ -1,0 +1,104 @@
+"""The sizes of an engine: its static shapes, chosen from requests so that few are compiled and little is padded."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ilvr_jax.inference.requests import Request, check_request
+from ilvr_jax.models.base import ImageGeometry
+
+PREFILL_CHUNK = 512  # the most prompt tokens prefilled at a time
+PAD_MULTIPLE = 16  # sizes chosen from requests are rounded up to multiples of this
+MAX_SIZES = 3  # chunk sizes, and rooms of images: each is compiled
+PICTURES = 6  # pictures of an answer that room is made for by default
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """The static shape of an engine. `fit_settings` chooses one that holds given requests."""
+
+    rows: int  # requests served at once
+    columns: int  # tokens of a request: prompt, new ones and pictures together
+    max_new_tokens: int  # of any request
+    chunks: tuple[int, ...]  # prompt tokens prefilled at a time, ascending
+    image_tokens: tuple[int, ...]  # vision tokens that images are padded to, ascending
+    latent_vectors: bool = False  # whether the inputs of slots are kept, for requests with `latent_vectors`
+    share_prefixes: bool = True  # whether a prompt reuses the keys and values of another that begins alike
+
+    def __post_init__(self):
+        for name in ("rows", "columns", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("chunks", "image_tokens"):
+            sizes = getattr(self, name)
+            if list(sizes) != sorted(set(sizes)) or not all(size >= 1 for size in sizes):
+                raise ValueError(f"{name} must be ascending numbers from 1, got {sizes}")
+        if not self.chunks:
+            raise ValueError("chunks must hold at least one size, got none")
+
+
+def fit_settings(
+    requests: Iterable[Request], rows: int, geometry: ImageGeometry, pictures: int = PICTURES, **changes: Any
+) -> EngineSettings:
+    """Return settings that hold all `requests`, of few sizes with little padding; `changes` override fields.
+
+    A request by "pixels" gets room for `pictures` pictures of the size of its prompt's largest image. Requests that no
+    engine can serve are skipped. Raises ValueError if there are no others.
+    """
+    lengths, rooms, columns, new_tokens, count, latent_vectors = [], [], 0, 0, 0, False
+    for request in requests:
+        try:
+            check_request(request)
+        except ValueError:  # the engine answers it with this error
+            continue
+        images = request.prompt.images
+        sizes = [len(request.prompt.tokens)]
+        if request.method == "pixels":
+            sizes += [4 + max((image.vision_tokens for image in images), default=0)] * pictures
+        rooms += map(geometry.room, images)
+        lengths += sizes[:2]
+        columns = max(columns, sum(sizes) + request.max_new_tokens)
+        new_tokens, count = max(new_tokens, request.max_new_tokens), count + 1
+        latent_vectors |= request.latent_vectors
+    if not count:
+        raise ValueError("there are no requests that can be served; one or more are needed to choose sizes from")
+    largest = min(PREFILL_CHUNK, _rounded(max(lengths)))
+    rests = [_rounded(length % largest or largest) for length in lengths]
+    settings = {
+        "rows": min(rows, count),
+        "columns": _rounded(columns),
+        "max_new_tokens": new_tokens,
+        "chunks": few_sizes([*rests, largest]),
+        "image_tokens": few_sizes(rooms),
+        "latent_vectors": latent_vectors,
+    }
+    return EngineSettings(**settings | changes)
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // PAD_MULTIPLE) * PAD_MULTIPLE
+
+
+def few_sizes(needed: Sequence[int], most: int = MAX_SIZES) -> tuple[int, ...]:
+    """Return up to `most` of the `needed` sizes, the largest among them, so that rounding up to them adds little.
+
+    Sizes are dropped one by one: each time the one whose users grow the least in sum.
+    """
+    sizes = sorted(set(needed))
+    users = {size: needed.count(size) for size in sizes}
+    while len(sizes) > most:
+        place = min(range(len(sizes) - 1), key=lambda place: users[sizes[place]] * (sizes[place + 1] - sizes[place]))
+        users[sizes[place + 1]] += users[sizes[place]]
+        del sizes[place]
+    return tuple(sizes)
+
+
+def plan_chunks(tokens: int, chunks: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return start, count and size of the chunks of a prompt, which depend on its number of tokens alone.
+
+    All but the last are full and of the largest size; the last is of the smallest size that holds the rest.
+    """
+    full = [(start, chunks[-1], chunks[-1]) for start in range(0, tokens - chunks[-1] + 1, chunks[-1])]
+    rest = tokens - len(full) * chunks[-1]
+    size = next(size for size in chunks if size >= rest)
+    return [*full, (tokens - rest, rest, size)] if rest else full
