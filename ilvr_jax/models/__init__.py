@@ -1,4 +1,4 @@
-"""Backbones, and what they are made of."""
+"""Backbones and their parts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ BACKBONES = {
 def build_model(settings: ModelSettings, vocab_size: int, published: Mapping[str, Any] | None = None) -> Model:
     """Return the model of a run: of the shape in its `model` section, or of a published checkpoint's config.json.
 
-    Raises BadConfig, listing what there is, for an unknown backbone, and InputError for a shape that cannot be built.
+    Raises BadConfig, listing the known ones, for another backbone, and InputError for a shape that cannot be built.
     """
     name = settings.backbone if published is None else published["model_type"]
     backbone = choose(BACKBONES, name, "model.backbone")

@@ -1,6 +1,6 @@
-"""Attention: over parts of keys and values, such as a cache and the present tokens, and over whole sequences.
+"""Attention over parts of keys and values, such as a cache and the present tokens, and over whole sequences.
 
-A whole sequence goes through a library's kernel where the platform has one, since its scores would fill the memory.
+Whole sequences use a library's kernel where the platform has one, since the scores would fill the memory.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def attention(
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Return grouped-query attention over the concatenation of the parts, softmax in float32.
 
-    The parts are joined only as scores, so a long cache is never copied. A query that may see nothing gets
+    Only the scores of the parts are joined, so that a long cache is never copied. A query that attends to nothing gets
     finite, meaningless numbers.
     """
     batch, queries, heads, head_dim = query.shape
@@ -56,7 +56,7 @@ def attention(
 
 
 class Cache(NamedTuple):
-    """Keys and values of earlier columns, heads first, of which each row has so many; there is room for more."""
+    """Keys and values of earlier columns, heads first: the first `lengths` columns of each row are valid."""
 
     keys: Float[Array, "batch key_value_heads columns head_dim"]
     values: Float[Array, "batch key_value_heads columns head_dim"]
@@ -70,11 +70,11 @@ def cached_attention(
     mask: Bool[Array, "batch queries queries"] | Bool[Array, "1 queries queries"],
     cache: Cache,
 ) -> Float[Array, "batch queries heads head_dim"]:
-    """Return grouped-query attention to the columns of a cache and, as the mask says, to the present ones.
+    """Return grouped-query attention to the columns of a cache and, under the mask, to the present ones.
 
-    A query sees at least one present column. For several queries the cache is read block by block, no further than its
-    longest row. What a row gets does not depend on that: a block that it sees nothing of changes its sums by nothing,
-    to the last bit. For a single query, taking blocks apart would take longer than what they spare.
+    Each query attends to at least one present column. For several queries the cache is read block by block, no further
+    than its longest row. A row's result does not depend on the others: a block without valid columns of the row leaves
+    its sums as they are, to the last bit. For a single query, slicing blocks would take longer than it saves.
     """
     batch, queries, heads, head_dim = query.shape
     columns, shared = cache.keys.shape[2], key.shape[2]
@@ -102,7 +102,7 @@ def cached_attention(
     block = min(columns, CACHE_BLOCK)
 
     def add_block(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        start = jnp.minimum(number * block, columns - block)  # the last one may overlap the one before it
+        start = jnp.minimum(number * block, columns - block)  # the last block may overlap the one before it
         keys, values = (jax.lax.dynamic_slice_in_dim(part, start, block, axis=2) for part in cache[:2])
         places = start + jnp.arange(block)
         return add(keys, values, (places >= number * block) & (places < cache.lengths[:, None, None]), sums)
@@ -114,7 +114,7 @@ def cached_attention(
 
 
 def causal_mask(valid: Bool[Array, "rows columns"]) -> Bool[Array, "rows columns columns"]:
-    """Return who sees whom when columns are in order: earlier or the same column, never padding."""
+    """Return which columns each column attends to when they are in order: earlier ones and itself, never padding."""
     columns = jnp.arange(valid.shape[1])
     return valid[:, None, :] & (columns[None, :, None] >= columns[None, None, :])
 
@@ -126,20 +126,20 @@ def causal_attention(
     valid: Bool[Array, "rows columns"],
     kernel: str = "auto",
 ) -> Float[Array, "rows columns heads head_dim"]:
-    """Return grouped-query attention of columns in order, as `causal_mask` says; padding gets meaningless numbers.
+    """Return grouped-query attention under `causal_mask`; padding gets meaningless numbers.
 
     `kernel` is one of schema.KERNELS: "splash" is JAX's for TPU (interpreted elsewhere, slowly), "cudnn" NVIDIA's for
-    half precision, "xla" is `attention`, and "auto" is the one of the platform that this is compiled for. Raises
-    InputError for "cudnn" where cuDNN does not compute it.
+    half precision, "xla" is `attention`, and "auto" chooses by the platform that the program is compiled for. Raises
+    InputError for "cudnn" where cuDNN cannot be used.
     """
     platform = _platform()
     half = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0
-    taken = half and platform in ("cuda", "gpu")  # by cuDNN
+    cudnn = half and platform in ("cuda", "gpu")
     if kernel == "auto":
-        kernel = "splash" if platform == "tpu" else "cudnn" if taken else "xla"
-    if kernel == "cudnn" and not taken:
+        kernel = "splash" if platform == "tpu" else "cudnn" if cudnn else "xla"
+    if kernel == "cudnn" and not cudnn:
         raise InputError(
-            "`model.attention` must be auto or xla here: cudnn takes NVIDIA GPUs, half precision and heads of a "
+            "`model.attention` must be auto or xla here: cudnn needs an NVIDIA GPU, half precision and heads of a "
             f"multiple of 8 channels, got {platform}, {query.dtype} and {query.shape[-1]}"
         )
     if kernel == "xla":
@@ -156,7 +156,7 @@ def causal_attention(
             return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
         return _splash(query, key, value, valid, block, interpret=platform != "tpu")
 
-    if not jax.sharding.get_abstract_mesh().empty:  # the compiler cannot look into a kernel to divide it
+    if not jax.sharding.get_abstract_mesh().empty:  # the compiler cannot partition a kernel
         heads = nn.logical_to_mesh_axes(("rows", None, "heads", None))
         rows = nn.logical_to_mesh_axes(("rows", None))
         run = jax.shard_map(run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
@@ -164,7 +164,7 @@ def causal_attention(
 
 
 def _platform() -> str:
-    """Return the platform of the mesh that is compiled for, or the default one."""
+    """Return the platform of the current mesh, or else the default one."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
@@ -175,9 +175,9 @@ def _splash(query: Array, key: Array, value: Array, valid: Array, block: int, in
     mask = MultiHeadMask([CausalMask((columns, columns))] * heads)
     kernel = make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
 
-    def of_row(query: Array, key: Array, value: Array, valid: Array) -> Array:
+    def attend(query: Array, key: Array, value: Array, valid: Array) -> Array:
         query, key, value = (array.swapaxes(0, 1) for array in (query * head_dim**-0.5, key, value))
-        segments = valid.astype(jnp.int32)  # padding sees padding, so that no query sees nothing
+        segments = valid.astype(jnp.int32)  # padding attends to padding, so that every query attends to something
         return kernel(query, key, value, SegmentIds(segments, segments)).swapaxes(0, 1)
 
-    return jax.vmap(of_row)(query, key, value, valid)
+    return jax.vmap(attend)(query, key, value, valid)

@@ -13,15 +13,15 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 from ilvr_jax.config.schema import ModelSettings
 
 # From token ids [time], height and width in vision tokens of each image in order, and the id of an image's token:
-# the positions [axes, time] of a sequence's tokens. Raises ValueError if tokens and images do not match.
+# the position of each token [axes, time]. Raises ValueError if tokens and images do not match.
 PositionIds = Callable[[Int[np.ndarray, " time"], Sequence[tuple[int, int]], int], Int[np.ndarray, "axes time"]]
 
 
 class ImageGeometry(Protocol):
-    """How images lie in batches, on the host. It can be pickled, since grain's workers get copies of it.
+    """The layout of images in batches, on the host. It can be pickled: grain's workers get copies of it.
 
-    The pipeline and the buckets count vision tokens alone; what else a vision tower needs to know, such as windows, is
-    made of them here.
+    The pipeline and the buckets count vision tokens alone; whatever else a vision tower needs, such as windows, is
+    derived here.
     """
 
     position_ids: PositionIds
@@ -30,10 +30,10 @@ class ImageGeometry(Protocol):
         """Return the vision tokens that an image takes in a batch, padding included."""
 
     def stack(self, images: Sequence[Sequence[Any]], per_row: int, tokens: int, like: Any) -> PyTree:
-        """Return ragged lists of images as arrays with leading axes [rows, per_row], `tokens` an image.
+        """Return ragged lists of images as arrays with leading axes [rows, per_row], each padded to `tokens`.
 
-        `like` has the kind (patches, or features that the tower made of them), the channels and the dtype of all
-        images. Raises ValueError if a list or an image does not fit.
+        `like` has the kind (patches, or features from the tower), the channels and the dtype of all images. Raises
+        ValueError if a list or an image does not fit.
         """
 
 

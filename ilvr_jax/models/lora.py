@@ -1,6 +1,6 @@
-"""Low-rank adapters beside the decoder's linear layers (LoRA, arXiv 2106.09685), as PEFT builds them.
+"""Low-rank adapters beside the decoder's linear layers (LoRA, arXiv 2106.09685), as in PEFT.
 
-Their parameters live apart from the decoder's, so that these stay frozen, and move with the teacher alone:
+Their parameters are separate from the decoder's, which stay frozen, and the teacher holds them alone:
 params["adapters"] has the decoder's structure with `<layer>_lora` in place of each adapted layer.
 """
 
@@ -16,9 +16,9 @@ SUFFIX = "_lora"
 
 
 class Adapter(nn.Module):
-    """What an adapter adds to its layer's output: scale * dropout(x) A B, nothing at the start since B is zero.
+    """The addition to a layer's output: scale * dropout(x) A B, zero at first since B is initialised to zero.
 
-    Inputs are dropped out where there are keys, one a token: what is dropped does not depend on the batch around it.
+    Dropout needs a key per token, so that it does not depend on the rest of the batch; without keys there is none.
     """
 
     features: int
@@ -35,17 +35,17 @@ class Adapter(nn.Module):
         inputs = inputs.astype(self.dtype)
         if self.lora.dropout and dropout_keys is not None:
             number = LORA_TARGETS.index(self.name.removesuffix(SUFFIX))
-            of_layer = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(dropout_keys)
-            kept = random_bits(of_layer, inputs.shape[-1]) >= np.uint32(self.lora.dropout * 2**32)
-            inputs = jnp.where(kept, inputs / (1.0 - self.lora.dropout), 0.0).astype(self.dtype)
+            layer_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(dropout_keys)
+            keep = random_bits(layer_keys, inputs.shape[-1]) >= np.uint32(self.lora.dropout * 2**32)
+            inputs = jnp.where(keep, inputs / (1.0 - self.lora.dropout), 0.0).astype(self.dtype)
         return (inputs @ down.astype(self.dtype)) @ up.astype(self.dtype) * self.lora.scale
 
 
 def random_bits(keys: Key[Array, "*batch"], channels: int) -> UInt32[Array, "*batch channels"]:
-    """Return random numbers for each key: its words and the channel, mixed as MurmurHash3 does at its end.
+    """Return random numbers for each key: its words and the channel, through MurmurHash3's final mixing.
 
-    A tenth of the arithmetic of `jax.random.bits`, whose 20 rounds for every number were most of the time in which a
-    step with adapters compiled for TPUs.
+    This has a tenth of the arithmetic of `jax.random.bits`, whose 20 rounds per number dominated the compile time of a
+    step with adapters for TPUs.
     """
     first, second = jnp.moveaxis(jax.random.key_data(keys), -1, 0)[..., None]
     bits = (first + jnp.arange(channels, dtype=jnp.uint32) * np.uint32(0x9E3779B9)) ^ second
@@ -63,7 +63,7 @@ def linear(
     lora: LoraConfig | None = None,
     dropout_keys: Key[Array, "*batch"] | None = None,
 ) -> Float[Array, "*batch features"]:
-    """Apply the linear layer `name` of the module that calls, and its adapter if `lora` says it has one."""
+    """Apply the linear layer `name` of the calling module, and its adapter if `lora` targets it."""
     outputs = nn.Dense(features, use_bias=use_bias, dtype=dtype, name=name)(inputs)
     if lora and lora.rank and name in lora.targets:
         outputs += Adapter(features, lora, dtype, name=name + SUFFIX)(inputs, dropout_keys)
@@ -71,7 +71,7 @@ def linear(
 
 
 def split_adapters(decoder: PyTree) -> tuple[PyTree, PyTree]:
-    """Return a decoder's parameters without adapters, and the adapters alone."""
+    """Return a decoder's parameters without adapters, and those of the adapters."""
     base, adapters = {}, {}
     for name, value in decoder.items():
         if name.endswith(SUFFIX):
@@ -85,12 +85,12 @@ def split_adapters(decoder: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def decoder_params(params: PyTree) -> PyTree:
-    """Return the decoder's parameters, adapters in their places if there are any."""
+    """Return the decoder's parameters with those of the adapters, if any, in their places."""
     return _joined(params["decoder"], params.get("adapters", {}))
 
 
 def merge_adapters(params: PyTree, lora: LoraConfig) -> PyTree:
-    """Return params without adapters whose effect is added to the kernels in float32; dtypes stay."""
+    """Return params without adapters: these are added to the kernels, in float32; dtypes stay."""
 
     def merge(base: PyTree, adapters: PyTree) -> PyTree:
         merged = dict(base)

@@ -1,4 +1,4 @@
-"""The device mesh, and where arrays lie on it: one table for parameters, one for the axes they are made of."""
+"""The device mesh and the sharding of arrays on it: one table for parameters, one for their axes."""
 
 import contextlib
 import math
@@ -14,22 +14,22 @@ from jaxtyping import Int, PyTree
 
 from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
 
-# Slices are joined by the slower network between pods; rows alone are divided over them.
+# Slices are joined by the slower network between pods; only rows are sharded over them.
 AXES = ("slice", "data", "fsdp", "tensor")
-ROWS = ("slice", "data", "fsdp")  # the axes that share out the samples of a batch
+ROWS = ("slice", "data", "fsdp")  # the axes that the samples of a batch are sharded over
 
-# Which mesh axes each axis of an array is divided over; an axis that is not named here is whole on every device.
+# The mesh axes that each logical axis of an array is sharded over; any other axis is replicated.
 RULES = (
     ("rows", ROWS),
-    ("few_rows", ("slice", "data")),  # of so few tokens that they travel to the weights: see decoder.DecoderLayer
+    ("few_rows", ("slice", "data")),  # of so few tokens that they are moved to the weights: see decoder.DecoderLayer
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("vocabulary", "tensor"),
-    ("spread_vocabulary", ("fsdp", "tensor")),  # of the loss: few_rows travel to it
+    ("spread_vocabulary", ("fsdp", "tensor")),  # of the loss: few_rows are moved to it
 )
 
-# The last axes of parameters, by the end of their names; those before them, stacked layers, are whole.
+# The last axes of parameters, by the end of their names; the axis before them, of stacked layers, is replicated.
 PARAMETERS = (
     (r"(embed_tokens|lm_head)", ("vocabulary", "embed")),
     (r"[qkv]_proj/kernel", ("embed", "heads")),
@@ -52,7 +52,7 @@ PARAMETERS = (
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """Return the mesh of a config's `mesh` section, one size an axis, where one may be -1: what the others leave.
+    """Return the mesh of a config's `mesh` section: a size per axis, of which one may be -1 for all that is left.
 
     Raises ValueError if the sizes do not fit the number of devices.
     """
@@ -65,10 +65,10 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         raise ValueError(f"one size at most must be -1, for the rest, got {given}")
     used = int(np.prod([sizes[axis] for axis in AXES if axis not in free]))
     if len(devices) % used or (not free and len(devices) != used):
-        wanted = f"a multiple of {used}" if free else str(used)
-        raise ValueError(f"it is {given}, which takes {wanted} devices, and there are {len(devices)}")
+        needed = f"a multiple of {used}" if free else str(used)
+        raise ValueError(f"the number of devices must be {needed} for {given}, got {len(devices)}")
     shape = [len(devices) // used if axis in free else sizes[axis] for axis in AXES]
-    # The compiler propagates where arrays lie, from where parameters and batches do.
+    # The compiler propagates shardings from those of parameters and batches.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -79,7 +79,7 @@ def one_device() -> Mesh:
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh) -> Iterator[None]:
-    """Within it the model's arrays are divided over the mesh by the rules."""
+    """Shard the model's arrays over the mesh by RULES inside the block."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
@@ -98,18 +98,18 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> None:
 
 
 def divisor(axis: str, mesh: Mesh | None = None) -> int:
-    """Return over how many devices a mesh, by default the one that `on_mesh` named, divides an axis of RULES.
+    """Return the number of devices that an axis of RULES is sharded over, by default on the mesh of `on_mesh`.
 
-    That is 1 outside of any mesh.
+    It is 1 without a mesh.
     """
     mesh, axes = mesh or jax.sharding.get_abstract_mesh(), dict(RULES)[axis]
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in ((axes,) if type(axes) is str else axes))
 
 
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Return where each array of a tree lies: parameters, or what an optimizer or a teacher keeps for each of them.
+    """Return the sharding of each array of a tree: parameters, or the states of an optimizer or a teacher.
 
-    An axis that the mesh does not divide, as some of the vision tower's, is whole on every device.
+    An axis that the mesh does not divide evenly, such as some of the vision tower's, is replicated.
     """
     return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path, leaf, mesh)), tree)
 
@@ -117,10 +117,10 @@ def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
 def _spec(path: tuple[Any, ...], leaf: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     name = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
     axes = next((axes for pattern, axes in PARAMETERS if re.search(rf"(^|/){pattern}$", name)), ())
-    if leaf.ndim < len(axes):  # an optimizer's state has the tree of the parameters, and scalars for some of them
+    if leaf.ndim < len(axes):  # an optimizer's state has the parameters' tree, with scalars for some of them
         return PartitionSpec()
     spec = list(nn.logical_to_mesh_axes([None] * (leaf.ndim - len(axes)) + list(axes), RULES))
-    # In the form that the compiler gives it back in: another one would be another program's.
+    # In the form that the compiler returns it in; in another form the same sharding would compile again.
     spec = [
         axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
         for axis, size in zip(spec, leaf.shape, strict=True)
@@ -131,7 +131,7 @@ def _spec(path: tuple[Any, ...], leaf: Any, mesh: Mesh | AbstractMesh) -> Partit
 
 
 def divide(tree: PyTree) -> PyTree:
-    """Return the tree, inside a compiled function, divided over the mesh that `on_mesh` named, if one was."""
+    """Return the tree, in a compiled function, constrained to its shardings on the mesh of `on_mesh`, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
@@ -141,7 +141,7 @@ def divide(tree: PyTree) -> PyTree:
 
 
 def placed_like(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Return shapes and dtypes of arrays with where they lie, for making or restoring them there."""
+    """Return shapes, dtypes and shardings of arrays, for creating or restoring them there."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -150,37 +150,37 @@ def placed_like(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def places(like: PyTree) -> PyTree:
-    """Return where each array of a tree lies, or would."""
+    """Return the sharding of each array, or abstract array, of a tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, like)
 
 
 def to_mesh(array: np.ndarray, place: NamedSharding) -> jax.Array:
-    """Return an array that every process has, each device given its part of it."""
+    """Return an array that every process holds, sharded: each device gets its part."""
     return jax.make_array_from_callback(array.shape, place, lambda part: array[part])
 
 
 def local_rows(mesh: Mesh, rows: int) -> Int[np.ndarray, " local_rows"]:
-    """Return which rows of a batch this process's devices work on, in ascending order."""
+    """Return the rows of a batch that this process's devices hold, in ascending order."""
     parts = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((rows,)).values()
     return np.unique(np.concatenate([np.arange(rows)[part] for part in parts]))
 
 
 def place_rows(tree: PyTree, mesh: Mesh, rows: int | None = None) -> PyTree:
-    """Return a batch on the mesh, its rows, the first axis of every array, shared out.
+    """Return a batch on the mesh, sharded by rows, the first axis of every array.
 
-    The tree has all rows, or with `rows`, their number, the `local_rows` alone.
+    The tree has all rows, or, if their number is given as `rows`, the `local_rows` alone.
     """
     place = NamedSharding(mesh, PartitionSpec(ROWS))
 
     def put(array: np.ndarray) -> jax.Array:
         if rows is None:
             return to_mesh(array, place)
-        here = local_rows(mesh, rows)
+        local = local_rows(mesh, rows)
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            wanted = np.arange(rows)[index[0]]
-            first = np.searchsorted(here, wanted[0])
-            return array[first : first + len(wanted)]
+            numbers = np.arange(rows)[index[0]]
+            first = np.searchsorted(local, numbers[0])
+            return array[first : first + len(numbers)]
 
         return jax.make_array_from_callback((rows, *array.shape[1:]), place, part)
 
@@ -188,7 +188,7 @@ def place_rows(tree: PyTree, mesh: Mesh, rows: int | None = None) -> PyTree:
 
 
 def fill_rows(tree: PyTree, devices: int) -> PyTree:
-    """Return a batch whose number of rows `devices` divides: its last row is repeated."""
+    """Return a batch padded with copies of its last row, until `devices` divides the number of rows."""
     return jax.tree.map(
         lambda array: np.pad(array, [(0, -len(array) % devices)] + [(0, 0)] * (np.ndim(array) - 1), mode="edge"), tree
     )

@@ -1,4 +1,4 @@
-"""Safetensors files, read and written one tensor at a time: those of a published checkpoint, and others."""
+"""Safetensors files, of published checkpoints and others, read and written one tensor at a time."""
 
 import json
 import math
@@ -21,17 +21,17 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # in a file's header
 COMPARED_ROWS = 4096  # of two matrices, at a time
-SHARD_BYTES = 5 * 10**9  # as transformers cuts them
+SHARD_BYTES = 5 * 10**9  # as in transformers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-FOREIGN = (*PICKLES, ".gguf", ".safetensors", ".safetensors.index.json")  # files of weights, by how names end
+FOREIGN = (*PICKLES, ".gguf", ".safetensors", ".safetensors.index.json")  # the ends of names of files of weights
 
 
 class BadCheckpoint(InputError):
-    """A checkpoint that cannot be used; one sentence names the file or tensors, what they must be and what they are."""
+    """A checkpoint that cannot be used; the sentence names the file or tensors, what they must be and what they are."""
 
 
 class Place(NamedTuple):
-    """Where a tensor is, and what its file's header states of it."""
+    """A tensor's file, and its shape and dtype in the file's header."""
 
     path: Path
     shape: tuple[int, ...]
@@ -39,26 +39,26 @@ class Place(NamedTuple):
 
 
 class TensorFiles(Mapping[str, Shaped[np.ndarray, "..."]]):
-    """Tensors of safetensors files by name, each read from disk when it is asked for."""
+    """The tensors of safetensors files by name, each read from disk on access."""
 
     def __init__(self, places: Mapping[str, Place]):
         self.places = places
 
     def __getitem__(self, name: str) -> Shaped[np.ndarray, "..."]:
-        # Opened anew each time: the pages that were read stay in the process as long as their file is open.
+        # Opened every time, since the pages read stay in the process's memory while the file is open.
         with safe_open(self.places[name].path, framework="numpy") as file:
             return file.get_tensor(name)
 
-    def equal(self, one: str, other: str) -> bool:
-        """Return whether two matrices hold the same numbers; some of their rows at a time are read."""
-        places = self.places[one], self.places[other]
+    def equal(self, name: str, other: str) -> bool:
+        """Return whether two matrices hold the same numbers, reading COMPARED_ROWS rows at a time."""
+        places = self.places[name], self.places[other]
         if places[0].shape != places[1].shape:
             return False
         with (
             safe_open(places[0].path, framework="numpy") as first,
-            safe_open(places[1].path, framework="numpy") as then,
+            safe_open(places[1].path, framework="numpy") as second,
         ):
-            views = first.get_slice(one), then.get_slice(other)
+            views = first.get_slice(name), second.get_slice(other)
             count = places[0].shape[0]
             for start in range(0, count, COMPARED_ROWS):
                 rows = [view[start : min(start + COMPARED_ROWS, count)].astype(np.float32) for view in views]
@@ -74,7 +74,7 @@ class TensorFiles(Mapping[str, Shaped[np.ndarray, "..."]]):
 
 
 def tensor_places(path: Path) -> dict[str, Place]:
-    """Return the places of a safetensors file's tensors; raises BadCheckpoint, naming it, if it is not a whole one."""
+    """Return the places of a file's tensors; raise BadCheckpoint, naming it, if it is not a whole safetensors file."""
     try:
         with open_regular(path) as file:
             start = file.read(len(POINTER))
@@ -94,7 +94,7 @@ def tensor_places(path: Path) -> dict[str, Place]:
 
 
 def _unknown_dtype(path: Path) -> str:
-    """Return which tensor of a file has a dtype that the library does not read, empty if it is not known."""
+    """Return the first tensor of a file whose dtype the library does not read, as a clause; empty if none is found."""
     try:
         with open_regular(path) as file:
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**8)))
@@ -110,27 +110,26 @@ _LIBRARY_DTYPES = "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 I16 U16 F16 BF16 I32 U32 F
 
 
 def checkpoint_tensors(folder: Path) -> TensorFiles:
-    """Return the tensors of a published checkpoint, of the files that `weight_files` names.
+    """Return the tensors of a published checkpoint, from the files of `weight_files`.
 
-    Raises BadCheckpoint as it does, or if a file is damaged, lacks a tensor that the index places in it, or holds one
-    that another holds too.
+    Raises BadCheckpoint as that does, or if a file is damaged, lacks a tensor of the index, or repeats one of another.
     """
     places: dict[str, Place] = {}
     for path, promised in weight_files(folder).items():
-        found = tensor_places(path)
-        if missing := [name for name in promised if name not in found]:
+        present = tensor_places(path)
+        if missing := [name for name in promised if name not in present]:
             raise BadCheckpoint(f"{path} must hold what {INDEX} places in it, but lacks {listed(missing)}")
-        if twice := [name for name in found if name in places]:
-            other = places[twice[0]].path.name
-            raise BadCheckpoint(f"a tensor must be in one file, but {path} and {other} both hold {listed(twice)}")
-        places |= found
+        if repeated := [name for name in present if name in places]:
+            other = places[repeated[0]].path.name
+            raise BadCheckpoint(f"a tensor must be in one file, but {path} and {other} both hold {listed(repeated)}")
+        places |= present
     return TensorFiles(places)
 
 
 def weight_files(folder: Path) -> dict[Path, Sequence[str]]:
-    """Return the files that hold a checkpoint's weights, and the names of the tensors that the index places in each.
+    """Return the files of a checkpoint's weights, with the names of the tensors that the index places in each.
 
-    They are those that transformers loads: `model.safetensors`, or else the files of its index. Raises BadCheckpoint if
+    They are the files that transformers loads: `model.safetensors`, or else those of the index. Raises BadCheckpoint if
     there are none, one is missing, or the index is damaged.
     """
     if (folder / WEIGHTS).is_file():
@@ -140,17 +139,17 @@ def weight_files(folder: Path) -> dict[Path, Sequence[str]]:
     if os.path.lexists(folder / WEIGHTS):
         raise BadCheckpoint(f"{folder / WEIGHTS} must be a regular file, but is a folder, a broken link or a device")
     others = ignored_files(folder)
-    wanted = f"{folder} must hold {WEIGHTS}, or {INDEX} and its files"
+    required = f"{folder} must hold {WEIGHTS}, or {INDEX} and its files"
     if pickles := [name for name in others if name.endswith(PICKLES)]:
         raise BadCheckpoint(
-            f"{wanted}, but its weights are pickled ({listed(pickles)}), which can run any code when they are opened; "
+            f"{required}, but its weights are pickled ({listed(pickles)}), which can run any code when opened; "
             "save them with transformers again"
         )
-    raise BadCheckpoint(f"{wanted}, but holds {f'only {listed(others)}' if others else 'no weights'}")
+    raise BadCheckpoint(f"{required}, but holds {f'only {listed(others)}' if others else 'no weights'}")
 
 
 def ignored_files(folder: Path, used: Collection[Path] = ()) -> list[str]:
-    """Return the names of a folder's files of weights, indexes among them, beside those that are used."""
+    """Return the names of a folder's files of weights, indexes included, that are not among the used ones."""
     files = {path for path in folder.iterdir() if path.name.endswith(FOREIGN)}.difference(used)
     if used and folder / WEIGHTS not in used:
         files.discard(folder / INDEX)
@@ -169,7 +168,7 @@ def _indexed_files(folder: Path) -> dict[Path, list[str]]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Return the files, relative to the folder, in which a checkpoint's index places tensors, by their names.
+    """Return the file of each tensor in a checkpoint's index, relative to the folder.
 
     Raises BadCheckpoint if the index is damaged or names files elsewhere.
     """
@@ -187,13 +186,13 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def warn(sentence: str) -> None:
-    """Print a sentence on stderr, from one of several processes."""
+    """Print a sentence on stderr, in the first process alone."""
     if jax.process_index() == 0:
         print(one_line(sentence), file=sys.stderr)
 
 
 class TensorToWrite(NamedTuple):
-    """A tensor that is made when its place in a file is written: C-contiguous, one of DTYPES."""
+    """A tensor that `make` creates when it is written: C-contiguous, of one of DTYPES."""
 
     name: str
     dtype: str
@@ -206,7 +205,7 @@ class TensorToWrite(NamedTuple):
 
 
 def write_tensors(tensors: Sequence[TensorToWrite], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write tensors into `folder`, cut as transformers does: one file, or several and an index."""
+    """Write tensors into `folder`, sharded as transformers does: one file, or several and an index."""
     shards: list[list[TensorToWrite]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(other.bytes for other in shards[-1]) + tensor.bytes > shard_bytes:
@@ -223,7 +222,7 @@ def write_tensors(tensors: Sequence[TensorToWrite], folder: Path, shard_bytes: i
 
 
 def write_file(tensors: Sequence[TensorToWrite], path: Path) -> None:
-    """Write a safetensors file, one tensor after another; the library's own writer takes all of them at once."""
+    """Write a safetensors file one tensor at a time; the library's own writer needs all of them at once."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for tensor in tensors:
         start, end = end, end + tensor.bytes

@@ -276,7 +276,7 @@ REFUSALS = [(dataclasses.replace(GOOD, **{name: value}), name) for name in NUMBE
     ),
     (
         dataclasses.replace(GOOD, prompt=make_prompt(0, ((5, 5),))),
-        "an image must take at most 4 windows of 2x2 vision tokens, got 9 for 5x5",
+        "an image must take at most 16 vision tokens, whole attention windows counted, got 36 for 5x5",
     ),
     (dataclasses.replace(GOOD, max_new_tokens=25), "max_new_tokens must be a whole number from 1 to 24, got 25"),
     (dataclasses.replace(GOOD, temperature=-1.0), "temperature must be 0 or a number from 1e-6 to 1e6, got -1.0"),
@@ -454,7 +454,7 @@ def test_a_picture_that_does_not_fit_ends_its_answer_and_no_other(engine):
     many = dataclasses.replace(many, forced_tokens=(SPECIAL.latent_start,) * 8)
     text = Request(make_prompt(0), 24, 3, method="text")
     expected, first, second = engine.answer([text, wide, many])
-    assert first.stop_reason == "picture" and "got 9 for 6x6" in first.error and len(first.tokens) == 2
+    assert first.stop_reason == "picture" and "got 36 for 6x6" in first.error and len(first.tokens) == 2
     assert second.stop_reason == "picture" and second.error == "picture 3 must take at most 18 tokens here, got 20"
     assert [look.picture_tokens for look in second.looks] == [16, 16, 0]
     same(engine.answer([text])[0], expected)

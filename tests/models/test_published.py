@@ -152,7 +152,7 @@ def test_a_field_of_yarn_that_cannot_be_used_is_named(key, value, tmp_path):
 
 
 def test_yarn_needs_its_factor(tmp_path):
-    with pytest.raises(BadCheckpoint, match="`rope_scaling.factor` must be there with type 'yarn'"):
+    with pytest.raises(BadCheckpoint, match="`rope_scaling.factor` must be given with type 'yarn', but is absent"):
         shape_of({**FLAT, "rope_scaling": {"type": "yarn", "mrope_section": [1, 1, 2]}}, tmp_path)
 
 

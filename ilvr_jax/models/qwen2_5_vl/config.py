@@ -30,8 +30,8 @@ class VisionConfig:
     in_channels: int = 3
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
-    # Deviation of fresh patch embedding weights. With inputs scaled down by the root of their number
-    # (through image_std) and weights of unit scale, Adam's steps fit the layer; None is 1/sqrt(inputs).
+    # Deviation of fresh patch embedding weights; None is 1/sqrt(inputs). Unit scale, with inputs scaled down by the
+    # root of their number (through image_std), suits the size of Adam's steps.
     patch_init_std: float | None = None
 
     def __post_init__(self):
@@ -39,7 +39,7 @@ class VisionConfig:
         if self.window_size % unit:
             must_be = f"a multiple of {unit}, the pixels of a vision token"
             raise _bad("model.vision.window_size", self.window_size, must_be)
-        if self.hidden_size % (4 * self.num_heads):  # a head's channels are halved for rows and columns, then paired
+        if self.hidden_size % (4 * self.num_heads):  # pairs of channels, half for rows, half for columns
             must_be = f"a number whose fourfold divides hidden_size ({self.hidden_size})"
             raise _bad("model.vision.num_heads", self.num_heads, must_be)
         if not all(block < self.depth for block in self.fullatt_block_indexes):
@@ -52,7 +52,7 @@ class VisionConfig:
 
     @property
     def window_units(self) -> int:
-        """Merge units a side of an attention window."""
+        """Merge units along a side of an attention window."""
         return self.window_size // self.patch_size // 2
 
     @property
@@ -90,7 +90,7 @@ class ModelConfig:
     slot_input: str = "hidden"  # the rule that fills slots, one of method.slots.SLOT_INPUTS
 
     def __post_init__(self):
-        if self.hidden_size % (2 * self.num_attention_heads):  # a head's channels are turned in pairs
+        if self.hidden_size % (2 * self.num_attention_heads):  # a head's channels are rotated in pairs
             must_be = f"a number whose double divides hidden_size ({self.hidden_size})"
             raise _bad("model.num_attention_heads", self.num_attention_heads, must_be)
         if self.num_attention_heads % self.num_key_value_heads:
@@ -119,13 +119,13 @@ def model_config(settings: ModelSettings, vocab_size: int, published: Mapping[st
     With `init_from` the shape is that of `published`, its config.json. Raises InputError, naming the key, if a model of
     that shape cannot be built.
     """
-    kept = {name: getattr(settings, name) for name in ("dtype", "remat_policy", "attention", "lora", "slot_input")}
+    overrides = {name: getattr(settings, name) for name in ("dtype", "remat_policy", "attention", "lora", "slot_input")}
     if published is not None:
-        config = model_config_from_hf(published, **kept)
+        config = model_config_from_hf(published, **overrides)
         return dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size))
     shape = settings.shape()
     vision = VisionConfig(out_hidden_size=settings.hidden_size, **vars(shape.pop("vision")))
-    return ModelConfig(vocab_size=vocab_size, vision=vision, **shape, **kept)
+    return ModelConfig(vocab_size=vocab_size, vision=vision, **shape, **overrides)
 
 
 def model_config_from_hf(published: Mapping[str, Any], **overrides) -> ModelConfig:
@@ -156,7 +156,7 @@ def model_config_from_hf(published: Mapping[str, Any], **overrides) -> ModelConf
             num_heads=vision.num_heads,
             out_hidden_size=vision.out_hidden_size,
             window_size=vision.window_size,
-            # transformers takes no notice of layers that are not there
+            # transformers ignores numbers of layers that do not exist
             fullatt_block_indexes=tuple(block for block in vision.fullatt_block_indexes if 0 <= block < vision.depth),
             patch_size=vision.patch_size,
             temporal_patch_size=vision.temporal_patch_size,

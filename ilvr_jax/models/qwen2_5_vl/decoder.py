@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's decoder: a causal transformer over embeddings, with explicit masks, positions and past."""
+"""Qwen2.5-VL's decoder: a causal transformer over embeddings, with explicit masks, positions and cache."""
 
 import operator
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ LayerKeyValues = tuple[Float[Array, "batch heads columns head_dim"], Float[Array
 
 
 def remat_policy(name: str):
-    """Return the rematerialisation policy of that name, one of REMAT_POLICIES other than "none"."""
+    """Return the rematerialisation policy `name`, one of REMAT_POLICIES other than "none"."""
     return getattr(jax.checkpoint_policies, {"full": "nothing_saveable"}.get(name, name))
 
 
 class DecoderLayer(nn.Module):
     """Grouped-query attention with rotary positions and biases on q, k and v, then SwiGLU.
 
-    Where parameters are divided over devices, one of two things has to travel: the weights to the tokens, or, if these
-    are fewer than channels, as in a step of decoding, the tokens to the weights, each device with its channels of all.
+    Where parameters are sharded, either the weights are moved to the tokens, or, if there are fewer tokens than
+    channels (as in a step of decoding), the tokens to the weights: each device then has some channels of all tokens.
     """
 
     config: ModelConfig
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch channels"]:
         """Return the tokens' embeddings."""
         embeddings = self.embed_tokens[tokens].astype(self.config.dtype)
-        if embeddings.ndim == 3:  # looked up where each device has its channels of all tokens, then by rows
+        if embeddings.ndim == 3:  # looked up sharded by channels, then sharded by rows
             embeddings = nn.with_logical_constraint(embeddings, ("few_rows", None, "embed"))
             embeddings = nn.with_logical_constraint(embeddings, ("rows", None, None))
         return embeddings
@@ -119,9 +119,9 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "batch time channels"], KeyValues]:
         """Return the hidden states after the last norm, and the keys and values of these columns.
 
-        Without a past, `mask` says which columns are not padding, and each sees itself and those before it. With one,
-        which the caller keeps, it says who sees whom: `keys` counts the columns of every part of `past`, in order, and
-        then the present ones. Adapters drop inputs out where there are keys.
+        Without a past, `mask` marks the columns that are not padding, and attention is causal. With one, it is the
+        attention mask: its keys are the columns of every part of `past`, in order, and then the present ones. Adapters
+        have dropout where there are `dropout_keys`.
         """
         config = self.config
         angles = rotary_angles(positions, config.mrope_section, config.rope_frequencies)
@@ -150,10 +150,10 @@ class Decoder(nn.Module):
 
 
 def split_layers(decoder: PyTree, outputs_first: bool) -> PyTree:
-    """Return a decoder's parameters with those of each layer by themselves, for `decode_by_layers`: a copy of them.
+    """Return a copy of a decoder's parameters with those of each layer apart, for `decode_by_layers`.
 
-    Their matrices can be [outputs, inputs], which products with several rows are faster with on a CPU, by a sixth for
-    16; for a single row the compiler would turn them back every time.
+    With `outputs_first` matrices are [outputs, inputs]: on a CPU, products with several rows are faster so (by a sixth
+    for 16), but with a single row the compiler would transpose them back every time.
     """
     count = len(decoder["layers"]["input_layernorm"]["weight"])
     layers = [jax.tree.map(operator.itemgetter(number), decoder["layers"]) for number in range(count)]
@@ -172,15 +172,15 @@ def decode_by_layers(
     past: Sequence[LayerKeyValues],
     lengths: Int[Array, " batch"],
 ) -> tuple[Float[Array, "batch time channels"], list[LayerKeyValues]]:
-    """Return what `Decoder` does with a past, from parameters of `split_layers` and one past a layer, heads first.
+    """Run `Decoder` with a past, from parameters of `split_layers` and a past per layer, heads first.
 
-    Each row sees the first `lengths` columns of its past, and the present ones as the mask says. A scan over stacked
-    layers copies the weights of each before it multiplies with them, which for a single column takes longer than the
-    product; and with heads first, attention reads keys and values in the order they lie in.
+    Each row attends to the first `lengths` columns of its past, and to the present ones under the mask. A scan over
+    stacked layers copies the weights of each before multiplying, which for a single column takes longer than the
+    product; and with heads first, attention reads keys and values in their order in memory.
     """
     angles = rotary_angles(positions, config.mrope_section, config.rope_frequencies)
     hidden, key_values = inputs.astype(config.dtype), []
-    layers = decoder.get("split_layers") or [jax.tree.map(jnp.transpose, one) for one in decoder["transposed_layers"]]
+    layers = decoder.get("split_layers") or jax.tree.map(jnp.transpose, decoder["transposed_layers"])
     for number, (layer, layer_past) in enumerate(zip(layers, past, strict=True)):
         call = DecoderLayer(config).apply
         cache = Cache(*layer_past, lengths)

@@ -1,4 +1,4 @@
-"""Images as the vision tower takes them, patches in attention windows, or as it left them; padded to dense arrays."""
+"""Images as dense arrays, padded: patches in attention windows for the vision tower, or features from it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from ilvr_jax.models.qwen2_5_vl.positions import mrope_positions
 
-MERGE = 2  # patches a side that the merger turns into one vision token
-STILL_PATCH_DIM = 3 * 14 * 14  # bytes of a patch of a still image
+MERGE = 2  # patches along a side of a merge unit, one vision token
+STILL_PATCH_DIM = 3 * 14 * 14  # bytes of a still image's patch
 
 
 class PatchedImage(NamedTuple):
@@ -33,13 +33,13 @@ class PatchedImage(NamedTuple):
 
 
 class EncodedImage(NamedTuple):
-    """One image as the features that the vision tower made of it, one for each vision token."""
+    """One image as features from the vision tower, one for each vision token."""
 
     features: Float[np.ndarray, "rows columns channels"]
 
     @property
     def height(self) -> int:
-        """In patches, like that of a PatchedImage."""
+        """Height in patches, as of a PatchedImage."""
         return MERGE * self.features.shape[0]
 
     @property
@@ -55,14 +55,14 @@ class EncodedImage(NamedTuple):
 class ImageBatch:
     """Images of any number and size as dense windows of patches. Leading axes are free.
 
-    Edge windows, small images and absent images are padded; `patch_valid` says what is real. The features
-    of an image come out in raster order of its merge units, padding last.
+    Edge windows, small images and absent images are padded, where `patch_valid` is false. The tower returns the
+    features of an image in raster order of its merge units, padding last.
     """
 
     pixels: Shaped[jax.Array, "*images windows window_patches patch_dim"]
     coordinates: Int[jax.Array, "*images windows window_patches 2"]  # row, column of the patch
     patch_valid: Bool[jax.Array, "*images windows window_patches"]
-    raster_order: Int[jax.Array, "*images units"]  # where the window layout holds the i-th unit
+    raster_order: Int[jax.Array, "*images units"]  # the place of the i-th unit in the window layout
     unit_valid: Bool[jax.Array, "*images units"]
 
 
@@ -76,9 +76,9 @@ class FeatureBatch:
 
 @dataclasses.dataclass(frozen=True)
 class WindowGeometry:
-    """How images lie in batches for a vision tower with window attention; see `models.base.ImageGeometry`."""
+    """The layout of images for a vision tower with window attention; see `models.base.ImageGeometry`."""
 
-    window_units: int  # merge units, that is vision tokens, a side of an attention window
+    window_units: int  # merge units (vision tokens) along a side of an attention window
 
     @property
     def window_tokens(self) -> int:
@@ -86,7 +86,7 @@ class WindowGeometry:
         return self.window_units**2
 
     def room(self, image: PatchedImage | EncodedImage) -> int:
-        """Return the vision tokens that an image takes in a batch: those of the windows that cover it."""
+        """Return the vision tokens that an image takes in a batch: those of all windows that cover it."""
         rows, columns = self._windows(image)
         return rows * columns * self.window_tokens
 
@@ -122,13 +122,13 @@ class WindowGeometry:
         return self._stack_patches(images, (len(images), per_row, tokens), channels, dtype)
 
     def _windows(self, image: PatchedImage | EncodedImage) -> tuple[int, int]:
-        """Return how many windows cover an image, by height and width."""
+        """Return the numbers of windows that cover an image's height and width."""
         return -(-image.height // (MERGE * self.window_units)), -(-image.width // (MERGE * self.window_units))
 
     def _stack_patches(
         self, images: Sequence[Sequence[PatchedImage]], shape: tuple[int, int, int], patch_dim: int, dtype: np.dtype
     ) -> ImageBatch:
-        """Lay images out in windows, in raster order, partial at the right and lower edge, as Qwen2.5-VL does."""
+        """Lay images out in windows in raster order, those at the right and lower edge partial, as Qwen2.5-VL does."""
         windows = shape[-1] // self.window_tokens
         units = (*shape[:2], windows * self.window_tokens)
         pixels = np.zeros((*units, MERGE**2, patch_dim), dtype)

@@ -1,6 +1,6 @@
 """Qwen2.5-VL: the vision tower and the decoder as pure functions of their parameters.
 
-Parameters are {"vision": ..., "decoder": ...}, with LoRA "adapters" too; every method takes the part it needs, and
+Parameters are {"vision": ..., "decoder": ...}, and "adapters" with LoRA; every method takes the part it needs, and
 `decoder_params` joins the decoder with its adapters.
 """
 
@@ -21,7 +21,7 @@ from ilvr_jax.models.qwen2_5_vl.vision import VisionTower
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2_5VL:
-    """A model of a given shape. It holds no parameters."""
+    """A model of a given shape, without parameters."""
 
     config: ModelConfig
 
@@ -58,7 +58,7 @@ class Qwen2_5VL:
     def encode_images(
         self, vision: PyTree, images: ImageBatch | FeatureBatch
     ) -> Float[Array, "*images units channels"]:
-        """Return each image's vision tokens in raster order, padded; those of a FeatureBatch as they are."""
+        """Return each image's vision tokens in raster order, padding last; those of a FeatureBatch unchanged."""
         if isinstance(images, FeatureBatch):
             return images.features
         if not images.pixels.size:  # a layout without room for such images

@@ -11,8 +11,8 @@ def mrope_positions(
 ) -> Int[np.ndarray, "3 time"]:
     """Return the (temporal, row, column) position of every token of one sequence.
 
-    Text advances all three together. The vision tokens of an image share the temporal position and take
-    their row and column in the image; text after it goes on from the largest position used plus one.
+    Text advances all three together. The vision tokens of an image share the temporal position and have their row and
+    column in the image added to it; text after the image continues one past the largest position used.
     `grids` holds height and width of each image in vision tokens, in order of appearance.
 
     Raises ValueError if the vision tokens do not match the images.

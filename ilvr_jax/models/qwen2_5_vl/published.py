@@ -1,7 +1,7 @@
 """The config.json of a published Qwen2.5-VL: each field that changes numbers is read, or must have one value.
 
-All others are harmless, since transformers does not compute with them either: bookkeeping, and fields of other methods,
-of videos and of generation. `attention_dropout` acts in training alone, where a run's own config counts.
+All others are ignored, since transformers does not compute with them either: bookkeeping, and fields of other methods,
+of videos and of generation. `attention_dropout` matters in training alone, where the run's own config decides.
 """
 
 import copy
@@ -17,22 +17,22 @@ from ilvr_jax.errors import QUOTE_LENGTH, quote
 from ilvr_jax.models.qwen2_5_vl.rotary import yarn_magnitude
 from ilvr_jax.models.tensor_files import BadCheckpoint
 
-# Beyond these a model could not even be described; published ones have 29568 channels, 80 layers and windows of 112.
+# Limits on plausible sizes; published models have up to 29568 channels, 80 layers and windows of 112 pixels.
 LARGEST, LARGEST_NUMBER, MOST_LAYERS = 2**31 - 1, 1e30, 256
 WIDEST, MOST_PIXELS = 2**20, 2**14
-MROPE_SECTION = (16, 24, 24)  # what transformers takes where there is none
-# Names of dtypes by what files hold, "torch." before them or not.
+MROPE_SECTION = (16, 24, 24)  # transformers' default
+# The names that files give to dtypes, after "torch." or without it.
 DTYPE_NAMES = {
     "float32": ("float32", "float", "fp32", "f32"),
     "bfloat16": ("bfloat16", "bf16"),
     "float16": ("float16", "half", "fp16", "f16"),
 }
 
-METHODS = {"awq": "AWQ", "gptq": "GPTQ"}  # of quantisation, as people write them
+METHODS = {"awq": "AWQ", "gptq": "GPTQ"}  # of quantisation, as displayed
 
 
 class Rule(NamedTuple):
-    """The values of a field that can be used, as a test and in words."""
+    """The valid values of a field: a test, and a description of them."""
 
     holds: Callable[[Any], bool]
     words: str
@@ -69,7 +69,7 @@ SECTION = Rule(lambda value: isinstance(value, dict), "an object of fields")
 ABSENT = Rule(lambda value: value is None, "null")
 NO_SECTION = Rule(lambda value: not isinstance(value, dict), "a value for all layers, not a section for some of them")
 SILU = one_of("silu", "swish")
-# Fields with which transformers, or others that read these files, compute something that is not implemented here.
+# Fields whose other values make transformers, or other readers of these files, compute what is not implemented here.
 ONE_VALUE = {
     "partial_rotary_factor": nullable(one_of(1)),
     "mrope_interleaved": nullable(one_of(False)),
@@ -119,7 +119,7 @@ VISION_ROPE = {
     "type": one_of("axial", "default"),
     "rope_theta": one_of(10000),
 }
-YARN = {  # 0 is as good as null, as it is to transformers
+YARN = {  # 0 counts as null, as in transformers
     "factor": nullable(number()),
     "original_max_position_embeddings": whole(),
     "beta_fast": nullable(number(zero=True)),
@@ -129,12 +129,12 @@ YARN = {  # 0 is as good as null, as it is to transformers
     "mscale_all_dim": nullable(number(zero=True)),
     "truncate": FLAG,
 }
-# What each type of rotary positions reads beside theta and sections; "mrope" is an older name of "default".
+# The fields of each type of rotary positions beside theta and sections; "mrope" is an older name of "default".
 ROPE = {"default": {}, "mrope": {}, "linear": {"factor": number()}, "yarn": YARN}
 
 
 def read_fields(published: Mapping[str, Any]) -> Qwen2_5_VLConfig:
-    """Return the fields of a config.json that are in use here, in transformers' class, which adds those that it lacks.
+    """Return the fields of a config.json that are used here, in transformers' class, which fills in the absent ones.
 
     Raises BadCheckpoint, naming the field, for a value that cannot be used or is not implemented.
     """
@@ -152,16 +152,19 @@ def read_fields(published: Mapping[str, Any]) -> Qwen2_5_VLConfig:
     check_vision(vision)
 
     used = {name: value for name, value in text.items() if name in TEXT}
-    used |= {"bos_token_id": None, "eos_token_id": None}  # transformers warns of its own where a vocabulary is small
+    used |= {
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }  # without transformers' warning for small vocabularies
     if "rms_norm_eps" in used:
-        used["rms_norm_eps"] = float(used["rms_norm_eps"])  # transformers takes no whole number
+        used["rms_norm_eps"] = float(used["rms_norm_eps"])  # transformers rejects integers
     full = Qwen2_5_VLConfig(
         **copy.deepcopy({"text_config": used} if nested else used),
         vision_config={name: value for name, value in vision.items() if name in VISION},
         tie_word_embeddings=published.get("tie_word_embeddings", False)
         or bool(nested and text.get("tie_word_embeddings")),
     )
-    full.text_config.standardize_rope_params()  # as its model does once more
+    full.text_config.standardize_rope_params()  # as transformers' model does as well
     check({"rope_theta": full.text_config.rope_parameters["rope_theta"]}, prefix, {"rope_theta": number(above=1)})
     for section, name, size in (
         (text, prefix, full.text_config.hidden_size // full.text_config.num_attention_heads),
@@ -172,7 +175,7 @@ def read_fields(published: Mapping[str, Any]) -> Qwen2_5_VLConfig:
 
 
 def check(section: Mapping[str, Any], prefix: str, rules: Mapping[str, Rule]) -> None:
-    """Raise BadCheckpoint, naming the field, if one that is there has a value that its rule does not allow."""
+    """Raise BadCheckpoint, naming the field, if one that is present breaks its rule."""
     for name, rule in rules.items():
         if name in section and not rule.holds(section[name]):
             raise BadCheckpoint(f"`{prefix}{name}` must be {rule.words}, got {quote(section[name])}")
@@ -196,7 +199,7 @@ def check_text(text: Mapping[str, Any], prefix: str) -> None:
 
 
 def check_rope(text: Mapping[str, Any], prefix: str) -> None:
-    """Raise BadCheckpoint if the decoder's rotary positions are of a type or have fields that cannot be used."""
+    """Raise BadCheckpoint if the type or a field of the decoder's rotary positions cannot be used."""
     section, rope = rope_fields(text)
     prefix = f"{prefix}{section}."
     key = "rope_type" if "rope_type" in rope else "type"
@@ -205,17 +208,17 @@ def check_rope(text: Mapping[str, Any], prefix: str) -> None:
     general = {"rope_theta": number(above=1), "mrope_section": list_of(int, "a list of whole numbers")}
     check(rope, prefix, {**general, **ONE_VALUE, **ROPE[kind]})
     if "factor" in ROPE[kind] and "factor" not in rope:
-        raise BadCheckpoint(f"`{prefix}factor` must be there with {key} {kind!r}")
+        raise BadCheckpoint(f"`{prefix}factor` must be given with {key} {kind!r}, but is absent")
 
 
 def rope_fields(section: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Return the section of the decoder's rotary positions and its name, as transformers picks it."""
+    """Return the name and the fields of the decoder's section of rotary positions, chosen as in transformers."""
     name = "rope_scaling" if section.get("rope_scaling") else "rope_parameters"
     return name, section.get(name) or {}
 
 
 def check_rope_place(published: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    """Raise BadCheckpoint if positions are scaled beside `text_config` alone, where transformers ignores it."""
+    """Raise BadCheckpoint if positions are scaled outside `text_config` alone, where transformers ignores it."""
     name, rope = rope_fields(published)
     kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
     _, theirs = rope_fields(text)
@@ -241,7 +244,7 @@ def check_vision(vision: Mapping[str, Any]) -> None:
 
 
 def rope_scaling(text: Qwen2_5_VLTextConfig) -> RopeScaling:
-    """Return how a checkpoint's rotary positions are scaled, with what transformers computes for absent fields."""
+    """Return the scaling of a checkpoint's rotary positions, with absent fields computed as in transformers."""
     rope = text.rope_parameters
     if rope["rope_type"] == "linear":
         return RopeScaling("linear", rope["factor"])
@@ -257,9 +260,9 @@ def rope_scaling(text: Qwen2_5_VLTextConfig) -> RopeScaling:
 
 
 def described_scaling(scaling: RopeScaling) -> dict[str, Any]:
-    """Return what a config.json holds of a scaling: its type and the fields that the type reads."""
-    read = {"rope_type", *ROPE[scaling.rope_type]}
-    return {name: value for name, value in dataclasses.asdict(scaling).items() if name in read}
+    """Return a scaling's fields for a config.json: its type and those that the type reads."""
+    names = {"rope_type", *ROPE[scaling.rope_type]}
+    return {name: value for name, value in dataclasses.asdict(scaling).items() if name in names}
 
 
 def published_dtype(published: Mapping[str, Any]) -> str | None:
@@ -268,16 +271,16 @@ def published_dtype(published: Mapping[str, Any]) -> str | None:
     Raises BadCheckpoint, naming the field, for a dtype that weights cannot have here.
     """
     text = published.get("text_config")
-    found = None
+    dtype = None
     for section, prefix in ((published, ""), (text if isinstance(text, dict) else {}, "text_config.")):
         for key in ("dtype", "torch_dtype"):
             value = section.get(key)
             name = value.lower().removeprefix("torch.") if isinstance(value, str) else value
-            known = [dtype for dtype, names in DTYPE_NAMES.items() if name in names]
-            if not known and name not in (None, "auto"):
+            matches = [ours for ours, names in DTYPE_NAMES.items() if name in names]
+            if not matches and name not in (None, "auto"):
                 raise BadCheckpoint(f"`{prefix}{key}` must be one of {', '.join(DTYPE_NAMES)}, got {quote(value)}")
-            found = found or next(iter(known), None)
-    return found
+            dtype = dtype or next(iter(matches), None)
+    return dtype
 
 
 def check_not_quantised(published: Mapping[str, Any]) -> None:
@@ -293,7 +296,7 @@ def check_not_quantised(published: Mapping[str, Any]) -> None:
 
 
 def quantisation(settings: Any) -> str:
-    """Return the method of a `quantization_config` for a message, with its bits if it names them."""
+    """Return the method of a `quantization_config`, with its bits if it names them, for a message."""
     if not isinstance(settings, dict):
         return quote(settings)
     bits = settings.get("bits") or next((bits for bits in (4, 8) if settings.get(f"load_in_{bits}bit")), None)

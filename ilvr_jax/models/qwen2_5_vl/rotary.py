@@ -17,12 +17,12 @@ def rope_magnitude(scaling: RopeScaling) -> float:
 
 
 def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
-    """Return by how much YaRN enlarges queries and keys for a text `factor` times longer."""
+    """Return YaRN's factor of queries and keys for texts `factor` times longer than in pretraining."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def decoder_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float[np.ndarray, " half"]:
-    """Return the angle by which each pair of a head's channels turns from one position to the next."""
+    """Return the angle in radians by which each pair of a head's channels rotates per position."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
     periods = (theta ** exponents.astype(np.float64)).astype(np.float32)  # rounded once, as PyTorch's are
     frequencies, slower = 1.0 / periods, 1.0 / (np.float32(scaling.factor) * periods)
@@ -31,7 +31,7 @@ def decoder_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Fl
     if scaling.rope_type == "default":
         return frequencies
 
-    def channel(turns: float) -> float:  # the pair of channels that turns so often in the length of pretraining
+    def channel(turns: float) -> float:  # the pair of channels that makes `turns` rotations in pretraining's length
         period = scaling.original_max_position_embeddings / (2 * math.pi * turns)
         return head_dim * math.log(period) / (2 * math.log(theta))
 
@@ -40,14 +40,14 @@ def decoder_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Fl
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / ((high - low) or 0.001)
-    kept = 1 - np.clip(ramp, 0, 1).astype(np.float32)
-    return slower * (1 - kept) + frequencies * kept
+    unchanged = 1 - np.clip(ramp, 0, 1).astype(np.float32)
+    return slower * (1 - unchanged) + frequencies * unchanged
 
 
 def rotary_angles(
     positions: Int[Array, "*batch axes time"], sections: tuple[int, ...], frequencies: Float[np.ndarray, " half"]
 ) -> Float[Array, "*batch time half"]:
-    """Return the angle of each pair of channels: section i of the channels turns with positions[..., i, :].
+    """Return the angle of each pair of channels: those of section i rotate with positions[..., i, :].
 
     In the decoder these are multimodal rotary positions: temporal, row and column.
     """
@@ -56,7 +56,7 @@ def rotary_angles(
 
 
 def vision_angles(coordinates: Int[Array, "*batch patches 2"], head_dim: int) -> Float[Array, "*batch patches half"]:
-    """Return the vision tower's angles: half the channels turn with the patch's row, half with its column."""
+    """Return the vision tower's angles: half the channels rotate with the patch's row, half with its column."""
     quarter = 1.0 / 10000.0 ** (np.arange(0, head_dim // 2, 2, dtype=np.float32) / (head_dim // 2))
     positions = jnp.swapaxes(coordinates, -1, -2)
     return rotary_angles(positions, (len(quarter), len(quarter)), np.tile(quarter, 2).astype(np.float32))
@@ -65,7 +65,7 @@ def vision_angles(coordinates: Int[Array, "*batch patches 2"], head_dim: int) ->
 def rotate(
     heads: Float[Array, "*batch time heads head_dim"], angles: Float[Array, "*batch time half"], magnitude: float = 1.0
 ) -> Float[Array, "*batch time heads head_dim"]:
-    """Turn each pair of channels (i, i + half) by its angle and multiplies it by `magnitude`, in float32."""
+    """Rotate each pair of channels (i, i + half) by its angle and multiply it by `magnitude`, in float32."""
     cosine, sine = magnitude * jnp.cos(angles)[..., None, :], magnitude * jnp.sin(angles)[..., None, :]
     first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)

@@ -25,7 +25,7 @@ class PatchEmbedding(nn.Module):
         std = config.patch_init_std or config.patch_dim**-0.5
         kernel = self.param("kernel", nn.initializers.normal(std), (config.patch_dim, config.hidden_size))
         if pixels.dtype == jnp.uint8:
-            # A still image enters as two equal frames: summing the kernel over them halves the work.
+            # A still image is two equal frames: summing the kernel over them halves the work.
             frames = (config.in_channels, config.temporal_patch_size, config.patch_size**2, config.hidden_size)
             kernel = kernel.reshape(frames).sum(1).reshape(-1, config.hidden_size)
             channels = pixels.reshape(*pixels.shape[:-1], config.in_channels, -1).astype(jnp.float32) / 255.0
@@ -58,7 +58,7 @@ class VisionBlock(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Encode images into vision tokens, one for each merge unit of 2x2 patches."""
+    """The encoder of images into vision tokens, one for each merge unit of 2x2 patches."""
 
     config: VisionConfig
     dtype: str = "float32"
@@ -67,8 +67,7 @@ class VisionTower(nn.Module):
     def __call__(self, images: ImageBatch) -> Float[Array, "*images units out_hidden_size"]:
         """Return the features of every image in raster order; those of padding are meaningless.
 
-        An image is a run of windows: layers with window attention treat each window by itself, the layers of
-        `fullatt_block_indexes` join the windows of an image. No image sees another.
+        Attention is within each window, or, in the layers of `fullatt_block_indexes`, within each image.
         """
         config = self.config
         leading, (windows, window_patches) = images.pixels.shape[:-3], images.pixels.shape[-3:-1]

@@ -1,4 +1,4 @@
-"""Names and layouts of published Qwen2.5-VL checkpoints, mapped to our parameters and back.
+"""The names and layouts of published Qwen2.5-VL checkpoints, mapped to our parameters and back.
 
 Both naming schemes are read and written: "flat", `model.layers...` with `visual...`, and "nested",
 `model.language_model.layers...` with `model.visual...`.
@@ -35,14 +35,14 @@ RENAMED = {
 }
 
 
-# Modules around the model that training leaves in names: PEFT's, those of reinforcement learning and of value heads,
-# and inside the model, too, those of data parallelism and torch.compile.
+# Wrapper modules that training leaves in names: around the model those of PEFT, reinforcement learning and value heads,
+# and anywhere those of data parallelism and torch.compile.
 WRAPPERS = re.compile(
     r"^(?:base_model\.model|pretrained_model|_forward_module|actor)\."
     r"|(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 BUFFERS = re.compile(r"(^|\.)rotary(_pos)?_emb\.\w+$")  # computed from the config, as transformers does
-# Modules that are computed here: a tensor in them that is not expected belongs to another computation.
+# Modules that are computed here: an unexpected tensor in them belongs to another computation.
 COMPUTED = re.compile(r"visual\.|lm_head\.|model\.(layers|norm|embed)")
 # The last parts of the names of quantised weights.
 QUANTISED = {
@@ -61,16 +61,16 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def unwrapped(name: str) -> str:
-    """Return a tensor's name without the modules around the model, in any order."""
+    """Return a tensor's name without wrapper modules, in any order."""
     while (inner := WRAPPERS.sub("", name)) != name:
         name = inner
     return name
 
 
 def flat_name(name: str) -> str:
-    """Return a tensor's name in the flat scheme, the older of the two, without modules around the model.
+    """Return a tensor's name in the flat scheme, the older of the two, without wrapper modules.
 
-    A checkpoint of the model without its head begins with `language_model`; transformers loads that as well.
+    Names in a checkpoint of the model without its head begin with `language_model`; transformers loads it as well.
     """
     name = re.sub(r"^(model\.)?language_model\.", "model.", unwrapped(name))
     return re.sub(r"^model\.visual\.", "visual.", name)
@@ -100,7 +100,7 @@ def tensor_name(path: tuple[str, ...], layer: int | None = None) -> str:
 
 
 def named_tensors(params: PyTree) -> Iterator[tuple[str, tuple[str, ...], int | None]]:
-    """Yield each tensor of a published checkpoint with the path, and the layer, of the parameter that it fills."""
+    """Yield the name of each tensor of a published checkpoint, and the path and the layer of its parameter."""
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         path = tuple(key.key for key in keys)
         for layer in range(leaf.shape[0]) if path[:2] == ("decoder", "layers") else [None]:
@@ -115,9 +115,8 @@ def params_from_state_dict(
 ) -> PyTree:
     """Return our parameters from a state dict in the layout of PyTorch (Linear is [out, in]).
 
-    `dtype` is that of all parameters, or of each part ("vision", "decoder"). Tensors are read one after another,
-    each put in its place on the mesh, by default one device, before the next, so that no more than one is held beside
-    the parameters.
+    `dtype` is that of all parameters, or of each part ("vision", "decoder"). Tensors are read one at a time, and
+    each is on the mesh, by default one device, before the next is read: memory holds one beside the parameters.
 
     Raises BadCheckpoint as `check_tensors` does.
     """
@@ -134,7 +133,7 @@ def params_from_state_dict(
             axes = place.spec if layer is None else place.spec[1:]
             return to_mesh(value, NamedSharding(place.mesh, PartitionSpec(*axes)))
 
-        # Each is waited for, since tensors on their way to the device are held as well.
+        # Block on each one, since tensors in transfer take memory too.
         if path[:2] != ("decoder", "layers"):
             return jax.block_until_ready(tensor().astype(kind))
         stacked = jax.jit(lambda: jnp.zeros(leaf.shape, kind), out_shardings=place)()
@@ -147,55 +146,57 @@ def params_from_state_dict(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def put(stacked: Float[Array, "layers ..."], tensor: Float[Array, "..."], layer: int) -> Float[Array, "layers ..."]:
-    """Return `stacked`, whose buffer is given away, with a layer's tensor in its place.
+    """Return `stacked`, whose buffer is donated, with a layer's tensor in its place.
 
-    `stacked.at[layer].set` is a scatter, for which a CPU turns all layers of bfloat16 into float32 and back.
+    `stacked.at[layer].set` is a scatter, for which a CPU casts all layers of bfloat16 to float32 and back.
     """
     return jax.lax.dynamic_update_index_in_dim(stacked, tensor.astype(stacked.dtype), layer, axis=0)
 
 
 def check_tensors(state: Mapping[str, np.ndarray], shapes: PyTree, config: ModelConfig) -> dict[str, str]:
-    """Return the names in `state` of the model's tensors by their flat names, before any tensor is read.
+    """Return the names in `state` of the model's tensors by their flat names; no tensor is read.
 
     Tensors of modules that are not computed here, such as heads of other methods, are named on stderr and ignored.
-    Raises BadCheckpoint naming those that are missing, of other shapes or dtypes, or besides in modules that are.
+    Raises BadCheckpoint, naming the tensors, if any are missing, of another shape or dtype, or unexpected in modules
+    that are computed here.
     """
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name in state:
-        if (other := found.setdefault(flat_name(name), name)) != name:
+        if (other := names.setdefault(flat_name(name), name)) != name:
             raise BadCheckpoint(f"the checkpoint must hold a tensor once, but has {quote(other)} and {quote(name)}")
-    check_not_quantised(found)
-    if config.tie_word_embeddings and (head := found.pop(HEAD, None)):
-        found.setdefault(EMBEDDING, head)  # one of the two is enough, as it is for transformers
+    check_not_quantised(names)
+    if config.tie_word_embeddings and (head := names.pop(HEAD, None)):
+        names.setdefault(EMBEDDING, head)  # one of the two is enough, as in transformers
     expected = published_shapes(shapes, config)
-    others = sorted(found.keys() - expected.keys())
-    missing, misshapen, numbers = [name for name in expected if name not in found], [], []
-    for name in sorted(expected.keys() & found.keys()):
-        shape, dtype = shape_and_dtype(state, found[name])
+    others = sorted(names.keys() - expected.keys())
+    missing, misshapen, not_floats = [name for name in expected if name not in names], [], []
+    for name in sorted(expected.keys() & names.keys()):
+        shape, dtype = shape_and_dtype(state, names[name])
         if dtype not in FLOATS:
-            numbers.append(f"{name} ({dtype})")
+            not_floats.append(f"{name} ({dtype})")
         elif shape != expected[name]:
             misshapen.append(f"{name} ({list(shape)} in place of {list(expected[name])})")
     problems = {
         "lacks": missing,
         "has another shape in": misshapen,
-        f"has a dtype other than {', '.join(FLOATS)} in": numbers,
-        # With tensors missing any other may be one of them under a name that is not known here.
+        f"has a dtype other than {', '.join(FLOATS)} in": not_floats,
+        # If tensors are missing, any other may be one of them under an unknown name.
         "has besides": [name for name in others if (COMPUTED.match(name) or missing) and not BUFFERS.search(name)],
     }
-    problems = {what: names for what, names in problems.items() if names}
+    problems = {problem: tensors for problem, tensors in problems.items() if tensors}
     if problems:
-        described = [f"{what} {listed(names, max(1, LISTED // len(problems)))}" for what, names in problems.items()]
+        most = max(1, LISTED // len(problems))
+        described = [f"{problem} {listed(tensors, most)}" for problem, tensors in problems.items()]
         raise BadCheckpoint(f"the checkpoint must have the tensors of its config.json, but {'; '.join(described)}")
     if others:
         warn(f"ignored tensors that are not part of the model: {listed(others)}")
-    return {name: found[name] for name in expected}
+    return {name: names[name] for name in expected}
 
 
 def has_own_head(state: TensorFiles) -> bool:
-    """Return whether a checkpoint has an output head with other numbers than its embedding.
+    """Return whether a checkpoint has an output head whose numbers differ from its embedding's.
 
-    transformers ties the two in no such case, whatever `tie_word_embeddings` is.
+    transformers never ties the two then, whatever `tie_word_embeddings` is.
     """
     names = {flat_name(name): name for name in state}
     pair = [names[name] for name in (EMBEDDING, HEAD) if name in names]
@@ -205,14 +206,14 @@ def has_own_head(state: TensorFiles) -> bool:
 
 
 def stored_dtype(state: TensorFiles) -> str:
-    """Return the dtype of a checkpoint's first tensor of floating point, by which transformers takes its dtype."""
+    """Return the dtype of a checkpoint's first floating-point tensor, which is the checkpoint's to transformers."""
     names = {short: name for name, short in DTYPE_NAMES.items()}
     kinds = (place.dtype for place in state.places.values() if place.dtype in FLOATS)
     return names.get(next(kinds, "F32"), "float32")
 
 
 def check_not_quantised(names: Collection[str]) -> None:
-    """Raise BadCheckpoint if flat names are those of quantised weights or of adapters that are not merged."""
+    """Raise BadCheckpoint if flat names belong to quantised weights or to unmerged adapters."""
     computed = [name for name in names if COMPUTED.match(name)]
     for kind, endings in QUANTISED.items():
         if quantised := [name for name in computed if name.rpartition(".")[2] in endings]:
@@ -228,7 +229,7 @@ def check_not_quantised(names: Collection[str]) -> None:
 
 
 def shape_and_dtype(state: Mapping[str, np.ndarray], name: str) -> tuple[tuple[int, ...], str]:
-    """Return a tensor's shape and the name of its dtype in a safetensors header, without reading it from a file."""
+    """Return a tensor's shape and the name of its dtype in a safetensors header, without reading the tensor."""
     if isinstance(state, TensorFiles):
         return state.places[name].shape, state.places[name].dtype
     dtype = np.dtype(state[name].dtype)
@@ -236,7 +237,7 @@ def shape_and_dtype(state: Mapping[str, np.ndarray], name: str) -> tuple[tuple[i
 
 
 def published_shapes(shapes: PyTree, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape that each tensor of a published checkpoint has, by its flat name, from our parameters' shapes.
+    """Return the shape of each tensor of a published checkpoint by its flat name, from our parameters' shapes.
 
     Linear layers are [out, in] there.
     """
@@ -251,7 +252,7 @@ def published_shapes(shapes: PyTree, config: ModelConfig) -> dict[str, tuple[int
 
 
 def patch_shape(config: ModelConfig) -> tuple[int, int, int, int, int]:
-    """Return the shape of the patch embedding's kernel in a published checkpoint, a three-dimensional convolution."""
+    """Return the shape of the patch embedding's kernel in a published checkpoint: that of a 3D convolution."""
     vision = config.vision
     return vision.hidden_size, vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size
 
@@ -259,7 +260,7 @@ def patch_shape(config: ModelConfig) -> tuple[int, int, int, int, int]:
 def state_dict_from_params(
     params: PyTree, config: ModelConfig, dtype: str = "float32", nested: bool = False
 ) -> list[TensorToWrite]:
-    """Return the tensors of a published checkpoint, in the layout of PyTorch, each made when it is asked for."""
+    """Return the tensors of a published checkpoint, in the layout of PyTorch, each made when it is written."""
     shapes = published_shapes(params, config)
 
     def tensor(name: str, path: tuple[str, ...], layer: int | None) -> TensorToWrite:
