@@ -1,1 +1,1 @@
-"""The method: where latent slots stand, what the teacher selects, the losses, the stage 2 roll-out."""
+"""The method: the layout of latent slots, the teacher's selection, the losses and the stage 2 roll-out."""

@@ -1,11 +1,11 @@
-"""The slot-aligned layout: a ragged batch whose latent slots stand in the same columns for every row.
+"""The slot-aligned layout: a ragged batch whose latent slots are in the same columns for every row.
 
     prefix | slots_1 text | slots_2 text | ... | slots_S text | tail
 
-The prefix holds the prompt and the first text up to `latent_start`. Each text run is padded on the left up to
-the slots that follow it; what comes after a row's last slots is pushed to the right over all text columns that
-are left. Columns keep the order of the tokens, so attention is causal by column; padding is masked as a key, and
-rotary positions are explicit. A sample in any layout that holds it therefore gives the same numbers.
+The prefix holds the prompt and the first text up to `latent_start`. Each text is padded on the left, up to the slots
+that follow it; the text after a row's last slots is right-aligned in all remaining text columns. Columns keep the order
+of the tokens, so attention is causal by column; padding is masked as a key, and rotary positions are explicit. A sample
+therefore gives the same numbers in any layout that holds it.
 """
 
 import dataclasses
@@ -31,16 +31,16 @@ from ilvr_jax.models.qwen2_5_vl.positions import mrope_positions
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The static shape of a batch: one compilation each."""
+    """The static shape of a batch; each is compiled once."""
 
     prefix: int  # columns of the prompt and the first text
     segments: int = 0  # latent segments
     text: int = 0  # columns of the text after each segment
     tail: int = 0  # further columns for the last text
-    latent_size: int = 0  # K, slots a segment; a sample may use fewer
-    images: int = 1  # user images a sample
-    image_tokens: int = 1  # vision tokens a user image, the padding of the backbone's layout included
-    helper_tokens: int = 1  # vision tokens a helper image
+    latent_size: int = 0  # K, slots per segment; a sample may use fewer
+    images: int = 1  # user images per sample
+    image_tokens: int = 1  # vision tokens per user image, the padding of the backbone's layout included
+    helper_tokens: int = 1  # vision tokens per helper image
 
     @property
     def columns(self) -> int:
@@ -57,20 +57,20 @@ class Layout:
 
     @property
     def column_segment(self) -> Int[np.ndarray, " columns"]:
-        """For each column the segment whose slots come next (`segments` behind the last)."""
+        """For each column the segment whose slots come next (`segments` after the last)."""
         if not self.segments:
             return np.zeros(self.columns, np.int32)
         return np.searchsorted(self.slot_columns[:, -1], np.arange(self.columns)).astype(np.int32)
 
 
 def padded_tokens(layout: Layout) -> int:
-    """Return what a row of the layout costs: its columns and the vision tokens that its images have room for."""
+    """Return the cost of a row of the layout: its columns plus the vision tokens that it has room for."""
     return layout.columns + layout.images * layout.image_tokens + layout.segments * layout.helper_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One sample as flat arrays, ready to be laid out."""
+    """One sample as flat arrays, before it is laid out."""
 
     tokens: Int[np.ndarray, " time"]
     labels: Int[np.ndarray, " time"]  # the token itself where it carries loss, else -100
@@ -80,7 +80,7 @@ class Sample:
     helper_images: tuple[PatchedImage, ...] | tuple[EncodedImage, ...]
     slot_starts: tuple[int, ...]  # index of each segment's first slot
     latent_size: int
-    record: int = 0  # which record of the source it is
+    record: int = 0  # number of its record in the source
 
 
 @flax.struct.dataclass
@@ -91,7 +91,7 @@ class Batch:
     targets: Int[jax.Array, "rows columns"]  # the token that follows, -100 where it carries no loss
     roles: Int8[jax.Array, "rows columns"]
     positions: Int[jax.Array, "rows axes columns"]
-    image_index: Int[jax.Array, "rows columns"]  # which of the row's vision features stands here, -1 for none
+    image_index: Int[jax.Array, "rows columns"]  # the vision token of the row that is the input, -1: none
     images: ImageBatch | FeatureBatch  # leading axes [rows, images]
     helper_images: ImageBatch | FeatureBatch  # leading axes [rows, segments]
     record: Int[jax.Array, " rows"]
@@ -111,13 +111,13 @@ def build_sample(
     record: int = 0,
     position_ids: PositionIds = mrope_positions,
 ) -> Sample:
-    """Work out roles, labels, positions and slots of a token sequence.
+    """Return the sample of a token sequence, with its roles, labels, positions and slots.
 
-    A sample whose slots are filled by the model itself needs no helper images; else there is one a segment. A picture
-    between latent markers is no segment but one of the images.
+    Helper images, one per segment, may be absent where the model fills the slots itself. A picture between latent
+    markers is not a segment but one of `images`.
 
-    Raises ValueError if the slots are not runs of exactly `latent_size` between `latent_start` and
-    `latent_end`, or do not match the helper images.
+    Raises ValueError if the slots are not runs of exactly `latent_size` between `latent_start` and `latent_end`, or
+    their number is not that of the helper images.
     """
     tokens = np.asarray(tokens, np.int32)
     starts = np.flatnonzero(tokens == special.latent_start)
@@ -126,11 +126,11 @@ def build_sample(
     for start in slot_starts:
         run = tokens[start : start + latent_size + 1]
         if list(run) != [special.latent_pad] * latent_size + [special.latent_end]:
-            raise ValueError(f"the latent segment at token {start} is not {latent_size} slots and an end marker")
+            raise ValueError(f"the latent segment at token {start} must be {latent_size} slots and an end marker")
     if int((tokens == special.latent_pad).sum()) != len(slot_starts) * latent_size:
-        raise ValueError("there are latent slots outside latent segments")
+        raise ValueError("latent slots must be in latent segments, got others")
     if helper_images and len(helper_images) != len(slot_starts):
-        raise ValueError(f"{len(slot_starts)} latent segments for {len(helper_images)} helper images")
+        raise ValueError(f"{len(slot_starts)} latent segments must have a helper image each, got {len(helper_images)}")
     grids = [(image.height // MERGE, image.width // MERGE) for image in images]
     return Sample(
         tokens=tokens,
@@ -165,9 +165,9 @@ def required_layout(sample: Sample, geometry: ImageGeometry) -> Layout:
 
 
 def merge_layouts(layouts: Sequence[Layout]) -> Layout:
-    """Return the smallest layout that holds whatever one of `layouts` holds.
+    """Return the smallest layout that holds every sample that one of `layouts` holds.
 
-    A row's last text may begin in any segment, and a row without slots lies in all text columns.
+    A row's last text may begin in any segment, and a row without slots uses all text columns.
     """
     widest = {
         field.name: max(getattr(layout, field.name) for layout in layouts)
@@ -183,7 +183,7 @@ def merge_layouts(layouts: Sequence[Layout]) -> Layout:
 
 
 def fits(sample: Sample, layout: Layout, geometry: ImageGeometry) -> bool:
-    """Says whether the layout holds the sample."""
+    """Return whether the layout holds the sample."""
     need = required_layout(sample, geometry)
     if need.images > layout.images or need.image_tokens > layout.image_tokens:
         return False
@@ -208,9 +208,9 @@ def sample_columns(sample: Sample, layout: Layout) -> Int[np.ndarray, " time"]:
     """
     size, slots = sample.latent_size, layout.slot_columns
     if len(sample.slot_starts) > layout.segments:
-        raise ValueError(f"there are {len(sample.slot_starts)} latent segments and the layout has {layout.segments}")
+        raise ValueError(f"a sample must have at most {layout.segments} latent segments, got {len(sample.slot_starts)}")
     if sample.slot_starts and size > layout.latent_size:
-        raise ValueError(f"a latent segment has {size} slots and the layout {layout.latent_size}")
+        raise ValueError(f"a latent segment must have at most {layout.latent_size} slots, got {size}")
     columns = np.empty(len(sample.tokens), np.int32)
     index, first_free = 0, 0
     for segment, start in enumerate(sample.slot_starts):
@@ -218,12 +218,14 @@ def sample_columns(sample: Sample, layout: Layout) -> Int[np.ndarray, " time"]:
         columns[index:start] = np.arange(slots[segment, 0] - count, slots[segment, 0])
         columns[start : start + size] = slots[segment, :size]
         if count > slots[segment, 0] - first_free:
-            raise ValueError(f"text {segment + 1} has {count} tokens and the layout {slots[segment, 0] - first_free}")
+            raise ValueError(
+                f"text {segment + 1} must have at most {slots[segment, 0] - first_free} tokens, got {count}"
+            )
         index, first_free = start + size, slots[segment, -1] + 1
     remaining = layout.text_columns[layout.text_columns >= first_free]
     count = len(sample.tokens) - index
     if count > len(remaining):
-        raise ValueError(f"the last text has {count} tokens and the layout {len(remaining)}")
+        raise ValueError(f"the last text must have at most {len(remaining)} tokens, got {count}")
     columns[index:] = remaining[len(remaining) - count :]
     return columns
 
@@ -238,9 +240,9 @@ def collate(
     geometry: ImageGeometry,
     no_image: PatchedImage | EncodedImage = NO_IMAGE,
 ) -> Batch:
-    """Lay samples out as one batch of numpy arrays.
+    """Return samples laid out as one batch of numpy arrays.
 
-    All images are of one kind, patched or encoded; `no_image` has that kind, for samples that have none.
+    All images are of one kind, patched or encoded: that of `no_image`, which is used if the batch has no images.
 
     Raises ValueError if a sample does not fit the layout.
     """

@@ -1,4 +1,4 @@
-"""What each stage minimises. Losses are per row, so a batch is the mean of its rows however it is cut.
+"""The losses that stages minimise. They are per row, so that a batch's mean does not depend on how it is split.
 
 To add an objective, write a function as `text_loss` and name it in OBJECTIVES.
 """
@@ -39,7 +39,7 @@ class Losses:
     loss: Float[Array, " rows"]
     cross_entropy: Float[Array, " rows"]
     metrics: dict[str, Metric]
-    # How they came about, for tests and studies; unused arrays cost a compiled step nothing.
+    # For tests and studies alone; a compiled step does not compute arrays that it does not use.
     hidden: Float[Array, "rows columns channels"]
     selection: Selection | None = None
 
@@ -53,20 +53,20 @@ def cross_entropy(
 ) -> Float[Array, " rows"]:
     """Return each row's mean cross-entropy over the columns that carry loss (targets other than -100).
 
-    Logits are made for labelled columns, at most `chunk_logits` of them at a time on a device (or one column's), and
-    once more for the gradient: an array of columns times vocabulary never exists. Of several devices, each has a part
-    of the vocabulary for all tokens: no chunk fetches the head or makes a gradient of all of it.
+    Logits are computed for labelled columns, at most `chunk_logits` at a time per device (or those of one column), and
+    again for the gradient: an array of columns times vocabulary never exists. With several devices, each has a part of
+    the vocabulary for all tokens: no chunk gathers the head or its gradient.
     """
     rows, columns = targets.shape
     vocabulary, channels = model.config.vocab_size, model.config.hidden_size
     at_once = max(rows * vocabulary // divisor("rows"), rows * channels // divisor("few_rows"))
     width = min(columns, max(1, chunk_logits // at_once))
-    # Labelled columns go first, so that whole chunks have none and are not worked on.
+    # Labelled columns go first, so that the last chunks have none and are skipped.
     order = jnp.argsort(targets < 0, axis=1, stable=True)
     order = jnp.pad(order, ((0, 0), (0, -columns % width)))
     chunks = jnp.swapaxes(order.reshape(rows, -1, width), 0, 1)
     starts, counts = jnp.arange(0, columns, width), (targets >= 0).sum(1)
-    most = counts.max()  # once, since it asks all devices
+    most = counts.max()  # outside the loop: a reduction over all devices
 
     head = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
     decoder = {**decoder, head: nn.with_logical_constraint(decoder[head], ("spread_vocabulary", None))}
@@ -74,18 +74,18 @@ def cross_entropy(
     def losses(hidden: Array, targets: Array, labelled: Array) -> Array:
         logits = model.logits(decoder, nn.with_logical_constraint(hidden, ("few_rows", None, None)))
         logits = nn.with_logical_constraint(logits, ("few_rows", None, "spread_vocabulary"))
-        is_target = jnp.arange(vocabulary) == targets[..., None]  # compared, since looking up would gather all logits
+        is_target = jnp.arange(vocabulary) == targets[..., None]  # a lookup would gather all logits
         picked = jnp.sum(logits, axis=-1, where=is_target)
         return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * labelled, axis=1)
 
-    @jax.checkpoint  # around the condition too: it would keep what is computed inside
+    @jax.checkpoint  # outside the condition, whose residuals would be stored
     def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
         place, start = chunk
         labelled = start + jnp.arange(width) < counts[:, None]
-        here = jnp.take_along_axis(hidden, place[..., None], axis=1)
-        words = jnp.maximum(jnp.take_along_axis(targets, place, axis=1), 0)
-        nothing = jnp.zeros_like(total)
-        return total + jax.lax.cond(start < most, losses, lambda *_: nothing, here, words, labelled), None
+        columns = jnp.take_along_axis(hidden, place[..., None], axis=1)
+        tokens = jnp.maximum(jnp.take_along_axis(targets, place, axis=1), 0)
+        zeros = jnp.zeros_like(total)
+        return total + jax.lax.cond(start < most, losses, lambda *_: zeros, columns, tokens, labelled), None
 
     total, _ = jax.lax.scan(add, jnp.zeros(rows, jnp.float32), (chunks, starts))
     return total / jnp.maximum(counts, 1)
@@ -94,7 +94,7 @@ def cross_entropy(
 def text_loss(
     model: Model, params: PyTree, teacher: None, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
 ) -> Losses:
-    """Supervised learning of the answer's tokens alone: the warm-up."""
+    """Return the cross-entropy of the answer's tokens alone: the warm-up."""
     del teacher, settings
     decoder = decoder_params(params)
     features = model.encode_images(params["vision"], batch.images)
@@ -107,9 +107,10 @@ def text_loss(
 def alignment_loss(
     model: Model, params: PyTree, teacher: PyTree, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
 ) -> Losses:
-    """Stage 1: slots hold the teacher's targets, and hidden states learn to predict them.
+    """Return stage 1's losses: slots hold the teacher's targets, and hidden states learn to predict them.
 
-    `teacher` holds the parts of the parameters that differ from the student's; a vision tower of its own is for tests.
+    `teacher` holds the parts of the parameters that differ from the student's (a vision tower of its own in tests
+    alone).
     """
     features = model.encode_images(params["vision"], batch.images)
     own_vision = "vision" in teacher
@@ -142,12 +143,12 @@ def alignment_loss(
 def slot_noise(
     key: PRNGKeyArray, record: Int[Array, " rows"], shape: tuple[int, int, int, int]
 ) -> Float[Array, "rows segments slots channels"]:
-    """Return normal noise that depends on the record, the segment and the slot alone, not on the batch around them."""
+    """Return normal noise that depends on the record, the segment and the slot alone, not on the batch."""
     _, segments, slots, channels = shape
 
     def noise(record: Array, segment: Array, slot: Array) -> Array:
-        of_slot = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, record), segment), slot)
-        return jax.random.normal(of_slot, (channels,))
+        slot_key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, record), segment), slot)
+        return jax.random.normal(slot_key, (channels,))
 
     over_slots = jax.vmap(noise, (None, None, 0))
     over_segments = jax.vmap(over_slots, (None, 0, None))
@@ -157,7 +158,7 @@ def slot_noise(
 def autonomy_loss(
     model: Model, params: PyTree, teacher: None, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
 ) -> Losses:
-    """Stage 2: slots are filled by the student itself, cross-entropy alone, gradient through every slot."""
+    """Return stage 2's losses: the student fills its slots, cross-entropy alone, with gradients through every slot."""
     del teacher, settings
     decoder = decoder_params(params)
     features = model.encode_images(params["vision"], batch.images)
@@ -167,12 +168,12 @@ def autonomy_loss(
 
 
 def dropout_keys(model: Model, key: PRNGKeyArray, batch: Batch) -> Key[Array, "rows columns"] | None:
-    """Return a key a token that depends on the record and the token's place in it alone; None without dropout."""
+    """Return a key per token that depends on its record and its place there alone; None without dropout."""
     if not model.config.lora.rank or not model.config.lora.dropout:
         return None
     place = jnp.cumsum(batch.valid, axis=1)
-    of_record = jax.vmap(lambda record: jax.random.fold_in(key, record))(batch.record)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_record, place)
+    record_keys = jax.vmap(lambda record: jax.random.fold_in(key, record))(batch.record)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(record_keys, place)
 
 
 def _losses(model: Model, decoder: PyTree, batch: Batch, hidden: Array) -> Losses:
@@ -182,11 +183,11 @@ def _losses(model: Model, decoder: PyTree, batch: Batch, hidden: Array) -> Losse
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a stage minimises.
+    """An objective that a stage minimises.
 
     `loss(model, params, teacher, batch, settings, key)` returns the losses of a batch's rows. `helper_images` are the
-    values that the stage's `helper_images` may have. With `teacher`, the stage keeps a moving average of what it
-    trains, which `loss` gets (None without); the vision tower is shared with it, and stays as it is.
+    valid values of the stage's `helper_images`. With `teacher`, the stage keeps a moving average of the parts that it
+    trains, which `loss` gets (None without); the vision tower is frozen and shared with it.
     """
 
     loss: Callable[[Model, PyTree, PyTree | None, Batch, LatentsConfig, PRNGKeyArray], Losses]

@@ -1,12 +1,12 @@
 """The stage 2 roll-out: latent slots filled by the model's own hidden states, one after another.
 
-The columns are processed in order: the prefix in parallel, then segment by segment K single-column steps and the
-text after them in parallel, then the tail. Keys and values of finished columns are kept, so all of it costs one
+Columns are processed in order: the prefix in parallel, then, segment by segment, K single-column steps and the text
+after them in parallel, then the tail. Keys and values of finished columns are cached, so that all of it costs one
 forward pass; recomputing the prefix for each slot would cost S * K + 1 of them.
 
-The gradient goes back the same way, but by the slots alone: what the loss changes with each of them. With that known,
-one parallel pass, in which the slots' inputs are given, has the gradient by the parameters. So these have one gradient
-in memory, where going back through the loops would keep one for each loop that is inside another.
+The backward pass differentiates the loops with respect to the slots' inputs alone. Given these gradients, one parallel
+pass over all columns, with the slots' inputs fixed, gives the gradient of the parameters. Memory then holds one
+gradient of the parameters, where differentiating the nested loops would hold one for each level.
 """
 
 import functools
@@ -30,7 +30,7 @@ Keys = Key[Array, "rows columns"] | None
 def roll_out(model: Model, decoder: PyTree, inputs: Hidden, batch: Batch, dropout_keys: Keys) -> Hidden:
     """Return the final hidden states when each slot's input is made from the hidden state of the column before it.
 
-    `fill_slots` makes it, and the gradient flows through every slot. `dropout_keys` is for adapters.
+    `fill_slots` makes the inputs, and gradients flow through every slot. `dropout_keys` is for adapters.
     """
     return _forward(model, decoder, inputs, batch, dropout_keys)[0]
 
@@ -50,8 +50,8 @@ def _forward(model: Model, decoder: PyTree, inputs: Hidden, batch: Batch, dropou
     return hidden, (decoder, inputs, batch, dropout_keys, hidden, cache)
 
 
-def _backward(model: Model, kept: tuple, gradient: Hidden):
-    decoder, inputs, batch, dropout_keys, hidden, cache = kept
+def _backward(model: Model, residuals: tuple, gradient: Hidden):
+    decoder, inputs, batch, dropout_keys, hidden, cache = residuals
     end, slots = batch.layout.prefix, batch.layout.slot_columns
 
     def after_prefix(change: Array) -> Array:
@@ -72,7 +72,7 @@ def _backward(model: Model, kept: tuple, gradient: Hidden):
 
     _, by_parameters = jax.vjp(in_parallel, decoder, inputs)
     of_decoder, of_inputs = by_parameters(gradient)
-    of_decoder = {**of_decoder, **of_fill}  # `decode` does not use what fills slots
+    of_decoder = {**of_decoder, **of_fill}  # `decode` does not use the parameters that fill slots
     return of_decoder, of_inputs.at[:, slots].set(of_embedding), None, None
 
 
@@ -89,13 +89,13 @@ def _after_prefix(
     prefix_cache: KeyValues,
     change: Float[Array, "rows segments latent_size channels"],
 ) -> Hidden:
-    """Return the hidden states behind the prefix, given its last one, when `change` is added to the slots' inputs."""
+    """Return the hidden states after the prefix, given its last one, with `change` added to the slots' inputs."""
     layout, positions, valid, rows = batch.layout, batch.positions, batch.valid, len(inputs)
     size, width = layout.latent_size, layout.latent_size + layout.text
     tail_start = layout.columns - layout.tail
 
     def decode(inputs: Array, mask: Array, past: Sequence[KeyValues], start: Array | int):
-        """Run columns from `start` on."""
+        """Return hidden states, keys and values of the columns from `start` on."""
         count = inputs.shape[1]
         position, keys = columns_from(positions, start, count, 2), _columns(dropout_keys, start, count)
         return model.decode(decoder, inputs, position, mask, past, keys)
@@ -108,7 +108,7 @@ def _after_prefix(
     columns_from = jax.lax.dynamic_slice_in_dim
     write_columns = jax.lax.dynamic_update_slice_in_dim
 
-    @jax.checkpoint  # keeps one segment's activations at a time
+    @jax.checkpoint  # so that one segment's activations exist at a time
     def segment(carry, numbered_change):
         (cache, before), (number, changes) = carry, numbered_change
         start = layout.prefix + number * width
@@ -117,12 +117,12 @@ def _after_prefix(
 
         def slot(carry, indexed_change):
             (slot_cache, before), (index, change) = carry, indexed_change
-            # A slot sees the finished columns, the slots before it, and itself.
+            # A slot attends to the finished columns, the slots before it and itself.
             mask = jnp.concatenate([done, slots_valid & (jnp.arange(size) < index), jnp.ones((rows, 1), bool)], axis=1)
             embedding = columns_from(inputs, start + index, 1, 1)
             filled = fill_slots(model, decoder, before, embedding) + change[:, None]
             hidden, new = decode(filled, mask[:, None], [cache, slot_cache], start + index)
-            slot_cache = jax.tree.map(lambda slots, one: write_columns(slots, one, index, 2), slot_cache, new)
+            slot_cache = jax.tree.map(lambda slots, column: write_columns(slots, column, index, 2), slot_cache, new)
             return (slot_cache, hidden), hidden[:, 0]
 
         (new, last), hidden = jax.lax.scan(slot, (empty, before), (jnp.arange(size), changes))
@@ -140,7 +140,7 @@ def _after_prefix(
             text_hidden, text_new = decode(columns_from(inputs, text_start, text, 1), mask, [cache, new], text_start)
             new = jax.tree.map(lambda slots, words: jnp.concatenate([slots, words], axis=2), new, text_new)
             hidden, last = jnp.concatenate([hidden, text_hidden], axis=1), text_hidden[:, -1:]
-        cache = jax.tree.map(lambda whole, some: write_columns(whole, some, start, 2), cache, new)
+        cache = jax.tree.map(lambda whole, part: write_columns(whole, part, start, 2), cache, new)
         return (cache, last), hidden
 
     changes = change.transpose(1, 2, 0, 3)

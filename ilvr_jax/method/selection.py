@@ -21,11 +21,12 @@ NORM_FLOOR = 1e-8  # as torch.cosine_similarity
 
 @flax.struct.dataclass
 class Selection:
-    """What the teacher picked for each segment's slots, in order of score."""
+    """The teacher's targets for each segment's slots, in order of score."""
 
     targets: Float[Array, "rows segments slots channels"]
     valid: Bool[Array, "rows segments slots"]  # slots that have a target
-    candidates: Int[Array, "rows segments slots"]  # which candidate it was
+    candidates: Int[Array, "rows segments slots"]  # the index of each target among the candidates
+    # For tests and studies alone, as oracles of the scores.
     cosines: Float[Array, "rows segments candidates"]
     user_query: Float[Array, "rows channels"]
 
@@ -49,10 +50,10 @@ def masked_mean(
 def user_query(
     model: Model, decoder: PyTree, batch: Batch, hidden: Float[Array, "rows columns channels"]
 ) -> Float[Array, "rows channels"]:
-    """Return u, the mean of what the user's text and the user's images say.
+    """Return u, the mean of the hidden states of the user's text and of the user's images.
 
-    The images' part weighs vision tokens by the attention that prompt tokens pay them under the last layer's
-    projections. A row without images falls back on the mean embedding of its prompt's text.
+    Vision tokens are weighted by the attention that prompt tokens give them under the last layer's projections. A row
+    without images falls back on the mean embedding of its prompt's text.
     """
     prefix = slice(0, batch.layout.prefix)  # rows that have segments hold their whole prompt there
     hidden, roles = hidden[:, prefix], batch.roles[:, prefix]
@@ -77,10 +78,10 @@ def group_neighbours(
     candidates: int,
     grouping: str,
 ) -> tuple[Float[Array, "rows segments groups channels"], Bool[Array, "rows segments groups"]]:
-    """Return at most `candidates` features an image, means of neighbours where there are more.
+    """Return at most `candidates` features per image, means of neighbours where there are more.
 
-    "published" makes groups of units // candidates and drops the rest, as the published code; "complete"
-    spreads every unit over the groups as evenly as whole units allow.
+    "published" forms groups of units // candidates and drops the rest, as the published code does; "complete" spreads
+    all units over the groups, as evenly as whole units allow.
     """
     units = valid.shape[-1]
     if units <= candidates:
@@ -116,7 +117,7 @@ def pick_coverage(cosines: Scores, valid: Valid, slots: Slots, settings: Latents
 
 
 def pick_top_k(cosines: Scores, valid: Valid, slots: Slots, settings: LatentsConfig, keys: Keys) -> Picks:
-    """Pick as many candidates as there are slots, those of highest score, in descending order."""
+    """Pick the candidates of highest score, one for each slot, in descending order."""
     del settings, keys
     missing = max(0, slots.shape[-1] - cosines.shape[-1])
     scores = jnp.pad(jnp.where(valid, cosines, -jnp.inf), ((0, 0), (0, missing)), constant_values=-jnp.inf)
@@ -126,26 +127,26 @@ def pick_top_k(cosines: Scores, valid: Valid, slots: Slots, settings: LatentsCon
 
 
 def pick_random(cosines: Scores, valid: Valid, slots: Slots, settings: LatentsConfig, keys: Keys) -> Picks:
-    """Pick any candidates, each as likely, whatever their scores: a control."""
+    """Pick candidates uniformly at random: a control."""
 
-    def draw(key: PRNGKeyArray) -> Array:  # by candidate, so that padding changes no draw
-        each = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(cosines.shape[-1]))
-        return jax.vmap(jax.random.uniform)(each)
+    def draw(key: PRNGKeyArray) -> Array:  # a key per candidate, so that padding changes no draw
+        candidate_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(cosines.shape[-1]))
+        return jax.vmap(jax.random.uniform)(candidate_keys)
 
     return pick_top_k(jax.vmap(draw)(keys), valid, slots, settings, keys)
 
 
 def pick_dense(cosines: Scores, valid: Valid, slots: Slots, settings: LatentsConfig, keys: Keys) -> Picks:
-    """Pick all candidates in raster order; they are the whole image pooled to one for each slot."""
+    """Pick all candidates in raster order: the whole image, pooled to one for each slot."""
     in_order = -jnp.arange(cosines.shape[-1], dtype=jnp.float32)
     return pick_top_k(jnp.broadcast_to(in_order, cosines.shape), valid, slots, settings, keys)
 
 
 class Selector(NamedTuple):
-    """A rule for targets.
+    """A rule that selects targets.
 
-    `pick(cosines, valid, slots, settings, keys)` returns which candidate goes into each slot and which slots get one;
-    `keys` are by record and segment. `pooled`: the candidates are the image pooled to as many as there are slots.
+    `pick(cosines, valid, slots, settings, keys)` returns the index of each slot's candidate, and whether it has one;
+    `keys` depend on the record and the segment. `pooled`: the candidates are the image pooled to one for each slot.
     """
 
     pick: Callable[[Scores, Valid, Slots, LatentsConfig, Keys], Picks]
@@ -171,9 +172,9 @@ def select(
 ) -> Selection:
     """Return the teacher's targets for every segment of a batch.
 
-    One pass of the teacher's decoder over whole samples whose slots hold the embedding of `latent_pad`; then
-    segment by segment, since each query holds the mean of what the segment before selected. `decoder` is the
-    teacher's; the features come from its vision tower. `key` is for rules that draw.
+    The teacher's decoder runs once over whole samples whose slots hold the embedding of `latent_pad`. Selection then
+    goes segment by segment, since each query includes the mean of the targets before. `decoder` is the teacher's, and
+    the features are from its vision tower. `key` is for random rules.
     """
     inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
     hidden, _ = model.decode(decoder, inputs, batch.positions, batch.valid)
@@ -193,8 +194,8 @@ def select(
         present = jnp.stack([jnp.ones_like(has_previous), text.any(1), has_previous], axis=1)
         query = masked_mean(parts, present)
         cosines = cosine(query[:, None], segment["candidates"])
-        of_segment = jax.vmap(jax.random.fold_in, (0, None))(keys, segment["number"])
-        chosen, keep = selector.pick(cosines, segment["candidate_valid"], segment["slots"], settings, of_segment)
+        segment_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, segment["number"])
+        chosen, keep = selector.pick(cosines, segment["candidate_valid"], segment["slots"], settings, segment_keys)
         targets = jnp.take_along_axis(segment["candidates"], chosen[..., None], axis=1).astype(jnp.float32)
         following = masked_mean(targets, keep), keep.any(1)
         return following, (jnp.where(keep[..., None], targets, 0.0), keep, chosen, cosines)

@@ -1,6 +1,6 @@
-"""What a slot's input is made of: one function each, used by stage 1, the roll-out and decoding.
+"""The rules that make a slot's input, each one function, used by stage 1, the roll-out and decoding.
 
-To add one, write a function below (and what makes its parameters, if it has any) and name it in SLOT_INPUTS.
+To add one, write a function below (and one that creates its parameters, if it has any) and name it in SLOT_INPUTS.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ilvr_jax.models.base import Model
 
-PARAMETERS = "slot_input"  # their place in the part of the parameters that learns to decode
+PARAMETERS = "slot_input"  # key in the trained part of the parameters: decoder or adapters
 
 Channels = Float[Array, "*batch channels"]
 
@@ -21,8 +21,8 @@ class SlotInput(NamedTuple):
     """A rule that fills slots.
 
     `fill(hidden_states, embeddings, parameters)` returns the inputs of slots from the hidden states of the columns
-    before them (in stage 1 the teacher's targets in their place), the embedding of `latent_pad`, and the rule's own
-    parameters, which `init(key, channels)` makes, None for a rule that has none.
+    before them (in stage 1 from the teacher's targets), the embedding of `latent_pad`, and the rule's own parameters.
+    `init(key, channels)` creates these; it is None for a rule without any.
     """
 
     fill: Callable[[Channels, Channels, PyTree], Channels]
@@ -30,13 +30,13 @@ class SlotInput(NamedTuple):
 
 
 def fill_hidden(hidden_states: Channels, embeddings: Channels, parameters: PyTree) -> Channels:
-    """The paper's: the hidden state itself (ILVR, section 3)."""
+    """Return the hidden states themselves: the paper's rule (ILVR, section 3)."""
     del parameters
     return hidden_states.astype(embeddings.dtype)
 
 
 def fill_projected(hidden_states: Channels, embeddings: Channels, parameters: PyTree) -> Channels:
-    """The hidden state plus what a small MLP makes of it; the MLP's output is zero at the start."""
+    """Return the hidden states plus a small MLP of them, whose output is zero at the start."""
     hidden_states = hidden_states.astype(embeddings.dtype)
     up, down = (parameters[name]["kernel"].astype(embeddings.dtype) for name in ("up", "down"))
     return hidden_states + jax.nn.gelu(hidden_states @ up) @ down
@@ -49,12 +49,12 @@ def init_projected(key: PRNGKeyArray, channels: int) -> PyTree:
 
 
 def fill_pause(hidden_states: Channels, embeddings: Channels, parameters: PyTree) -> Channels:
-    """A learned constant, which carries no information: the control for what further columns of compute give."""
+    """Return a learned constant, without information: a control for the effect of additional compute."""
     return jnp.broadcast_to(parameters["embedding"].astype(embeddings.dtype), hidden_states.shape)
 
 
 def init_pause(key: PRNGKeyArray, channels: int) -> PyTree:
-    """Return the constant, float32, of the size that final hidden states have: they are normed."""
+    """Return the constant, float32, of the scale of final hidden states, which are normed."""
     return {"embedding": jax.random.normal(key, (channels,))}
 
 
@@ -66,7 +66,7 @@ SLOT_INPUTS = {
 
 
 def fill_slots(model: Model, decoder: PyTree, hidden_states: Channels, embeddings: Channels) -> Channels:
-    """Return the inputs of slots under the model's rule; see `SlotInput`. `decoder` holds the rule's parameters."""
+    """Return the inputs of slots under the model's rule; see `SlotInput`. `decoder` has the rule's parameters."""
     return SLOT_INPUTS[model.config.slot_input].fill(hidden_states, embeddings, decoder.get(PARAMETERS))
 
 
@@ -76,9 +76,9 @@ def init_params(model: Model, key: PRNGKeyArray) -> PyTree:
 
 
 def with_slot_parameters(model: Model, params: PyTree, key: PRNGKeyArray) -> PyTree:
-    """Return the model's parameters with fresh ones of the rule that fills its slots, if that has any.
+    """Return the model's parameters with fresh ones for the rule that fills its slots, if it has any.
 
-    They are in the adapters if there are some, else in the decoder: what learns to decode learns to fill slots.
+    They are among the adapters' with LoRA, else among the decoder's, and so are trained with them.
     """
     init = SLOT_INPUTS[model.config.slot_input].init
     if init is None:

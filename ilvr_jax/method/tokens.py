@@ -1,4 +1,4 @@
-"""Special tokens by name, and the part that each token of a sample plays in the method."""
+"""Special tokens by name, and the role of each token of a sample in the method."""
 
 import dataclasses
 import enum
@@ -8,7 +8,7 @@ from jaxtyping import Int, Int8
 
 
 class Role(enum.IntEnum):
-    """What a token is to the method. Everything but PADDING is attended to."""
+    """The role of a token in the method. All but PADDING are attended to."""
 
     PADDING = 0
     PROMPT = 1  # prompt text, the chat header of the user's turn included
@@ -19,7 +19,7 @@ class Role(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens that have a meaning of their own, looked up in a tokenizer."""
+    """The ids of tokens with a meaning of their own, looked up in a tokenizer."""
 
     pad: int
     im_start: int
@@ -48,10 +48,10 @@ def assistant_header(tokens: Int[np.ndarray, " time"], special: SpecialTokens) -
 
     Raises ValueError if there is no assistant header, `<|im_start|>assistant`.
     """
-    found = np.flatnonzero((tokens[:-1] == special.im_start) & (tokens[1:] == special.assistant))
-    if not len(found):
-        raise ValueError("the tokens hold no assistant header (<|im_start|>assistant)")
-    return int(found[0])
+    headers = np.flatnonzero((tokens[:-1] == special.im_start) & (tokens[1:] == special.assistant))
+    if not len(headers):
+        raise ValueError("the tokens must hold an assistant header (<|im_start|>assistant), got none")
+    return int(headers[0])
 
 
 def token_roles(tokens: Int[np.ndarray, " time"], special: SpecialTokens) -> Int8[np.ndarray, " time"]:

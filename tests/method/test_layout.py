@@ -81,9 +81,9 @@ def test_columns_of_a_small_layout():
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ([1, 3, 7, 8, 9, 2], "is not 2 slots and an end marker"),
-        ([1, 3, 7, 8, 8, 8, 9, 2], "is not 2 slots and an end marker"),
-        ([1, 3, 8, 2], "outside latent segments"),
+        ([1, 3, 7, 8, 9, 2], "must be 2 slots and an end marker"),
+        ([1, 3, 7, 8, 8, 8, 9, 2], "must be 2 slots and an end marker"),
+        ([1, 3, 8, 2], "must be in latent segments"),
         ([1, 2], "no assistant header"),
     ],
 )
@@ -97,5 +97,5 @@ def test_helper_images_are_one_a_segment_or_none():
     image = random_image(np.random.default_rng(0), 1, 1)
     assert build_sample(tokens, [], [], SPECIAL, 2).helper_images == ()
     assert build_sample(tokens, [], [image], SPECIAL, 2).helper_images == (image,)
-    with pytest.raises(ValueError, match="1 latent segments for 2 helper images"):
+    with pytest.raises(ValueError, match="1 latent segments must have a helper image each, got 2"):
         build_sample(tokens, [], [image, image], SPECIAL, 2)

@@ -227,7 +227,7 @@ def test_cached_decoding_equals_the_uncached_pass():
 
 
 def test_image_tokens_must_match_the_images():
-    with pytest.raises(ValueError, match=r"3 image tokens for images of \[4\] vision tokens"):
+    with pytest.raises(ValueError, match=r"as many as the images' vision tokens \[4\], got 3"):
         rng = np.random.default_rng(0)
         tokens = random_sample(rng, texts=(2,), images=((2, 2),)).tokens
         tokens = np.delete(tokens, np.flatnonzero(tokens == SPECIAL.image_pad)[0])

@@ -110,11 +110,11 @@ class WindowGeometry:
         """
         for row_images in images:
             if len(row_images) > per_row:
-                raise ValueError(f"a sample has {len(row_images)} images and the layout has room for {per_row}")
+                raise ValueError(f"a sample must have at most {per_row} images, got {len(row_images)}")
             for image in row_images:
                 if self.room(image) > tokens:
                     raise ValueError(
-                        f"an image takes {self.room(image)} vision tokens and the layout has room for {tokens}"
+                        f"an image must take at most {tokens} vision tokens in a batch, got {self.room(image)}"
                     )
         channels, dtype = like[0].shape[-1], like[0].dtype
         if isinstance(like, EncodedImage):

@@ -17,11 +17,9 @@ def mrope_positions(
 
     Raises ValueError if the vision tokens do not match the images.
     """
-    if int((tokens == image_token).sum()) != sum(height * width for height, width in grids):
-        raise ValueError(
-            f"{int((tokens == image_token).sum())} image tokens for images of "
-            f"{[height * width for height, width in grids]} vision tokens"
-        )
+    sizes, count = [height * width for height, width in grids], int((tokens == image_token).sum())
+    if count != sum(sizes):
+        raise ValueError(f"image tokens must be as many as the images' vision tokens {sizes}, got {count}")
     positions = np.empty((3, len(tokens)), np.int32)
     index, start, remaining = 0, 0, iter(grids)
     while index < len(tokens):
