@@ -14,7 +14,7 @@ def bucket(prefix: int, segments: int = 0, tail: int = 0, tokens: int = 16) -> C
         {
             "prefix": prefix,
             "segments": segments,
-            "text": 8 if segments else 0,  # two moves told with their cells, and the markers around them
+            "text": 8 if segments else 0,  # two moves with their cells, and the markers around them
             "tail": tail,
             "images": 1,
             "image_tokens": tokens,
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     """Return the configuration of the base run."""
     config = default_config()
     config.stages = ("warm_up", "stage1", "stage2")
-    # Helper images are skipped: the sequences are shorter, and the slots are quickly learned afterwards.
+    # Without helper images sequences are shorter, and slots are quickly learned afterwards.
     config.warm_up = stage_config("text", helper_images="omit", train=("vision", "decoder"), steps=950)
     config.stage1 = stage_config("alignment", steps=300, learning_rate=7e-4)
     config.stage2 = stage_config("autonomy", helper_images="slots", steps=100, learning_rate=3e-4)

@@ -1,6 +1,6 @@
 """An experiment to copy: the base run with one idea changed, `--config=configs/forkme.py:VARIANT`.
 
-Copy this file, change what it changes, and name the variants that you compare. A run goes into a workdir of its own,
+Copy this file, change its changes, and name the variants that you compare. Each run has a workdir of its own,
 runs/forkme_VARIANT. Any key of ilvr_jax/config/schema.py can be set; docs/fork.md shows how to add rules of your own.
 """
 

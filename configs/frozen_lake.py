@@ -1,4 +1,4 @@
-"""The base run with more time: the same model and stages, more steps, and more of the maps that are hard."""
+"""The base run with more time: the same model and stages, more steps, and more hard maps."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""The base run with helper images as vision tokens in the warm-up, to compare with leaving them out."""
+"""The base run with helper images as vision tokens in the warm-up, to compare with skipping them."""
 
 from ml_collections import ConfigDict
 

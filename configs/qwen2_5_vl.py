@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 
 from ilvr_jax.config.experiments import default_config, stage_config
 
-MAX_PIXELS = 784 * 784  # as much as the 784 vision tokens of the largest bucket hold
+MAX_PIXELS = 784 * 784  # 784 vision tokens, as in the largest buckets
 SIZES = ("3b", "7b", "32b", "72b")
 VARIANTS = ["-".join(filter(None, parts)) for parts in itertools.product(SIZES, ("", "lora"), ("", "stage1", "stage2"))]
 
 
 def bucket(prefix: int, segments: int, text: int, tail: int, images: int, tokens: int) -> ConfigDict:
-    """Return the columns of a batch; an image of 112 x 112 pixels takes 16 vision tokens."""
+    """Return the sizes of a batch; an image of 112 x 112 pixels takes 16 vision tokens."""
     return ConfigDict(
         {
             "prefix": prefix,
@@ -62,8 +62,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
     published = {
         "train": ("adapters",) if lora else ("decoder",),
         "epochs": 15,
-        "batch_size": 8,  # one sample a device and 8 parts, as published
-        "accumulation": 8,  # parts on one device; on n, each has as many rows at a time as the one would
+        "batch_size": 8,  # one sample per device and 8 parts, as published
+        "accumulation": 8,  # parts on one device; on n, each processes as many rows at a time
         "optimizer": "adamw",
         "learning_rate": 1e-5,
         "warmup_steps": 10,

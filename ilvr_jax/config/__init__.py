@@ -1,1 +1,1 @@
-"""The configuration of a run: a schema with every key, experiments read from files and flags, kept in workdirs."""
+"""The configuration of a run: a schema of all keys, experiments read from files and flags, copies in workdirs."""

@@ -17,10 +17,10 @@ from ilvr_jax.config.schema import AUTO, RunConfig, StageConfig
 from ilvr_jax.errors import listed, quote
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# Where relative paths of a config are looked for: configs/ is beside the package in a checkout, inside it if installed.
+# Where relative paths of a config are resolved: configs/ is beside the package in a checkout, inside it if installed.
 ROOTS = (PACKAGE.parent, PACKAGE)
 BASE = Path("configs/base.py")
-VSP_MAPS = "tests/data/vsp_planning/test.jsonl"  # 200 real maps, for evaluation alone
+VSP_MAPS = "tests/data/vsp_planning/test.jsonl"  # 200 real maps, only for evaluation
 
 
 def default_config() -> ConfigDict:
@@ -31,14 +31,14 @@ def default_config() -> ConfigDict:
 
 
 def stage_config(objective: str, **changes: Any) -> ConfigDict:
-    """Return the section of a stage: the defaults with changes; raises KeyError for a key that no stage has."""
+    """Return the section of a stage: the defaults with changes. Raises KeyError for a key that no stage has."""
     stage = ConfigDict(as_dict(StageConfig(objective))).lock()
     stage.update(changes)
     return stage.unlock()
 
 
 def load_config(experiment: str | Path) -> ConfigDict:
-    """Return what an experiment's `get_config` returns; `FILE.py:VARIANT` passes the variant to it.
+    """Return the result of an experiment's `get_config`; `FILE.py:VARIANT` passes the variant to it.
 
     Raises BadConfig if there is no such file, the file fails, or it returns something else.
     """
@@ -59,7 +59,7 @@ def load_config(experiment: str | Path) -> ConfigDict:
             config = function(*[variant] * bool(variant)) if function else None
     except BadConfig:
         raise
-    except (Exception, SystemExit) as error:  # the file is the user's code: whatever it raises is what is wrong with it
+    except (Exception, SystemExit) as error:  # the file is the user's code and may raise anything
         raise BadConfig(f"{name}{_error_line(error, path)}: {_first_line(error)}") from error
     if not isinstance(config, ConfigDict):
         raise BadConfig(f"{name} must have a function get_config() that returns an ml_collections.ConfigDict")
@@ -69,7 +69,7 @@ def load_config(experiment: str | Path) -> ConfigDict:
 def parse(values: Mapping[str, Any] | ConfigDict, complete: bool = False) -> RunConfig:
     """Return the typed config of a file's values, checked.
 
-    The stages are the sections named in `stages`; others with an `objective` are checked and not kept. With `complete`
+    The stages are the sections named in `stages`; others with an `objective` are checked and dropped. With `complete`
     every key must be given, as in a workdir. Raises BadConfig, naming the key.
     """
     values = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
@@ -78,7 +78,7 @@ def parse(values: Mapping[str, Any] | ConfigDict, complete: bool = False) -> Run
     own = [field.name for field in dataclasses.fields(RunConfig)]
     for name in values:
         if name not in own:
-            raise BadConfig(f"`{name}` must be a key that is read; the nearest is {nearest(name, [*own, *names])}")
+            raise BadConfig(f"`{name}` must be a key of the config; the nearest is {nearest(name, [*own, *names])}")
     rule = rule_of(next(field for field in dataclasses.fields(RunConfig) if field.name == "stages"))
     stages = read_value(tuple[str, ...], values.get("stages", ()), "stages", rule)
     if len(set(stages)) != len(stages):
@@ -90,7 +90,7 @@ def parse(values: Mapping[str, Any] | ConfigDict, complete: bool = False) -> Run
 
 
 def stage_names(values: Mapping[str, Any]) -> list[str]:
-    """Return the names of the sections of stages in a file's values."""
+    """Return the names of the stages' sections in a file's values."""
     named, own = values.get("stages"), [field.name for field in dataclasses.fields(RunConfig)]
     named = named if isinstance(named, tuple | list) else ()
     return [
@@ -101,7 +101,7 @@ def stage_names(values: Mapping[str, Any]) -> list[str]:
 
 
 def as_file(config: RunConfig) -> dict[str, Any]:
-    """Return the values as a file has them: stages as sections of their own names. Keys that are not set are absent."""
+    """Return the values in the form of a file: each stage a section of its own name, keys without a value absent."""
     values = as_dict(config)
     return values | {"stages": tuple(config.stages)} | values["stages"]
 
@@ -115,7 +115,7 @@ def evaluation_file(config: RunConfig) -> Path | None:
 
 
 def resolve_path(path: str | Path) -> Path:
-    """Find a path of a config: relative to the working directory if it exists there, else where configs/ is."""
+    """Return a config's path: relative to the working directory if it exists there, else to the folder of configs/."""
     path = Path(path).expanduser()
     if path.is_absolute() or path.exists():
         return path
@@ -123,8 +123,8 @@ def resolve_path(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def config_errors(section: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
-    """Raise errors of a kind in the block again as BadConfig, naming the section of the config."""
+def blame(section: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Re-raise errors of a kind in the block as BadConfig, naming the section of the config."""
     try:
         yield
     except BadConfig:
@@ -146,7 +146,7 @@ def _importable(path: Path) -> Iterator[None]:
 
 
 def _error_line(error: BaseException, path: Path) -> str:
-    """Return " line N" for the last line of the file that the error passed through."""
+    """Return " line N", the last line of the file in the error's traceback, or an empty text."""
     path = path.resolve()
     if isinstance(error, SyntaxError) and error.filename and error.lineno and Path(error.filename).resolve() == path:
         return f" line {error.lineno}"

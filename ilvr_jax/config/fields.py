@@ -1,7 +1,7 @@
 """The generic reader of config sections: a mapping becomes a frozen dataclass, or one sentence names what is wrong.
 
-A schema is a dataclass whose fields are made by `setting`: its type, its default, one sentence and the accepted range
-of a key are in one place.
+A schema is a dataclass whose fields are made by `setting`: the type, default, range and meaning of a key are in one
+place.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text
 
 
 class BadConfig(InputError):
-    """A configuration that cannot be used; one sentence names the key, what it must be and what it was."""
+    """A configuration that cannot be used; the sentence names the key, what it must be and what it is."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a key means and which values it accepts."""
+    """The meaning and the range of a key."""
 
     meaning: str
     least: float | None = None
@@ -33,13 +33,13 @@ class Rule:
     below: float | None = None
     choices: Sequence[str] = ()  # of a text, or of each item of a tuple
     nonempty: bool = False  # of a text or tuple
-    resumable: bool = False  # a run may be resumed with another value: nothing that is learned depends on it
-    added: bool = False  # workdirs of earlier versions lack the key; they ran with the default
-    partial: bool = False  # of a section: its keys may be left to their defaults in workdirs, too
+    resumable: bool = False  # a run may resume with another value: nothing learned depends on it
+    added: bool = False  # workdirs of earlier versions lack the key, and used the default
+    partial: bool = False  # of a section: its keys may be absent, even in workdirs
 
     @property
     def must_be(self) -> str:
-        """The accepted range in words."""
+        """The range in words."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         least = f"above {self.above}" if self.above is not None else f"at least {self.least}"
@@ -80,10 +80,10 @@ def rule_of(field: dataclasses.Field) -> Rule:
 
 
 def read(schema: type, values: Any, key: str = "", complete: bool = False) -> Any:
-    """Return the schema's instance with a mapping's values; lists become tuples, whole numbers floats where needed.
+    """Return the schema's instance with a mapping's values; lists become tuples, and integers floats where needed.
 
-    With `complete` every key must be given except those of later versions. A schema may have a method `conflicts()`
-    that yields (field name, what it must be) where fields do not fit together. Raises BadConfig.
+    With `complete` every key must be given, except those added by later versions. A schema may have a method
+    `conflicts()` that yields (field name, what it must be) for fields that contradict others. Raises BadConfig.
     """
     if isinstance(values, schema):
         return values
@@ -94,14 +94,14 @@ def read(schema: type, values: Any, key: str = "", complete: bool = False) -> An
     for name in values:
         if name not in fields:
             raise BadConfig(
-                f"`{prefix}{name}` must be a key that is read; the nearest is {prefix}{nearest(name, fields)}"
+                f"`{prefix}{name}` must be a key of the config; the nearest is {prefix}{nearest(name, fields)}"
             )
     kinds, read_values = typing.get_type_hints(schema), {}
     for name, field in fields.items():
         rule, required = rule_of(field), not has_default(field)
         if name in values:
-            whole = complete and not rule.partial
-            read_values[name] = read_value(kinds[name], values[name], f"{prefix}{name}", rule, whole)
+            strict = complete and not rule.partial
+            read_values[name] = read_value(kinds[name], values[name], f"{prefix}{name}", rule, strict)
         elif required or (complete and not rule.added and field.default is not None):
             raise BadConfig(f"`{prefix}{name}` must be given, but is missing: {rule.meaning}")
     instance = schema(**read_values)
@@ -111,12 +111,12 @@ def read(schema: type, values: Any, key: str = "", complete: bool = False) -> An
 
 
 def has_default(field: dataclasses.Field) -> bool:
-    """Return whether a schema's field may be left to its default."""
+    """Return whether a schema's field has a default."""
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def read_value(kind: Any, value: Any, key: str, rule: Rule, complete: bool = False) -> Any:
-    """Return a value as its declared type and check its range; raises BadConfig, naming the key."""
+    """Return a value in its declared type, its range checked. Raises BadConfig, naming the key."""
     if dataclasses.is_dataclass(kind):
         return read(kind, value, key, complete)
     if isinstance(kind, types.UnionType):  # T | None
@@ -130,7 +130,7 @@ def read_value(kind: Any, value: Any, key: str, rule: Rule, complete: bool = Fal
         item_kind = typing.get_args(kind)[1]
         return {name: read_value(item_kind, item, f"{key}.{name}", rule, complete) for name, item in value.items()}
     if isinstance(value, Mapping):
-        raise BadConfig(f"`{key}` must be a value, no section, got {quote(value)}")
+        raise BadConfig(f"`{key}` must be a value, not a section, got {quote(value)}")
     if origin is tuple:
         return _read_tuple(typing.get_args(kind)[0], value, key, rule)
     return _read_scalar(kind, value, key, rule)
@@ -166,21 +166,21 @@ def _read_scalar(kind: type, value: Any, key: str, rule: Rule) -> Any:
 
 
 def choose(table: Mapping[str, Any], name: str, key: str) -> Any:
-    """Return a table's entry; raises BadConfig, listing the entries, if there is none of that name."""
+    """Return a table's entry. Raises BadConfig, listing the entries, if there is none of that name."""
     if name not in table:
         raise BadConfig(f"`{key}` must be one of {', '.join(table)}, got {quote(name)}")
     return table[name]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return the most similar of some names."""
+    """Return the most similar of `names`, first those that end in the same key."""
     names = list(names)
     ends = [other for other in names if other.split(".")[-1] == name.split(".")[-1]]
     return (ends or difflib.get_close_matches(name, names, n=1, cutoff=0.0) or ["none"])[0]
 
 
 def flatten(section: Any, prefix: str = "", resumable: bool = False) -> Iterator[tuple[str, Any, bool]]:
-    """Yield each value of a config's section: its dotted key, itself, and whether a run may resume with another."""
+    """Yield the dotted key of each value of a section, the value, and whether a run may resume with another."""
     if isinstance(section, Mapping):
         for name, item in section.items():
             yield from flatten(item, f"{prefix}{name}.", resumable)
@@ -194,7 +194,7 @@ def flatten(section: Any, prefix: str = "", resumable: bool = False) -> Iterator
 
 
 def as_dict(section: Any) -> dict[str, Any]:
-    """Return a config's section as nested dicts without the keys that are not set."""
+    """Return a section as nested dicts, without keys whose value is None."""
     if isinstance(section, Mapping):
         return {name: as_dict(item) for name, item in section.items()}
     values = ((field.name, getattr(section, field.name)) for field in dataclasses.fields(section))

@@ -1,6 +1,6 @@
 """The flags of a config: --config=FILE.py[:VARIANT] and --config.section.key=value.
 
-ml_collections.config_flags reads absl's flags and sys.argv alone; these are argparse's, with the schema's types.
+ml_collections.config_flags works with absl's flags alone; these are argparse's, with the types of the schema.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from ilvr_jax.errors import listed, quote
 def read_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Add --config, --workdir and --config.section.key to a parser and read the command line.
 
-    Returns the namespace with `config` (a RunConfig) and `workdir` (a Path; by default runs/ and the name of the config
+    Return the namespace with `config` (a RunConfig) and `workdir` (a Path; by default runs/ and the name of the config
     file, with its variant). Raises as `read_config_flags` does.
     """
-    parser.add_argument("--workdir", help="where everything is written (default: runs/<config name>)")
+    parser.add_argument("--workdir", help="the folder of all output (default: runs/<config name>)")
     options = read_config_flags(parser, arguments)
     if options.workdir is None:
         name, _, variant = options.config_file.partition(":")
@@ -45,18 +45,18 @@ def read_config_flags(
 ) -> argparse.Namespace:
     """Add --config and --config.section.key to a parser and read the command line.
 
-    Returns the namespace with `config` (a RunConfig) and `config_file` (as given). With a `default` config --config may
-    be omitted, and `config_file` is None then. `prepare` gets the namespace and the file's values before those given as
-    flags are set, and may change these values. Raises BadConfig if the file, a key or a value is invalid; exits with
-    status 2, as argparse does, at an unknown flag, and with 0 after --config.print=true, which prints the config.
+    Return the namespace with `config` (a RunConfig) and `config_file` (as given). With a `default` config --config may
+    be omitted, and `config_file` is then None. `prepare` gets the namespace and the file's values, which it may change
+    before those of flags are set. Raises BadConfig if the file, a key or a value is invalid. Exits with status 2, as
+    argparse does, at an unknown flag, and with 0 after printing the config for --config.print=true.
     """
     parser.allow_abbrev = False
     parser.add_argument(
         "--config", required=default is None, help="a Python file with a function get_config(), or FILE.py:VARIANT"
     )
     parser.epilog = (
-        "Any value of the config can be given as --config.section.key=value; --config.print=true prints the whole "
-        "config that results, and exits."
+        "Any value of the config can be set with --config.section.key=value; --config.print=true prints the resulting "
+        "config and exits."
     )
     options, others = parser.parse_known_args(arguments)
     overrides, unknown = _split_overrides(others)
@@ -79,7 +79,7 @@ def read_config_flags(
 
 
 def override(values: dict[str, Any], key: str, text: str) -> None:
-    """Set a file's value at a dotted key from its text, in the type that the schema gives the key.
+    """Set the value of a dotted key from text, in the key's type in the schema.
 
     Tuples are written (1, 2) or 1,2. Raises BadConfig for an unknown key, naming the nearest valid one, and for text
     that is not of the type.
@@ -100,7 +100,7 @@ def override(values: dict[str, Any], key: str, text: str) -> None:
 
 
 def parse_text(key: str, text: str, kind: Any) -> Any:
-    """Return the text as a value of a type of the schema; raises BadConfig, naming the key, if it is not one."""
+    """Return the text as a value of a type of the schema. Raises BadConfig, naming the key, if it is not one."""
     if isinstance(kind, types.UnionType):
         kind = typing.get_args(kind)[0]
     if kind is str:
@@ -129,15 +129,15 @@ def _parse_tuple(key: str, text: str, kind: type) -> tuple:
 
 
 def _literal(text: str) -> Any:
-    """Return a Python literal's value, or the text itself, which the type check then refuses."""
+    """Return a Python literal's value, or the text itself, which then fails the type check."""
     try:
         return ast.literal_eval(text.strip())
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # of brackets within brackets, say
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # the last two for deeply nested brackets
         return text
 
 
 def _keys(schema: type, values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys of a schema and their types; of sections by name, those that the values have."""
+    """Yield the dotted keys of a schema and their types; named sections are those among the values."""
     kinds, values = typing.get_type_hints(schema), values if isinstance(values, Mapping) else {}
     for field in dataclasses.fields(schema):
         kind, key = kinds[field.name], f"{prefix}{field.name}"
@@ -155,7 +155,7 @@ def _keys(schema: type, values: Any, prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Separate `--config.key=value` and `--config.key value` from everything else."""
+    """Return the keys and texts of `--config.key=value` and `--config.key value`, and all other arguments."""
     overrides, unknown, waiting = [], [], list(arguments)
     while waiting:
         argument = waiting.pop(0)
@@ -165,7 +165,7 @@ def _split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], l
         key, equals, text = argument.removeprefix("--config.").partition("=")
         if not equals:
             if not waiting or waiting[0].startswith("--"):
-                raise BadConfig(f"--config.{key} has no value; write --config.{key}=VALUE")
+                raise BadConfig(f"--config.{key} must have a value, got none; write --config.{key}=VALUE")
             text = waiting.pop(0)
         overrides.append((key, text))
     return overrides, unknown

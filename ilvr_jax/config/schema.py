@@ -1,6 +1,6 @@
-"""Every key of a config: its default, its range and what it means.
+"""All keys of a config: their defaults, ranges and meanings.
 
-Names of rules, objectives, formats and kernels that forks may add are checked where their table is.
+Names of rules, objectives, formats and kernels, which forks may add, are checked where their tables are.
 """
 
 import dataclasses
@@ -10,7 +10,8 @@ from ilvr_jax.config.fields import setting
 
 AUTO = "auto"  # of eval.data
 DTYPES = ("float32", "bfloat16", "float16")
-# What of the decoder's layers is kept for the gradient: all, nothing, or as jax.checkpoint_policies define.
+# The activations that the decoder's layers store for the gradient: all ("none"), nothing ("full"), or as in
+# jax.checkpoint_policies.
 REMAT_POLICIES = (
     "none",
     "full",
@@ -26,17 +27,17 @@ ROPE_TYPES = ("default", "linear", "yarn")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MOST_NEW_TOKENS = 2**17  # of an answer; published models have positions up to 128,000
-LONGEST = 2**20  # tokens, or parts of one batch's layout
+LONGEST = 2**20  # tokens or columns of a batch's layout
 Conflicts = Iterator[tuple[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Shape and place of low-rank adapters (arXiv 2106.09685)."""
+    """The shape and the layers of low-rank adapters (arXiv 2106.09685)."""
 
     rank: int = setting("0: no adapters", 0, least=0)
     alpha: float = setting("adapters are scaled by alpha / rank", 64.0, above=0)
-    dropout: float = setting("share of an adapter's inputs that is dropped in training", 0.0, least=0, below=1)
+    dropout: float = setting("share of an adapter's inputs that are dropped in training", 0.0, least=0, below=1)
     targets: tuple[str, ...] = setting("the adapted layers", LORA_TARGETS, choices=LORA_TARGETS, nonempty=True)
 
     @property
@@ -46,37 +47,36 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the decoder's rotary positions are stretched beyond the length of pretraining.
+    """The scaling of the decoder's rotary positions beyond the length of pretraining.
 
-    Names as in a published `rope_scaling`; those after `factor` are YaRN's (arXiv 2309.00071).
+    Names are those of a published `rope_scaling`; the ones after `factor` are YaRN's (arXiv 2309.00071).
     """
 
-    rope_type: str = setting("unchanged, all slower (linear), or the slow ones alone", "default", choices=ROPE_TYPES)
-    factor: float = setting("how many times longer", 1.0, above=0)
-    original_max_position_embeddings: int = setting("positions of pretraining", 32768, above=0)
-    beta_fast: float = setting("channels that turn more often in that length keep their frequency", 32.0, above=0)
-    beta_slow: float = setting("channels that turn less often get it divided by factor", 1.0, above=0)
-    truncate: bool = setting("the bounds between the two are whole channels", True)
+    rope_type: str = setting("frequencies: unchanged, all lower, or low ones lower", "default", choices=ROPE_TYPES)
+    factor: float = setting("how many times longer texts may be", 1.0, above=0)
+    original_max_position_embeddings: int = setting("the length of pretraining", 32768, above=0)
+    beta_fast: float = setting("channels with more rotations in that length keep their frequency", 32.0, above=0)
+    beta_slow: float = setting("channels with fewer rotations get it divided by factor", 1.0, above=0)
+    truncate: bool = setting("the bounds between the two are rounded to channels", True)
     attention_factor: float | None = setting("factor of queries and keys; absent: 0.1 ln(factor) + 1", None, above=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionSettings:
-    """The vision tower of a model that begins with fresh parameters; names as in a published `vision_config`."""
+    """The vision tower of a model with fresh parameters; names are those of a published `vision_config`."""
 
     depth: int = setting("number of layers", least=1)
     hidden_size: int = setting("channels", least=1)
     intermediate_size: int = setting("channels inside the MLP", least=1)
     num_heads: int = setting("attention heads", least=1)
-    window_size: int = setting("pixels a side of an attention window", least=1)
+    window_size: int = setting("pixels along a side of an attention window", least=1)
     fullatt_block_indexes: tuple[int, ...] = setting("layers that attend to the whole image", least=0)
-    patch_size: int = setting("pixels a side of a patch", 14, least=1)
+    patch_size: int = setting("pixels along a side of a patch", 14, least=1)
     temporal_patch_size: int = setting("frames of a patch", 2, least=1)
     in_channels: int = setting("colours", 3, least=1)
     image_mean: tuple[float, ...] = setting("subtracted from pixels of 0 to 1, by colour", CLIP_MEAN)
     image_std: tuple[float, ...] = setting("pixels are divided by it, by colour", CLIP_STD, above=0)
-    # With inputs scaled down by the root of their number (through image_std) and weights of unit scale, Adam's steps
-    # fit the layer.
+    # Unit scale, with inputs scaled down by the root of their number (through image_std), suits Adam's steps.
     patch_init_std: float | None = setting(
         "deviation of fresh patch embedding weights; absent: 1/sqrt(inputs)", None, above=0
     )
@@ -84,7 +84,7 @@ class VisionSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """Where a model's parameters come from, how they are kept, and, without `init_from`, its shape."""
+    """The source and storage of a model's parameters, and, without `init_from`, its shape."""
 
     init_from: str = setting(
         "a published checkpoint (a hub name or a folder) or ADAPTER[@BASE] of PEFT; empty: fresh parameters", ""
@@ -93,9 +93,9 @@ class ModelSettings:
         "the kind of a fresh model, of models/__init__.py; a checkpoint has its own", "qwen2_5_vl", added=True
     )
     dtype: str = setting("of activations", "float32", choices=DTYPES)
-    frozen_dtype: str = setting("of the parts that no stage trains", "float32", choices=DTYPES)
-    remat_policy: str = setting("what layers keep for the gradient", "dots_saveable", choices=REMAT_POLICIES)
-    attention: str = setting("the kernel; auto: the platform's", "auto", choices=KERNELS)
+    frozen_dtype: str = setting("storage of the parts that no stage trains", "float32", choices=DTYPES)
+    remat_policy: str = setting("what layers store for the gradient", "dots_saveable", choices=REMAT_POLICIES)
+    attention: str = setting("the attention kernel; auto: the platform's", "auto", choices=KERNELS)
     slot_input: str = setting("the rule that fills slots, of method/slots.py", "hidden", added=True)
     lora: LoraConfig = setting("adapters", LoraConfig(), partial=True)
     hidden_size: int | None = setting("channels", None, least=1)
@@ -111,7 +111,7 @@ class ModelSettings:
     vision: VisionSettings | None = setting("the vision tower", None, partial=True)
 
     def shape(self) -> dict[str, object]:
-        """Return the keys that are the shape's, as far as they are given."""
+        """Return the given keys of the model's shape."""
         names = [field.name for field in dataclasses.fields(self)]
         own = names[names.index("hidden_size") :]
         return {name: getattr(self, name) for name in own if getattr(self, name) is not None}
@@ -128,15 +128,15 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each axis of the mesh has; -1, for one axis at most: what the others leave.
+    """The number of devices along each axis of the mesh; one axis may be -1, for all that is left.
 
-    Rows of a batch are shared out over slice, data and fsdp, parameters over fsdp and tensor.
+    The rows of a batch are sharded over slice, data and fsdp, parameters over fsdp and tensor.
     """
 
     slice: int = setting("slices of a pod, joined by the slower network", 1, least=-1)
-    data: int = setting("copies of the parameters in a slice", -1, least=-1)
-    fsdp: int = setting("parts that parameters are kept in", 1, least=-1)
-    tensor: int = setting("parts that heads and MLP channels are computed in", 1, least=-1)
+    data: int = setting("copies of the parameters per slice", -1, least=-1)
+    fsdp: int = setting("shards of the parameters", 1, least=-1)
+    tensor: int = setting("shards of heads and MLP channels", 1, least=-1)
 
     def conflicts(self) -> Conflicts:
         for field in dataclasses.fields(self):
@@ -154,88 +154,89 @@ class BucketConfig:
     segments: int = setting("looks", 0, least=0, most=LONGEST)
     text: int = setting("columns of the text after each look", 0, least=0, most=LONGEST)
     tail: int = setting("further columns for the last text", 0, least=0, most=LONGEST)
-    images: int = setting("user images a sample", 1, least=0, most=LONGEST)
-    image_tokens: int = setting("vision tokens a user image, whole attention windows counted", 1, least=0, most=LONGEST)
-    helper_tokens: int = setting("vision tokens a helper image", 1, least=0, most=LONGEST)
+    images: int = setting("user images per sample", 1, least=0, most=LONGEST)
+    image_tokens: int = setting("vision tokens per user image, in whole windows", 1, least=0, most=LONGEST)
+    helper_tokens: int = setting("vision tokens per helper image", 1, least=0, most=LONGEST)
 
 
 @dataclasses.dataclass(frozen=True)
 class FrozenLakeConfig:
-    """The generated maps and what is written about them."""
+    """The generated maps and the texts about them."""
 
     levels: tuple[int, ...] = setting(
-        "sides of a map, equally likely; a level named twice is drawn twice as often",
+        "sides of a map, equally likely; a repeated level is drawn more often",
         (3, 4, 5, 6),
         least=3,
         most=10,
         nonempty=True,
     )
-    # Before maps without a way are dropped. The real maps look like 0.2; maps with a detour have more holes, and 0.18
-    # brings the average with them to the real 0.14 to 0.18 of all cells.
-    hole_probability: float = setting("of each cell but start and goal", 0.18, least=0, most=0.9)
-    detour_share: float = setting("maps that need a longer path than the empty map", 0.3, least=0, most=1)
-    max_moves: int = setting("maps that need more are dropped", 12, least=1)
+    # Before unsolvable maps are dropped. The real maps look like 0.2; maps with a detour have more holes, and with them
+    # 0.18 gives the real average of 0.14 to 0.18 of all cells.
+    hole_probability: float = setting("of each cell except start and goal", 0.18, least=0, most=0.9)
+    detour_share: float = setting("share of maps with a longer path than without holes", 0.3, least=0, most=1)
+    max_moves: int = setting("maps that need more moves are dropped", 12, least=1)
     moves_per_look: int = setting("moves between two looks", 2, least=1)
-    cell_pixels: int = setting("pixels a side of a cell; 28 are one vision token", 28, least=1)
+    cell_pixels: int = setting("pixels along a side of a cell; 28 are one vision token", 28, least=1)
     question: str = setting("the question of every record", "Find the shortest safe path.")
     read_out: str = setting(
-        "how answers begin, cell by cell: moves to the goal, what is on it, or nothing",
+        "the beginning of answers, cell by cell: moves to the goal, the cell's content, or nothing",
         "distances",
         choices=("distances", "map", "none"),
     )
     cell_names: str = setting(
-        "row_column: each move is written with the cell it starts from", "row_column", choices=("row_column", "none")
+        "row_column: each move is written with its starting cell", "row_column", choices=("row_column", "none")
     )
     exclude: tuple[str, ...] = setting(
-        "JSON-lines files with a map_desc a line: none of their maps is drawn, turned or mirrored", ()
+        "JSON-lines files with a map_desc per line: maps that are never drawn, nor rotated or mirrored",
+        (),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The records of a run and how they become batches."""
+    """The records of a run and the making of batches."""
 
     source: str = setting("frozen_lake, or a format of docs/formats.md", "frozen_lake")
-    path: str = setting("the data file, of a format", "", resumable=True)  # the fingerprint of records is compared
+    path: str = setting("the data file, of a format", "", resumable=True)  # the records' fingerprint is compared
     root: str = setting("the folder of images; empty: that of path", "", resumable=True)
     follow_links: bool = setting(
-        "images and parquet files may be links out of the data folder", True, resumable=True, added=True
+        "images and parquet files may be links to outside of the data folder", True, resumable=True, added=True
     )
     records: int = setting("number of generated records", 10_000_000, least=1)
     on_bad_record: str = setting("end the run, or skip the record", "error", choices=("error", "skip"))
     accept_change: bool = setting(
-        "resume a stage whose records have changed, with a new epoch", False, resumable=True, added=True
+        "resume a stage with a new epoch if its records have changed", False, resumable=True, added=True
     )
     image_scale: float = setting("factor of the sides of image files", 1.0, above=0)
     min_pixels: int = setting("smaller images are enlarged; 0: no bound", 0, least=0)
     max_pixels: int = setting("larger images are shrunk; 0: no bound", 0, least=0)
     feature_cache: str = setting(
-        "folder for features of images, computed once where no stage trains the tower; empty: in every step",
+        "folder for features of images, computed once if no stage trains the tower; empty: computed in every step",
         "",
         resumable=True,
     )
     system: str = setting("a system turn before the user's; empty: none", "")
-    workers: int = setting("processes that make samples; 0: a thread", 0, least=0, resumable=True)
+    workers: int = setting("processes that make samples; 0: a thread instead", 0, least=0, resumable=True)
     buckets: Mapping[str, BucketConfig] = setting("the batch shapes, by name", {}, nonempty=True, partial=True)
     frozen_lake: FrozenLakeConfig = setting("the generated maps", FrozenLakeConfig(), partial=True)
 
     def conflicts(self) -> Conflicts:
         if self.source == "frozen_lake" and self.feature_cache:
-            yield "feature_cache", "empty with data.source frozen_lake, which draws other images all the time"
+            yield "feature_cache", "empty with data.source frozen_lake, whose images are always new"
         if self.min_pixels and 0 < self.max_pixels < self.min_pixels:
             yield "max_pixels", f"0 or at least min_pixels ({self.min_pixels})"
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentsConfig:
-    """Settings of the method; the defaults are the published ones."""
+    """The settings of the method; the defaults are the published ones."""
 
-    latent_size: int = setting("K, slots a look", 8, least=1, most=LONGEST)
+    latent_size: int = setting("K, slots per look", 8, least=1, most=LONGEST)
     coverage: float = setting("p, the mass of the softmax that the targets cover", 0.9, above=0, most=1)
-    candidates: int = setting("L, features are grouped to this many at most", 256, least=1)
+    candidates: int = setting("L, the most features after grouping", 256, least=1)
     temperature: float = setting("of the softmax over candidates", 1.0, above=0)
     grouping: str = setting(
-        "published drops the features that do not divide evenly, complete none",
+        "published drops features that do not divide evenly, complete uses all",
         "published",
         choices=("published", "complete"),
     )
@@ -243,24 +244,24 @@ class LatentsConfig:
     ce_weight: float = setting("weight of the cross-entropy", 1.0, least=0)
     sim_weight: float = setting("weight of the distance to targets", 1.0, least=0)
     target_noise: float = setting("deviation of the noise added to targets", 0.01, least=0)
-    selection: str = setting("the rule that picks targets, of method/selection.py", "coverage", added=True)
+    selection: str = setting("the rule that selects targets, of method/selection.py", "coverage", added=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One stage of training."""
 
-    objective: str = setting("what it minimises, of method/objectives.py: text, alignment or autonomy")
-    helper_images: str = setting("what helper images become in samples: latent, slots, encode or omit", "latent")
+    objective: str = setting("the loss, of method/objectives.py: text, alignment or autonomy")
+    helper_images: str = setting("the form of helper images in samples: latent, slots, encode or omit", "latent")
     train: tuple[str, ...] = setting(
-        "the parts that learn", ("decoder",), choices=("vision", "decoder", "adapters"), nonempty=True
+        "the trained parts", ("decoder",), choices=("vision", "decoder", "adapters"), nonempty=True
     )
     steps: int = setting("optimizer steps", 100, least=1)
-    epochs: int = setting("if more than 0: as many passes over the records, in place of steps", 0, least=0)
-    batch_size: int = setting("samples a step", 32, least=1)
-    accumulation: int = setting("parts that a batch is worked on in, one after another", 1, least=1)
+    epochs: int = setting("passes over the records, in place of steps; 0: steps count", 0, least=0)
+    batch_size: int = setting("samples per step", 32, least=1)
+    accumulation: int = setting("parts of a batch, processed one after another", 1, least=1)
     optimizer: str = setting("muon or adamw", "muon", choices=("adamw", "muon"))
-    learning_rate: float = setting("its peak", 1.5e-3, above=0)
+    learning_rate: float = setting("the peak", 1.5e-3, above=0)
     schedule: str = setting("the decay", "linear", choices=("constant", "linear", "cosine"))
     warmup_steps: int = setting("steps of linear rise to the peak", 30, least=0)
     weight_decay: float = setting("of matrices", 0.01, least=0)
@@ -279,12 +280,12 @@ class EvalConfig:
     data: str = setting(
         "records with map_desc; auto: the 200 real maps if data.source is frozen_lake, else none; empty: none", AUTO
     )
-    question: str = setting("in place of every record's own; empty: its own", "Find the shortest safe path.")
-    max_new_tokens: int = setting("slots and markers among them", 128, least=1, most=MOST_NEW_TOKENS)
+    question: str = setting("replaces the records' own; empty: their own", "Find the shortest safe path.")
+    max_new_tokens: int = setting("slots and markers included", 128, least=1, most=MOST_NEW_TOKENS)
     batch_size: int = setting("records at a time", 50, least=1)
     temperature: float = setting("0 is greedy", 0.0, least=0)
-    top_k: int = setting("tokens to sample from; 0: all", 0, least=0)
-    top_p: float = setting("their least probability in sum", 1.0, above=0, most=1)
+    top_k: int = setting("the most tokens to sample from; 0: all", 0, least=0)
+    top_p: float = setting("the probability mass that they cover", 1.0, above=0, most=1)
     early_end: bool = setting("the model may end a look early", False)
 
 
@@ -300,11 +301,11 @@ class RunConfig:
     data: DataConfig = setting("the records", DataConfig())
     latents: LatentsConfig = setting("the method", LatentsConfig())
     eval: EvalConfig = setting("the evaluation after each stage", EvalConfig(), resumable=True)
-    log_every: int = setting("steps between two lines of the log", 10, least=1, resumable=True)
+    log_every: int = setting("steps between two log lines", 10, least=1, resumable=True)
     checkpoint_every: int = setting("steps between two checkpoints", 200, least=1, resumable=True)
-    checkpoint_keep: int = setting("checkpoints that are kept of a stage", 2, least=1, resumable=True)
+    checkpoint_keep: int = setting("checkpoints that are kept per stage", 2, least=1, resumable=True)
     max_skipped: int = setting(
-        "consecutive updates that may be skipped, since loss or gradient are not finite, before the run ends",
+        "consecutive updates that may be skipped, for a loss or gradient that is not finite, before the run ends",
         5,
         least=1,
         resumable=True,

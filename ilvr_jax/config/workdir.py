@@ -1,4 +1,4 @@
-"""The config that a workdir holds, and whether a run may be resumed with another."""
+"""The config in a workdir, and the check of another for resuming its run."""
 
 import json
 import os
@@ -15,19 +15,19 @@ ABSENT = "absent"
 
 
 def has_begun(workdir: Path) -> bool:
-    """Return whether a workdir holds a run that can be resumed: one that has saved a checkpoint."""
+    """Return whether a workdir holds a run that can resume: one with a checkpoint."""
     return any(is_checkpoint(path) for path in workdir.glob("checkpoints/*/*"))
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a folder is a complete checkpoint: one being written has another name."""
+    """Return whether a folder is a complete checkpoint; one being written has another name."""
     return path.name.isascii() and path.name.isdigit() and str(int(path.name)) == path.name and path.is_dir()
 
 
 def check_resumable(config: RunConfig, workdir: Path) -> None:
     """Raise BadConfig, naming the keys that differ, if the workdir holds a run of another config that has begun.
 
-    Keys whose schema says so may differ, and stages may be added after those that were there.
+    Resumable keys may differ, and stages may be added after those in the workdir.
     """
     if not has_begun(workdir):
         return
@@ -41,7 +41,7 @@ def check_resumable(config: RunConfig, workdir: Path) -> None:
         for key in sorted(theirs.keys() | ours.keys())
         if theirs.get(key, ABSENT) != ours.get(key, ABSENT)
         and not key.startswith(added)
-        and not (key.endswith(".steps") and ours.get(key.removesuffix("steps") + "epochs"))  # follow from records
+        and not (key.endswith(".steps") and ours.get(key.removesuffix("steps") + "epochs"))  # from the records
     ]
     if differing:
         raise BadConfig(
@@ -54,7 +54,7 @@ def _compared(config: RunConfig) -> dict[str, Any]:
 
 
 def write_config(config: RunConfig, workdir: Path) -> None:
-    """Write config.json into the workdir; raises as `files.write_text` does."""
+    """Write config.json into the workdir. Raises as `files.write_text` does."""
     write_text(workdir / "config.json", to_json(config))
 
 
@@ -64,7 +64,7 @@ def to_json(config: RunConfig) -> str:
 
 
 def read_config(workdir: Path) -> RunConfig:
-    """Return the config that a workdir was made with.
+    """Return the config of a workdir.
 
     Raises BadConfig if it is not the workdir of a run, or its config.json is damaged.
     """
@@ -81,7 +81,7 @@ def read_config(workdir: Path) -> RunConfig:
 
 
 def _in_tokens(values: dict[str, Any], workdir: Path) -> dict[str, Any]:
-    """Return a config with the vision tokens of buckets, which earlier versions counted in attention windows."""
+    """Return a config with buckets in vision tokens; earlier versions counted attention windows."""
     buckets = values.get("data", {}).get("buckets", {}) if isinstance(values.get("data"), dict) else {}
     sections = [bucket for bucket in buckets.values() if isinstance(bucket, dict)] if isinstance(buckets, dict) else []
     for bucket in sections:
@@ -93,7 +93,7 @@ def _in_tokens(values: dict[str, Any], workdir: Path) -> dict[str, Any]:
 
 
 def _window_tokens(values: dict[str, Any], workdir: Path) -> int:
-    """Return the vision tokens of an attention window, of 28 pixels a side each."""
+    """Return the vision tokens of an attention window; each has 28 pixels a side."""
     published = workdir / "pretrained" / "config.json"
     vision = read_object(published, BadConfig).get("vision_config") if published.is_file() else None
     vision = vision or values.get("model", {}).get("vision", {})

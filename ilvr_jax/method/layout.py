@@ -217,10 +217,9 @@ def sample_columns(sample: Sample, layout: Layout) -> Int[np.ndarray, " time"]:
         count = start - index
         columns[index:start] = np.arange(slots[segment, 0] - count, slots[segment, 0])
         columns[start : start + size] = slots[segment, :size]
-        if count > slots[segment, 0] - first_free:
-            raise ValueError(
-                f"text {segment + 1} must have at most {slots[segment, 0] - first_free} tokens, got {count}"
-            )
+        room = slots[segment, 0] - first_free
+        if count > room:
+            raise ValueError(f"text {segment + 1} must have at most {room} tokens, got {count}")
         index, first_free = start + size, slots[segment, -1] + 1
     remaining = layout.text_columns[layout.text_columns >= first_free]
     count = len(sample.tokens) - index

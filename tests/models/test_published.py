@@ -81,7 +81,7 @@ def test_scaled_positions_of_our_own_config_are_exported(scaling):
     assert shape.rope_scaling.rope_type == scaling.get("rope_type", "default")
     exported = json.loads(json.dumps(published_config(shape)))
     assert model_config_from_hf(exported).rope_scaling == shape.rope_scaling
-    with pytest.raises(BadConfig, match="`model.rope_scaling.faktor` must be a key that is read; the nearest is"):
+    with pytest.raises(BadConfig, match="`model.rope_scaling.faktor` must be a key of the config; the nearest is"):
         config.model.rope_scaling = {"faktor": 4.0}
         parse(config)
 
