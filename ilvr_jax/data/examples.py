@@ -1,4 +1,4 @@
-"""From a record to a sample: the chat text, its tokens, patches and latent slots."""
+"""Samples from records: the chat text, its tokens, patches and latent slots."""
 
 import dataclasses
 import json
@@ -20,20 +20,20 @@ from ilvr_jax.models.qwen2_5_vl.positions import mrope_positions
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # image_pad is repeated once per vision token
 LATENT = "<|latent_start|><|latent_pad|><|latent_end|>"  # latent_pad is repeated once per slot
-PICTURE = f"<|latent_start|>{IMAGE}<|latent_end|>"  # a look at pixels: as the engine shows it where the model asks
-# Texts must not hold what is part of the chat's structure. Marks of grounding, such as <|box_start|>, belong in texts.
+PICTURE = f"<|latent_start|>{IMAGE}<|latent_end|>"  # a look at a picture, in the form that the engine inserts
+# Tokens of the chat's structure, which texts must not hold. Marks of grounding, such as <|box_start|>, may be in texts.
 STRUCTURE = (*SPECIAL_TOKENS, "<|vision_pad|>", "<|video_pad|>")
 HELPER_IMAGES = {"latent": LATENT, "slots": LATENT, "omit": "", "encode": PICTURE}
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleSettings:
-    """How records become samples."""
+    """The settings of samples and prompts."""
 
     image_scale: float = 1.0
-    question: str | None = None  # put in place of every record's own
-    latent_size: int = 8  # K, slots a look
-    # What looks become: "latent" slots with their images for the teacher, "slots" alone, vision tokens between the same
+    question: str | None = None  # replaces every record's own
+    latent_size: int = 8  # K, slots per look
+    # The form of looks: "latent" slots with their images for the teacher, "slots" alone, vision tokens between the same
     # markers ("encode"), or nothing ("omit").
     helper_images: str = "latent"
     system: str = ""  # text of a system turn, none if empty
@@ -41,7 +41,7 @@ class ExampleSettings:
     min_pixels: int | None = None
     max_pixels: int | None = None
     position_ids: PositionIds = dataclasses.field(default=mrope_positions, repr=False)  # the backbone's
-    features: FeatureStore | None = None  # what the vision tower made of images already, in place of their pixels
+    features: FeatureStore | None = None  # computed features of images, in place of their pixels
 
     def __post_init__(self):
         if self.helper_images not in HELPER_IMAGES:
@@ -65,20 +65,20 @@ def build_example(
     settings: ExampleSettings,
     number: int = 0,
 ) -> Sample:
-    """Build the training sample of a record: prompt and answer.
+    """Return the training sample of a record: prompt and answer.
 
-    The chat text is that of Qwen2.5-VL's published template. Images stand where the question has `<image>`, or all
-    before it if it has none. The steps follow each other with nothing between them; the answer ends with `<|im_end|>`.
+    The chat text is that of Qwen2.5-VL's published template. Images are where the question has `<image>`, or all before
+    it if it has none. Steps are joined without separators; the answer ends with `<|im_end|>`.
 
     Raises BadRecord if the record has no steps, its text holds a special token, its question has another number of
     `<image>` than there are images, or an image cannot be read.
     """
     if not record.steps:
-        raise BadRecord(f"{record.name}: has zero steps; at least one step is needed for training")
+        raise BadRecord(f"{record.name}: must have at least one step for training, got none")
     looks = [step.helper_image for step in record.steps if not isinstance(step, Text)]
     look = HELPER_IMAGES[settings.helper_images]
     texts = [step.content for step in record.steps if isinstance(step, Text)]
-    for text in texts if look else ["".join(texts)]:  # two halves of a special token may meet where a look was
+    for text in texts if look else ["".join(texts)]:  # joined texts may form a special token
         _plain(text, record)
     answer = "".join(step.content if isinstance(step, Text) else look for step in record.steps)
     return _build(
@@ -100,9 +100,9 @@ def build_prompt(
     settings: ExampleSettings,
     number: int = 0,
 ) -> Sample:
-    """Build a record's prompt alone, up to and including the assistant header, for decoding.
+    """Return a record's prompt, up to and including the assistant header, for decoding.
 
-    Raises BadRecord as `build_example` does; a record needs no steps.
+    Raises BadRecord as `build_example` does, except that a record needs no steps.
     """
     return _build(record, _prompt(record, settings), record.images, [], tokenizer, special, settings, number)
 
@@ -115,10 +115,10 @@ def _prompt(record: Record, settings: ExampleSettings) -> str:
 
 
 def chat_template(system: str) -> str:
-    """Return the Jinja template with which transformers writes conversations as `build_example` does.
+    """Return the Jinja template for transformers that writes conversations as `build_example` does.
 
-    Messages are texts, or parts of the types "text" and "image". `system` is the text of the system turn where a
-    conversation does not begin with its own, none if empty.
+    Messages are texts, or parts of the types "text" and "image". `system` is the system turn of conversations without
+    their own; if empty they have none.
     """
     parts = (
         "{% for part in message['content'] %}"
@@ -148,7 +148,7 @@ def _with_images(question: str, record: Record) -> str:
 
 
 def _plain(text: str, record: Record) -> str:
-    """Return the text if it holds no special token: one would be read as part of the chat's structure."""
+    """Return the text. Raises BadRecord if it holds a special token, which would be part of the chat's structure."""
     if "<|" in text:
         for token in STRUCTURE:
             if token in text:
@@ -171,7 +171,7 @@ def _build(
         helper_images = [read_image(source, settings) for source in helper_sources]
     except BadRecord as error:
         raise BadRecord(f"{record.name}: {error}") from error
-    # The Rust tokenizer underneath: the wrapper costs several times as much for a text of this length.
+    # The Rust tokenizer directly: its wrapper takes several times as long for a text of this length.
     tokens = np.array(tokenizer.backend_tokenizer.encode(chat, add_special_tokens=False).ids, np.int32)
     tokens = _expand(tokens, images, special, settings.latent_size)
     size, position_ids = settings.latent_size, settings.position_ids
@@ -179,7 +179,7 @@ def _build(
 
 
 def read_image(source: ImageSource, settings: ExampleSettings) -> PatchedImage | EncodedImage:
-    """Return an image as the model takes it: its features if `settings` has a store that holds them, else patches.
+    """Return an image for the model: its features if the store of `settings` holds them, else patches.
 
     Raises BadRecord as `load_image` does.
     """

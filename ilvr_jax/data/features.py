@@ -1,4 +1,4 @@
-"""What the frozen vision tower made of images, on disk: computed once, read in place of pixels."""
+"""Features of images from the frozen vision tower, on disk: computed once and read in place of pixels."""
 
 import errno
 import hashlib
@@ -22,10 +22,10 @@ UNFINISHED = ".partial"
 
 
 class FeatureStore:
-    """The features of images, found by the images' content, in a folder of safetensors files.
+    """The features of images by the images' content, in a folder of safetensors files.
 
-    A file is whole when it gets its name, and never changed. The folder belongs to one vision tower and one way of
-    preparing images. Copies in other processes see what was there when they first looked.
+    A file is complete when it gets its name, and never changes. The folder belongs to one vision tower and one way of
+    preparing images. Copies in other processes read the files that exist at their first access.
     """
 
     def __init__(self, folder: Path, channels: int, dtype: str):
@@ -35,7 +35,7 @@ class FeatureStore:
         self._tensors: TensorFiles | None = None
 
     def get(self, source: ImageSource) -> EncodedImage | None:
-        """Return an image's features, None if they were not computed."""
+        """Return an image's features, or None if they were not computed."""
         key = image_key(source)
         return EncodedImage(self._opened()[key]) if key in self._opened() else None
 
@@ -43,7 +43,7 @@ class FeatureStore:
         return key in self._opened()
 
     def add(self, features: Mapping[str, Float[np.ndarray, "rows columns channels"]]) -> None:
-        """Keep features by `image_key`; raises OSError if there is no room for them."""
+        """Write features by `image_key`. Raises OSError if there is no room for them."""
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=UNFINISHED, delete=False) as file:
             unfinished = Path(file.name)
         try:
@@ -56,9 +56,9 @@ class FeatureStore:
         self._tensors = None
 
     def repair(self) -> list[str]:
-        """Make the folder if there is none, and removes what is half written or damaged; returns what was damaged.
+        """Make the folder if there is none, remove unfinished and damaged files, and return the names of damaged ones.
 
-        No other process may be adding to it.
+        No other process may add to the folder meanwhile.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(f"*{UNFINISHED}"):
@@ -87,9 +87,9 @@ class FeatureStore:
 
 
 def image_key(source: ImageSource) -> str:
-    """Return what an image is found by: a hash of its file's content, or of its pixels and their shape.
+    """Return the key of an image: a hash of its file's content, or of its pixels and their shape.
 
-    Empty if the file cannot be read.
+    It is empty if the file cannot be read.
     """
     content = hashlib.blake2b(digest_size=16)
     if isinstance(source, np.ndarray):
@@ -101,6 +101,6 @@ def image_key(source: ImageSource) -> str:
         try:
             with open_regular(source) as file:
                 hashlib.file_digest(file, lambda: content)
-        except (OSError, ValueError):  # ValueError: no path
+        except (OSError, ValueError):  # ValueError: not a path
             return ""
     return content.hexdigest()

@@ -1,4 +1,4 @@
-"""Pixels: reading image files, scaling, and cutting into patches for the vision tower."""
+"""Images as pixels: read from files, scaled, and cut into patches for the vision tower."""
 
 import contextlib
 import ctypes
@@ -22,17 +22,17 @@ from ilvr_jax.errors import InputError, quote
 from ilvr_jax.files import POINTER, open_regular, read_object
 from ilvr_jax.models.qwen2_5_vl.images import MERGE, PatchedImage
 
-PATCH = 14  # pixels a side of a patch
-UNIT = PATCH * MERGE  # pixels a side of a merge unit, one vision token
-ASPECT_RATIO = 200  # of the most elongated image that smart_resize takes
-MOST_PIXELS = 2**27  # of an image, as it is in the file and as the model gets it: 134 megapixels
-MOST_BYTES = 8 * MOST_PIXELS  # of an image file: four channels of 16 bits, not compressed
+PATCH = 14  # pixels along a side of a patch
+UNIT = PATCH * MERGE  # pixels along a side of a merge unit, one vision token
+ASPECT_RATIO = 200  # the largest that smart_resize allows
+MOST_PIXELS = 2**27  # of an image, in the file and after scaling: 134 megapixels
+MOST_BYTES = 8 * MOST_PIXELS  # of an image file: four uncompressed channels of 16 bits
 STRIP_PIXELS = 2**22
 
-# The formats that Pillow may open; others run programs (EPS) or are rare, and their decoders little tried.
+# The formats that Pillow may open. Others run programs (EPS), or are rare, with decoders that are little tested.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
-# What Pillow's decoders let through on damaged files, damaged EXIF data among them.
+# The errors of Pillow's decoders on damaged files, damaged EXIF data included.
 DECODING_ERRORS = (
     OSError,
     ValueError,
@@ -49,14 +49,14 @@ DECODING_ERRORS = (
     zlib.error,
 )
 
-# What is wrong with a file is raised here, as one BadRecord: Pillow's own remarks on damage would repeat it.
+# Damage is raised as one BadRecord; Pillow's warnings and log lines would repeat it.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-with contextlib.suppress(AttributeError):  # a libtiff that hides its functions prints on
-    for kind in ("Error", "Warning"):  # it writes to stderr by itself, a line for each damaged row
+with contextlib.suppress(AttributeError):  # a libtiff with hidden functions prints anyway
+    for kind in ("Error", "Warning"):  # libtiff writes a line to stderr for each damaged row
         getattr(ctypes.CDLL(Image.core.__file__), f"TIFFSet{kind}Handler")(None)
 
-# Names that published checkpoints give to the one image processor that this module mirrors, and what it does.
+# The names of this module's image processor in published checkpoints, and its settings.
 IMAGE_PROCESSORS = (
     "Qwen2VLImageProcessor",
     "Qwen2VLImageProcessorFast",
@@ -85,13 +85,14 @@ def load_image(
     """Return an image as RGB, its sides scaled and rounded to multiples of 28 pixels (one vision token), at least 28.
 
     `source` is an image file, the bytes of one, or pixels: uint8 [height, width, 3]. Shrinking by `scale` averages
-    boxes of pixels; the rest interpolates (bicubic). With `min_pixels` or `max_pixels` sizes and pixels are those of
+    boxes of pixels; all other resizing is bicubic. With `min_pixels` or `max_pixels` sizes and pixels are those of
     transformers' Qwen2-VL image processor with these bounds; a bound that is None is 784 pixels (one vision token)
-    or infinite. Transparency shows white, as there; EXIF rotation is applied, and of 16 bits the upper 8 are kept.
+    or infinite. Transparent pixels become white, as there; EXIF rotation is applied, and 16 bits are cut to the upper
+    8.
 
     Raises BadRecord if a file cannot be read or decoded, has another format than `FORMATS`, several frames or 32 bits
-    a channel; if it has more than `MOST_PIXELS`, which is known before they are decoded, or more after scaling; if one
-    side is over 200 times the other (after `scale`); or if an array is not uint8 [height, width, 3].
+    per channel; if it has more than `MOST_PIXELS`, checked before decoding, or more after scaling; if one side is over
+    200 times the other (after `scale`); or if an array is not uint8 [height, width, 3].
     """
     if isinstance(source, np.ndarray):
         name = "an image"
@@ -116,7 +117,7 @@ def load_image(
     size = fit(image.size)
     if scale < 1.0:
         image = image.resize(scaled(image.size), Image.Resampling.BOX)
-    for step in ((size[0], image.height), size):  # as a call for both sides does, which would hold one more image
+    for step in ((size[0], image.height), size):  # one call for both sides would hold one more image
         if step != image.size:
             image = image.resize(step, Image.Resampling.BICUBIC)
     pixels = np.empty((*size[::-1], 3), np.uint8)
@@ -128,7 +129,7 @@ def load_image(
 def _fitting_size(
     width: float, height: float, min_pixels: int | None, max_pixels: int | None, name: str
 ) -> tuple[int, int]:
-    """Return the width and height, multiples of 28 pixels, that an image gets; raises BadRecord as `load_image`."""
+    """Return an image's final width and height, multiples of 28 pixels. Raises BadRecord as `load_image` does."""
     if max(width, height) > ASPECT_RATIO * min(width, height):
         raise BadRecord(
             f"{name}: must have a longer side of at most {ASPECT_RATIO} times the shorter, got "
@@ -137,7 +138,7 @@ def _fitting_size(
     if min_pixels is None and max_pixels is None:
         width, height = (max(UNIT, round(side / UNIT) * UNIT) for side in (width, height))
     else:
-        # Where PyTorch is installed this import takes seconds, and small runs do without.
+        # If PyTorch is installed this import takes seconds, and small runs do not need it.
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         height, width = smart_resize(height, width, UNIT, min_pixels or UNIT**2, max_pixels or math.inf)
@@ -148,7 +149,7 @@ def _fitting_size(
 def open_image(
     source: Path | bytes, name: str, check: Callable[[tuple[int, int]], object] = lambda sides: None
 ) -> Image.Image:
-    """Return an image file, or the content of one, as RGB in its own size; raises BadRecord as `load_image` does.
+    """Return an image file, or the content of one, as RGB in its own size. Raises BadRecord as `load_image` does.
 
     `check` gets width and height before pixels are decoded, and may raise BadRecord.
     """
@@ -158,18 +159,18 @@ def open_image(
             length = file.seek(0, io.SEEK_END)
         except OSError as error:
             raise BadRecord(f"{name}: must be an image file, but cannot be read: {error.strerror}") from error
-        except ValueError as error:  # a path with a zero character, or half of a surrogate pair
-            raise BadRecord(f"{name}: must be an image file, but is no path ({error})") from error
-        if length > MOST_BYTES:  # some decoders read a file as a whole
+        except ValueError as error:  # a path with a null character or a lone surrogate
+            raise BadRecord(f"{name}: must be an image file, but is not a path ({error})") from error
+        if length > MOST_BYTES:  # some decoders read the whole file
             raise BadRecord(f"{name}: must be an image file of at most {MOST_BYTES} bytes, got {length}")
         try:
             with Image.open(file, formats=FORMATS) as image:
                 _check_pixels(*image.size, name, "in the file")
-                if image.format == "TIFF":  # a tile is decoded as a whole, however small the image
+                if image.format == "TIFF":  # a tile is decoded whole, even for a small image
                     tile = (image.tag_v2.get(tag, 1) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
                     _check_pixels(*tile, name, "in a tile")
                 check(image.size)
-                # The further frames of an MPO file, a camera's JPEG, are previews or the view of the other eye.
+                # The other frames of an MPO file, a camera's JPEG, are previews or the view for the other eye.
                 if getattr(image, "is_animated", False) and image.format != "MPO":
                     raise BadRecord(f"{name}: must be an image with a single frame, got several")
                 ImageOps.exif_transpose(image, in_place=True)
@@ -182,7 +183,7 @@ def open_image(
         except Image.UnidentifiedImageError as error:
             file.seek(0)
             raise BadRecord(f"{name}: must be a whole {', '.join(FORMATS)} image, got {_beginning(file)}") from error
-        except Image.DecompressionBombError as error:  # Pillow looks at the size first, and has a limit of its own
+        except Image.DecompressionBombError as error:  # Pillow's own limit, checked before ours
             raise BadRecord(f"{name}: must have at most {MOST_PIXELS} pixels in the file, got far more") from error
         except DECODING_ERRORS as error:
             raise BadRecord(f"{name}: must be a whole image file, but cannot be decoded ({error})") from error
@@ -201,7 +202,7 @@ def _check_pixels(width: float, height: float, name: str, where: str) -> None:
 
 
 def _strips(sides: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
-    """Yield boxes that an image is worked on in, so that what is made on the way stays small."""
+    """Yield boxes to process an image in, so that intermediate results stay small."""
     width, height = sides
     rows = max(1, STRIP_PIXELS // width)
     for top in range(0, height, rows):
@@ -211,9 +212,9 @@ def _strips(sides: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         pixels = np.asarray(image)
-        # Pillow reads some files of 16 bits into 32.
+        # Pillow decodes some files of 16 bits to 32.
         if image.mode == "F" or pixels.min() < 0 or pixels.max() > 0xFFFF:
-            raise BadRecord(f"{name}: must have 8 or 16 bits a channel, got 32")
+            raise BadRecord(f"{name}: must have 8 or 16 bits per channel, got 32")
         return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or image.info.get("transparency") is not None:  # as transformers' convert_to_rgb
         image = image.convert("RGBA")
@@ -222,29 +223,29 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def image_processor_settings(folder: str | Path) -> dict[str, Any]:
-    """Return what a checkpoint's preprocessor_config.json says about its images.
+    """Return the settings of images in a checkpoint's preprocessor_config.json.
 
     The keys are `min_pixels` and `max_pixels` (for `load_image`), `image_mean` and `image_std` (of pixels in 0..1, for
-    each channel), `patch_size`, `merge_size` and `temporal_patch_size`. Bounds are read under either published name,
-    `min_pixels` and `max_pixels` or `size` with `shortest_edge` and `longest_edge`, and a processor_config.json with
-    an image processor inside goes first, as in transformers.
+    each channel), `patch_size`, `merge_size` and `temporal_patch_size`. Bounds have one of two published forms,
+    `min_pixels` and `max_pixels`, or `size` with `shortest_edge` and `longest_edge`; `min_pixels` and `max_pixels`
+    inside `size` are read as well. A processor_config.json with an image processor takes precedence, as in
+    transformers.
 
-    Without transformers' own names, those of `load_image` inside `size` are bounds too. Raises InputError, naming the
-    file, if there is none, it is damaged, or it describes other processing than this module's.
+    Raises InputError, naming the file, if there is none, it is damaged, or its processing is not this module's.
     """
     from transformers import Qwen2VLImageProcessorPil  # slow, as above
 
     path, fields = _image_processor(Path(folder))
-    wanted = f"{path} must be the image processor of a Qwen2-VL or Qwen2.5-VL"
+    must_be = f"{path} must be the image processor of a Qwen2-VL or Qwen2.5-VL"
     if (kind := fields.get("image_processor_type")) not in IMAGE_PROCESSORS:
-        raise InputError(f"{wanted}, but its type is {quote(kind)}")
+        raise InputError(f"{must_be}, but its type is {quote(kind)}")
     size = fields.get("size")
     if isinstance(size, dict) and size and size.keys() <= {"min_pixels", "max_pixels"}:
         fields = {**size, **{key: value for key, value in fields.items() if value is not None}, "size": None}
     try:
         processor = Qwen2VLImageProcessorPil.from_dict(fields)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
-        raise InputError(f"{wanted}, but cannot be read ({error})") from error
+        raise InputError(f"{must_be}, but cannot be read ({error})") from error
     bounds = [processor.size["shortest_edge"], processor.size["longest_edge"]]
     if (
         not all(type(bound) in (int, float) and bound == bound // 1 for bound in bounds)
@@ -270,7 +271,7 @@ def image_processor_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def _image_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the fields of a checkpoint's image processor, and their file; raises InputError, naming it."""
+    """Return the file of a checkpoint's image processor, and its fields. Raises InputError, naming the file."""
     path = folder / "processor_config.json"
     if os.path.lexists(path) and "image_processor" in (processor := read_object(path)):
         fields = processor["image_processor"]
@@ -282,14 +283,14 @@ def _image_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def patch_image(pixels: UInt8[np.ndarray, "height width 3"]) -> PatchedImage:
-    """Cut an image into patches as the Qwen2-VL image processor orders them, one frame, not normalised.
+    """Return an image as patches in the order of the Qwen2-VL image processor, one frame, not normalised.
 
     Raises ValueError if a side is not a multiple of 28 pixels.
     """
     height, width = pixels.shape[0] // PATCH, pixels.shape[1] // PATCH
     if pixels.shape[0] % UNIT or pixels.shape[1] % UNIT:
         raise ValueError(
-            f"sides of an image must be multiples of {UNIT} pixels, got {pixels.shape[1]}x{pixels.shape[0]}"
+            f"the sides of an image must be multiples of {UNIT} pixels, got {pixels.shape[1]}x{pixels.shape[0]}"
         )
     units = pixels.reshape(height // MERGE, MERGE, PATCH, width // MERGE, MERGE, PATCH, 3)
     patches = units.transpose(0, 3, 1, 4, 6, 2, 5).reshape(height * width, 3 * PATCH * PATCH)

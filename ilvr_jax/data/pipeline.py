@@ -1,4 +1,4 @@
-"""The input pipeline: shuffled records -> samples (in grain workers) -> batches of few static shapes, endlessly."""
+"""The input pipeline, endless: shuffled records -> samples (in grain workers) -> batches of a few static shapes."""
 
 import collections
 import functools
@@ -19,18 +19,18 @@ from ilvr_jax.models.base import ImageGeometry
 from ilvr_jax.models.qwen2_5_vl.images import EncodedImage, PatchedImage
 
 PREFETCHED_BATCHES = 2
-PREFETCHED_SAMPLES = 16  # a worker
-LOGGED_SKIPS = 20  # bad records that are named; those that follow are counted only
+PREFETCHED_SAMPLES = 16  # per worker
+LOGGED_SKIPS = 20  # bad records that are logged; later ones are only counted
 
 
 class Source(Protocol):
     """Records by number.
 
-    A source should have a method `fingerprint() -> str`: the same text for the same records in the same order, another
-    one for others. A run is resumed with the records that it was stopped with alone; see `fingerprint`.
+    A source should have a method `fingerprint() -> str`, equal for equal records in the same order and different for
+    others: a run resumes only with the same records; see `fingerprint`.
 
     A source that reads neighbours together may have a method `shuffled(random: numpy.random.Generator)`, which returns
-    the numbers of all records in an order for an epoch that keeps the neighbours near each other.
+    the numbers of all records in the order of an epoch, with neighbours near each other.
     """
 
     def __len__(self) -> int: ...
@@ -39,12 +39,12 @@ class Source(Protocol):
 
 
 def fingerprint(source: Source) -> str:
-    """Return a source's fingerprint; for one without the method it covers no more than the number of records."""
+    """Return a source's fingerprint; without the method it is the number of records alone."""
     return source.fingerprint() if hasattr(source, "fingerprint") else f"{len(source)} records of unknown content"
 
 
 class Loaded(NamedTuple):
-    """A record on its way to a batch: a sample and its bucket, or why there is none."""
+    """A record that was loaded: its sample and the number of its bucket, or the problem."""
 
     number: int
     sample: Sample | None = None
@@ -52,13 +52,13 @@ class Loaded(NamedTuple):
     problem: str = ""
 
 
-class Share(NamedTuple):
-    """What one of several processes does: it loads every count-th record, and has some rows of each batch."""
+class ProcessShard(NamedTuple):
+    """The part of one of several processes: it loads every count-th record, and holds some rows of each batch."""
 
-    rows: Sequence[int]
-    process: int = 0
-    count: int = 1
-    exchange: Callable[[Any], list[Any]] = lambda value: [value]  # what each process calls it with, told to all
+    rows: Sequence[int]  # of each batch
+    process: int = 0  # its number
+    count: int = 1  # of processes
+    all_gather: Callable[[Any], list[Any]] = lambda value: [value]  # returns the value of each process
 
 
 def make_iterator(
@@ -72,18 +72,18 @@ def make_iterator(
     workers: int = 0,
     on_bad_record: str = "error",
     no_image: PatchedImage | EncodedImage = NO_IMAGE,
-    share: Share | None = None,
+    shard: ProcessShard | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Return an endless iterator over batches, every epoch in another order.
+    """Return an endless iterator over batches, with a new order in every epoch.
 
-    `to_sample(record, number=...)` makes a sample of record `number`; it goes to the first of `buckets` that holds
-    it, and a batch is made when a bucket has `batch_size` samples. Part-full buckets are carried into the next
-    epoch. With `workers` processes or none (a thread), the batches are the same. The state (`get_state`,
-    `set_state`) is small and plain JSON, and may be restored with another number of workers. All images are of the kind
-    that `no_image` is, patched or encoded. With a `share`, batches are those of one process and have its rows of them.
+    `to_sample(record, number=...)` makes the sample of record `number`. It goes to the first of `buckets` that holds
+    it, and a bucket with `batch_size` samples becomes a batch. Partly filled buckets are carried into the next epoch.
+    All images are of the kind of `no_image`, patched or encoded. With `shard`, batches have the rows of one process
+    alone. The number of `workers` (processes; 0: a thread) changes no batch, and the state (`get_state`, `set_state`),
+    small and plain JSON, may be restored with another.
 
-    A bad record raises BadRecord at the next batch, or with `on_bad_record="skip"` is skipped: the
-    first are logged, and `skipped_records` lists all. Raises ValueError on settings that make no sense.
+    A bad record raises BadRecord at the next batch, or with `on_bad_record="skip"` is skipped: the first ones are
+    logged, and `skipped_records` lists all. Raises ValueError for invalid settings.
     """
     if on_bad_record not in ("error", "skip"):
         raise ValueError(f"on_bad_record must be error or skip, got {on_bad_record!r}")
@@ -102,7 +102,7 @@ def make_iterator(
         no_image=no_image,
     )
     records = shuffled_numbers(source, seed).map(load)
-    grain.config.update("py_traceback_filtering", "off")  # it would add lines of its own to an error's sentence
+    grain.config.update("py_traceback_filtering", "off")  # it adds lines to the messages of errors
     batches = BatchIterator(
         records,
         functools.partial(collate, special=special, geometry=geometry, no_image=no_image),
@@ -112,20 +112,20 @@ def make_iterator(
         skip=on_bad_record == "skip",
         source_length=len(source),
         records_fingerprint=fingerprint(source),
-        share=share or Share(range(batch_size)),
+        shard=shard or ProcessShard(range(batch_size)),
     )
     return grain.experimental.ThreadPrefetchDatasetIterator(batches, PREFETCHED_BATCHES)
 
 
 def shuffled_numbers(source: Source, seed: int) -> grain.MapDataset[int]:
-    """Return the endless order of records: each once an epoch, every epoch in another order."""
+    """Return the endless order of records: all once per epoch, with a new order in every epoch."""
     if hasattr(source, "shuffled"):
         return grain.MapDataset.range(sys.maxsize).map(EpochOrder(source, seed))
     return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
 
 class EpochOrder:
-    """The number of the record at a position of the endless order, where the source shuffles its records itself."""
+    """The number of the record at a position of the endless order, for a source that shuffles its records itself."""
 
     def __init__(self, source: Source, seed: int):
         self._source, self._seed = source, seed
@@ -133,15 +133,15 @@ class EpochOrder:
 
     def __call__(self, position: int) -> int:
         epoch, place = divmod(position, len(self._source))
-        known, order = self._current
-        if epoch != known:
+        current, order = self._current
+        if epoch != current:
             order = self._source.shuffled(np.random.default_rng((self._seed, epoch)))
             self._current = (epoch, order)
         return int(order[place])
 
 
 def is_place(state: Any) -> bool:
-    """Return whether a value has the form of an iterator's state: what is read from a damaged file may not."""
+    """Return whether a value has the form of an iterator's state; one read from a damaged file may not."""
     if not isinstance(state, dict) or not isinstance(state.get("records", ""), str):
         return False
     lists = (state.get("pending"), state.get("skipped"), [state.get("position")])
@@ -149,12 +149,12 @@ def is_place(state: Any) -> bool:
 
 
 def next_epoch(state: dict[str, Any], records: int) -> dict[str, Any]:
-    """Return the state of an iterator over so many other records, at the first epoch that begins after `state`."""
+    """Return the state of an iterator over other `records`, at the first epoch that begins after `state`."""
     return {"position": -(-state["position"] // records) * records, "pending": [], "skipped": []}
 
 
 def skipped_records(iterator: grain.DatasetIterator) -> list[int]:
-    """Return the numbers of the records skipped so far, each once however often it came up."""
+    """Return the numbers of the records skipped so far, each once."""
     return list(iterator.get_state()["skipped"])
 
 
@@ -166,15 +166,15 @@ def load_sample(
     geometry: ImageGeometry,
     no_image: PatchedImage | EncodedImage = NO_IMAGE,
 ) -> Loaded:
-    """Load one record and finds its bucket; a bad record is returned as such, to be judged in the main process."""
+    """Load one record and find its bucket. A bad record is returned as a problem, which the main process handles."""
     try:
         record = source[number]
         sample = to_sample(record, number=number)
         bucket = find_bucket(sample, record.name, buckets, geometry)
         if any(type(image) is not type(no_image) for image in (*sample.images, *sample.helper_images)):
             raise BadRecord(
-                f"{record.name}: an image has no features, since it was another or unreadable when they were computed; "
-                "the same command computes them"
+                f"{record.name}: an image must have the features that are computed at the start, but changed or was "
+                "unreadable then; run the command again to compute them"
             )
         return Loaded(number, sample, bucket)
     except BadRecord as error:
@@ -182,7 +182,7 @@ def load_sample(
 
 
 def find_bucket(sample: Sample, name: str, buckets: Sequence[Layout], geometry: ImageGeometry) -> int:
-    """Return which of `buckets` a sample goes to, the first that holds it; raises BadRecord, naming it, if none."""
+    """Return the number of the first bucket that holds a sample. Raises BadRecord, naming it, if none does."""
     for bucket, layout in enumerate(buckets):
         if fits(sample, layout, geometry):
             return bucket
@@ -190,53 +190,53 @@ def find_bucket(sample: Sample, name: str, buckets: Sequence[Layout], geometry: 
 
 
 def stream(items: grain.MapDataset, workers: int) -> grain.DatasetIterator:
-    """Return the items in their order, made in `workers` processes, or here if there are none."""
+    """Return the items in order, made in `workers` processes, or in this one if there are none."""
     ordered = items.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if workers:
-        if not flags.FLAGS.is_parsed():  # grain asks absl's flags for debug settings before it starts a worker
+        if not flags.FLAGS.is_parsed():  # grain reads debug settings from absl's flags when it starts a worker
             flags.FLAGS.mark_as_parsed()
         ordered = ordered.mp_prefetch(grain.MultiprocessingOptions(workers, PREFETCHED_SAMPLES), _ignore_ctrl_c)
     return iter(ordered)
 
 
 def _ignore_ctrl_c(worker: int, workers: int) -> None:
-    """Leave Ctrl-C, which reaches all processes, to the main one: it ends the workers."""
+    """Ignore Ctrl-C, which reaches all processes: the main one ends the workers."""
     del worker, workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _too_large(need: Layout, largest: Layout) -> str:
-    """Says what of a sample does not fit; all its sizes where only their combination is too large."""
+    """Return which sizes of a sample do not fit, or all of them if only their combination is too large."""
     rooms = {
         "images": (need.images, largest.images),
-        "vision tokens an image": (need.image_tokens, largest.image_tokens),
+        "vision tokens per image": (need.image_tokens, largest.image_tokens),
     }
     if need.segments:
         last = max(0, largest.segments - need.segments + 1) * largest.text + largest.tail
         rooms |= {
             "tokens before the first latent segment": (need.prefix, largest.prefix),
             "latent segments": (need.segments, largest.segments),
-            "slots a segment": (need.latent_size, largest.latent_size),
+            "slots per segment": (need.latent_size, largest.latent_size),
             "tokens between segments": (need.text, largest.text),
             "tokens after the last segment": (need.text + need.tail, last),
-            "vision tokens a helper image": (need.helper_tokens, largest.helper_tokens),
+            "vision tokens per helper image": (need.helper_tokens, largest.helper_tokens),
         }
     else:
         rooms["tokens"] = (need.prefix, len(largest.text_columns))
     over = {name: sizes for name, sizes in rooms.items() if sizes[0] > sizes[1]} or rooms
     needs, holds = ([f"{sizes[side]} {name}" for name, sizes in over.items()] for side in (0, 1))
-    return f"fits no bucket: it takes {', '.join(needs)}; the largest bucket holds {', '.join(holds)}"
+    return f"must fit a bucket, but takes {', '.join(needs)}; the largest bucket holds {', '.join(holds)}"
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Assemble batches from `records`, a random-access dataset of Loaded.
+    """Batches from `records`, a random-access dataset of Loaded.
 
-    The state is a position in the (endless, shuffled) order of records and the positions of the samples that
-    wait in part-full buckets. Those are loaded again after a restore. `records`, the source's fingerprint, is for
-    comparison with another source's: `set_state` does not look at it.
+    The state is a position in the (endless, shuffled) order of records and the positions of the samples that wait in
+    partly filled buckets, which are loaded again after a restore. The source's fingerprint in it, `records`, is for
+    comparison with another source's; `set_state` ignores it.
 
-    Of several processes each loads its part of the records and tells the others which buckets they go to, so that all
-    make the same batches. Of its rows it then loads those that another process has sized.
+    Each of several processes loads its part of the records and sends their buckets to the others, so that all make the
+    same batches. It then loads those of its own rows that another process had loaded.
     """
 
     def __init__(
@@ -249,10 +249,10 @@ class BatchIterator(grain.DatasetIterator):
         skip: bool,
         source_length: int,
         records_fingerprint: str,
-        share: Share,
+        shard: ProcessShard,
     ):
         super().__init__()
-        self._share = share
+        self._shard = shard
         self._records, self._make_batch, self._buckets = records, make_batch, tuple(buckets)
         self._batch_size, self._workers = batch_size, workers
         self._skip, self._source_length, self._fingerprint = skip, source_length, records_fingerprint
@@ -285,9 +285,9 @@ class BatchIterator(grain.DatasetIterator):
         while True:
             for layout, waiting in zip(self._buckets, self._waiting, strict=True):
                 if len(waiting) >= self._batch_size:
-                    mine = [waiting[row] for row in self._share.rows]
+                    rows = [waiting[row] for row in self._shard.rows]
                     del waiting[: self._batch_size]
-                    samples = [sample or self._records[position].sample for position, sample in mine]
+                    samples = [sample or self._records[position].sample for position, sample in rows]
                     return self._make_batch(samples, layout)
             if not self._ahead:
                 self._read_ahead()
@@ -295,16 +295,15 @@ class BatchIterator(grain.DatasetIterator):
             self._position += 1
 
     def _read_ahead(self) -> None:
-        """Load some of the next records, this process's share of them, and learns the others' buckets."""
-        _, process, count, exchange = self._share
+        """Load this process's part of the next records, and receive the buckets of the others'."""
+        _, process, count, all_gather = self._shard
         if self._stream is None:
             self._stream = stream(self._records.slice(slice(self._position + process, None, count)), self._workers)
-        mine = [next(self._stream) for _ in range(1 if count == 1 else -(-self._batch_size // count))]
-        told = exchange([[loaded.number, loaded.bucket, loaded.problem] for loaded in mine])
-        for place, of_place in enumerate(zip(*told, strict=True)):
-            for owner, (number, bucket, problem) in enumerate(of_place):
-                sample = mine[place].sample if owner == process else None
-                self._ahead.append(Loaded(number, sample, bucket, problem))
+        local = [next(self._stream) for _ in range(1 if count == 1 else -(-self._batch_size // count))]
+        gathered = all_gather([[loaded.number, loaded.bucket, loaded.problem] for loaded in local])
+        for loaded, headers in zip(local, zip(*gathered, strict=True), strict=True):
+            for owner, (number, bucket, problem) in enumerate(headers):
+                self._ahead.append(Loaded(number, loaded.sample if owner == process else None, bucket, problem))
 
     def _put(self, position: int, loaded: Loaded) -> None:
         if not loaded.problem:

@@ -1,4 +1,4 @@
-"""The records that a config names, and how it makes samples and prompts of them."""
+"""The records that a config names, and its settings of samples, prompts and buckets."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ TOKENIZER_RECORDS = 2000  # records whose texts the tokenizer is trained on
 
 
 def open_source(data: DataConfig, seed: int) -> Source:
-    """Return the records of a config; `seed` is that of generated ones.
+    """Return the records of a config; `seed` is for generated ones.
 
     Raises BadConfig for an unknown source, and BadRecord for a file that cannot be read.
     """
@@ -57,14 +57,14 @@ def make_tokenizer(config: RunConfig, source: Source) -> PreTrainedTokenizerFast
 
 
 def example_settings(config: RunConfig, helper_images: str) -> ExampleSettings:
-    """Return how records become samples for a stage's `helper_images`."""
-    # Generated images are drawn in the size in which they are used.
+    """Return the settings of samples for a stage's `helper_images`."""
+    # Generated images are drawn in the size they are used in.
     scale = 1.0 if config.data.source == "frozen_lake" else config.data.image_scale
     return dataclasses.replace(prompt_settings(config), image_scale=scale, question=None, helper_images=helper_images)
 
 
 def prompt_settings(config: RunConfig) -> ExampleSettings:
-    """Return how records become prompts in an evaluation."""
+    """Return the settings of prompts in an evaluation."""
     return ExampleSettings(
         image_scale=config.data.image_scale,
         min_pixels=config.data.min_pixels or None,

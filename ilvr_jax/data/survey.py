@@ -1,4 +1,4 @@
-"""A data set counted record by record: its sizes, what would be left out and why, and the buckets that it needs."""
+"""A survey of a data set, record by record: its sizes, the records to skip and why, and the buckets it needs."""
 
 import dataclasses
 import functools
@@ -21,23 +21,23 @@ from ilvr_jax.method.tokens import Role
 from ilvr_jax.models.base import ImageGeometry
 
 QUOTED = 3  # sentences of each reason
-MOST_REASONS = 1000  # that are counted apart
+MOST_REASONS = 1000  # that are counted separately
 MOST_BUCKETS = 4
-CANDIDATES = 16  # layouts that buckets are merged from: finding the best pair takes the square of it
-SPARED_BUCKET = 0.02  # a bucket, and its compilation, is spared if batches grow by no more than this share
+CANDIDATES = 16  # layouts that are merged at a time; finding the best pair takes the square of it
+SPARED_BUCKET = 0.02  # two buckets are merged if padding grows by no more than this share of all tokens
 
 
 class View(NamedTuple):
-    """What the stages that treat helper images alike make of the records."""
+    """The making of samples for the stages that treat helper images alike."""
 
     stages: str
-    helper_images: str  # as in ExampleSettings; empty: prompts alone are made, for decoding
+    helper_images: str  # as in ExampleSettings; empty: prompts alone, for decoding
     to_sample: Callable[..., Sample]
-    buckets: Mapping[str, Layout]  # in the order in which they are tried; empty: none are asked for
+    buckets: Mapping[str, Layout]  # in the order in which they are tried; empty: none needed
 
 
 class Measured(NamedTuple):
-    """A record under a view; without a sample there is nothing but the problem."""
+    """The measurements of a record under a view; without a sample, the problem alone."""
 
     problem: str = ""
     need: Layout | None = None
@@ -50,7 +50,7 @@ class Measured(NamedTuple):
 def measurements(
     source: Source, views: Sequence[View], geometry: ImageGeometry, count: int, workers: int
 ) -> grain.DatasetIterator[tuple[Measured, ...]]:
-    """Return what the first `count` records are under each view, worked out in `workers` processes or here."""
+    """Return the measurements of the first `count` records under each view, made in `workers` processes or here."""
     work = functools.partial(_measure_record, source=source, views=tuple(views), geometry=geometry)
     return stream(grain.MapDataset.range(count).map(work), workers)
 
@@ -89,7 +89,7 @@ def _measure(record: Record, number: int, view: View, geometry: ImageGeometry) -
 
 
 def _counts(record: Record, sample: Sample, answered: bool) -> dict[str, int]:
-    # The header `<|im_start|>assistant` is the end of the prompt: what follows carries loss.
+    # The header `<|im_start|>assistant` ends the prompt: the tokens after it carry loss.
     end = int(np.argmax(sample.roles == Role.ANSWER)) + 2 if answered else len(sample.tokens)
     counts = {
         "user images": len(record.images),
@@ -97,16 +97,16 @@ def _counts(record: Record, sample: Sample, answered: bool) -> dict[str, int]:
         "latent segments": len(sample.slot_starts),
     }
     for kind, roles in (("text", (Role.PROMPT, Role.ANSWER)), ("vision", (Role.IMAGE,))):
-        there = np.isin(sample.roles, roles)
-        for part, where in (("prompt", there[:end]), ("answer", there[end:]), ("total", there)):
-            counts[f"{kind} tokens, {part}"] = int(where.sum())
+        mask = np.isin(sample.roles, roles)
+        for part, section in (("prompt", mask[:end]), ("answer", mask[end:]), ("total", mask)):
+            counts[f"{kind} tokens, {part}"] = int(section.sum())
     counts["vision tokens for the teacher"] = sum(image.vision_tokens for image in sample.helper_images)
     counts["all tokens"] = len(sample.tokens)
     return counts
 
 
 def pair_of_zeros() -> Int[np.ndarray, " pair"]:
-    """Return no samples and no tokens."""
+    """Return the counts of no samples and no tokens."""
     return np.zeros(2, np.int64)
 
 
@@ -116,12 +116,12 @@ class Tally:
     def __init__(self):
         self.quantities: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self.images: Counter[tuple[int, int, bool]] = Counter()
-        # Samples and their tokens by bucket ("" for none) and by the layout that they take, its sides rounded up so
-        # that there are few however long the data set is.
+        # Samples and their tokens by bucket ("" for none) and by the layout that they need, rounded up so that layouts
+        # are few for any data set.
         self.filled: defaultdict[tuple[str, Layout], Int[np.ndarray, " pair"]] = defaultdict(pair_of_zeros)
 
     def add(self, measured: Measured) -> None:
-        """Add a record, if there is a sample of it."""
+        """Add a record, if it has a sample."""
         if measured.need is not None:
             for name, value in measured.counts.items():
                 self.quantities[name][value] += 1
@@ -130,24 +130,22 @@ class Tally:
 
 
 class Survey:
-    """What is known of a data set, once its records are added."""
+    """The counts of a data set over the records added."""
 
     def __init__(self, views: Sequence[View]):
         self.views, self.tallies = views, [Tally() for _ in views]
         self.usable = self.left_out = 0
-        self.samples = array(
-            "q"
-        )  # numbers of the records that there are samples of, whether a bucket holds them or not
+        self.samples = array("q")  # numbers of the records that have a sample, in a bucket or not
         self.reasons: Counter[str] = Counter()
         self.sentences: defaultdict[str, list[str]] = defaultdict(list)  # the first few of each reason
 
     def add(self, number: int, measured: Sequence[Measured]) -> None:
-        """Add a record; it is left out if it cannot be used under one of the views."""
-        for tally, one in zip(self.tallies, measured, strict=True):
-            tally.add(one)
+        """Add a record; it is skipped if it cannot be used under one of the views."""
+        for tally, measurement in zip(self.tallies, measured, strict=True):
+            tally.add(measurement)
         if measured[0].need is not None:
             self.samples.append(number)
-        if problems := [one.problem for one in measured if one.problem]:
+        if problems := [measurement.problem for measurement in measured if measurement.problem]:
             self.leave_out(problems)
         else:
             self.usable += 1
@@ -163,7 +161,7 @@ class Survey:
                 self.sentences[reason].append(sentence)
 
     def needs(self) -> dict[Layout, Int[np.ndarray, " pair"]]:
-        """Return samples and their tokens by the layout that they take in training, under all views together."""
+        """Return samples and their tokens by the layout that they need in training, over all views."""
         needs = defaultdict(pair_of_zeros)
         for view, tally in self.distinct():
             if view.helper_images:  # prompts are decoded in layouts of their own
@@ -172,24 +170,24 @@ class Survey:
         return needs
 
     def distinct(self) -> list[tuple[View, Tally]]:
-        """Return views and tallies, without slots alone if there are slots with helper images: same tokens."""
+        """Return views and tallies, without "slots" if "latent" is there, whose tokens are the same."""
         treatments = {view.helper_images for view in self.views}
         repeated = "slots" if "latent" in treatments else None
-        each = zip(self.views, self.tallies, strict=True)
-        return [(view, tally) for view, tally in each if view.helper_images != repeated]
+        pairs = zip(self.views, self.tallies, strict=True)
+        return [(view, tally) for view, tally in pairs if view.helper_images != repeated]
 
 
 def reason_of(problem: str) -> str:
-    """Return a problem's sentence without what differs from record to record: name, numbers, paths and asides."""
+    """Return a problem's sentence without what varies between records: name, numbers, paths and asides."""
     sentence = re.sub(r" \(.*\)", "", problem.partition(": ")[2])
     sentence = re.sub(r"(, got [^'\"]*?)b?['\"].*", r"\1…", sentence)
-    what, semicolon, accepted = sentence.partition("; ")
-    what = re.sub(r"'[^']*'|[^\s:,]*[/\\.][^\s:,]*|(?<![\w-])\d+(x\d+)?", "…", what)
-    return re.sub(r"…( …)+", "…", what) + semicolon + accepted
+    problem, semicolon, advice = sentence.partition("; ")
+    problem = re.sub(r"'[^']*'|[^\s:,]*[/\\.][^\s:,]*|(?<![\w-])\d+(x\d+)?", "…", problem)
+    return re.sub(r"…( …)+", "…", problem) + semicolon + advice
 
 
 def round_up(need: Layout) -> Layout:
-    """Return a layout with its columns rounded up: to multiples of 8, or of a power of two of at most an eighth."""
+    """Return a layout with each run of columns rounded up, to a multiple of 8 or by at most an eighth of it."""
 
     def rounded(columns: int) -> int:
         step = 1 << max(3, columns.bit_length() - 4)
@@ -199,9 +197,9 @@ def round_up(need: Layout) -> Layout:
 
 
 def suggest_buckets(needs: Mapping[Layout, int], most: int = MOST_BUCKETS) -> dict[str, Layout]:
-    """Return up to `most` layouts with names, the cheapest first, that together hold all `needs` (samples by layout).
+    """Return up to `most` named layouts, the cheapest first, that together hold all `needs` (samples by layout).
 
-    The two whose union adds the least padding are merged, again and again.
+    The two layouts whose union adds the least padding are merged repeatedly.
     """
     groups: Counter[Layout] = Counter()
     members: defaultdict[Layout, list[Layout]] = defaultdict(list)
@@ -224,11 +222,11 @@ def suggest_buckets(needs: Mapping[Layout, int], most: int = MOST_BUCKETS) -> di
         samples, joined = sum(groups.pop(layout) for layout in pair), [*members.pop(pair[0]), *members.pop(pair[1])]
         groups[union(pair)] += samples
         members[union(pair)] += joined
-    # A union of unions may keep columns that the union of all their members does without.
+    # A union of unions may have columns that the union of all their members does not need.
     merged = sorted((merge_layouts(members[layout]) for layout in groups), key=cost)
     return {f"bucket_{number}": layout for number, layout in enumerate(merged, start=1)}
 
 
 def first_holding(need: Layout, buckets: Mapping[str, Layout]) -> str:
-    """Return the name of the first bucket that holds whatever `need` holds."""
+    """Return the name of the first bucket that holds all samples that `need` holds."""
     return next(name for name, bucket in buckets.items() if merge_layouts((bucket, need)) == bucket)

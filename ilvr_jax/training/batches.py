@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from ilvr_jax.config.experiments import config_errors
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.data.examples import ExampleSettings, build_example
-from ilvr_jax.data.pipeline import Share, fingerprint, make_iterator, next_epoch
+from ilvr_jax.data.pipeline import ProcessShard, fingerprint, make_iterator, next_epoch
 from ilvr_jax.data.sources import config_buckets, example_settings
 from ilvr_jax.distributed import is_main, open_exchange, wait_for_all
 from ilvr_jax.method.layout import NO_IMAGE, Layout
@@ -72,9 +72,9 @@ def place_to_resume(run: Run, stage: str, step: int, place: dict[str, Any]) -> d
     return next_epoch(place, len(run.source))
 
 
-def open_share(mesh: Mesh, batch_size: int) -> Share:
-    """Return the rows of a batch that this process loads, and its number and exchange among all processes."""
-    return Share(local_rows(mesh, batch_size), jax.process_index(), jax.process_count(), open_exchange())
+def open_share(mesh: Mesh, batch_size: int) -> ProcessShard:
+    """Returns what this process loads and which rows of a batch its devices work on."""
+    return ProcessShard(local_rows(mesh, batch_size), jax.process_index(), jax.process_count(), open_exchange())
 
 
 def with_features(

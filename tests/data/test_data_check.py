@@ -163,7 +163,7 @@ def test_buckets_take_what_the_pipeline_puts_in_them(folder, capsys):
         assert table.get("none", ["0"])[-1] == str(missing) and table["all"][-2] == "12"
     assert status == 1 and 0 < len(left_out) < 12
     assert f"train.jsonl (ilvr): 12 records, {12 - len(left_out)} usable" in printed
-    assert "fits no bucket: it takes … images; the largest bucket holds 0 images" in printed
+    assert "must fit a bucket, but takes … images; the largest bucket holds 0 images" in printed
     # What is suggested holds all, in every stage.
     config = parse(load_config(save_config(printed, folder)))
     for stage in config.stages:
@@ -253,8 +253,8 @@ def test_what_is_wrong_is_counted_by_kind(folder, capsys, monkeypatch):
         '"image_input" must be an image file in …, but … cannot be read: No such file or directory': 2,
         "…: must have at most … pixels in the file, got …": 1,
         "…: must be an image with a single frame, got several": 1,
-        "…: must have … or … bits a channel, got …": 1,
-        '"text_output" must have one <output_image> for each of the … images of "image_output", got …': 1,
+        "…: must have … or … bits per channel, got …": 1,
+        '"text_output" must have one <output_image> where each of the … images of "image_output" belongs, got …': 1,
         "a text must not hold special tokens, got <|im_end|>": 1,
         "must be one JSON object in UTF-8, but is not JSON": 1,
         "must be one JSON object, got a list": 1,

@@ -259,7 +259,7 @@ def test_markers_and_images_pair_up():
 
 def test_bad_records_are_named(tmp_path):
     cases = {
-        "has zero steps": Record("q", (), (), name="f line 2"),
+        "must have at least one step": Record("q", (), (), name="f line 2"),
         r"a text must not hold special tokens, got <\|latent_pad\|>": Record(
             "q", (), (Text("<|latent_pad|>"),), name="f line 2"
         ),

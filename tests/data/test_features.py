@@ -198,4 +198,7 @@ def test_an_image_that_changes_while_training_is_named(source, complete):
     assert isinstance(load(source, 1, store).sample.images[0], EncodedImage)
     shutil.copyfile(FILES.parent / "vsp_planning" / "images" / "level3_000.png", source[1].images[0])
     problem = load(source, 1, store).problem
-    assert problem.startswith("sample.jsonl line 2: an image has no features") and "same command" in problem
+    assert (
+        problem.startswith("sample.jsonl line 2: an image must have the features")
+        and "run the command again" in problem
+    )

@@ -168,7 +168,7 @@ def test_thirty_two_bits_are_refused():
     for values in (np.full((28, 28), 65536, np.int32), np.full((28, 28), -1, np.int32), np.ones((28, 28), np.float32)):
         content = encoded(Image.fromarray(values), "tiff")
         with pytest.raises(
-            BadRecord, match=f"^an image of {len(content)} bytes: must have 8 or 16 bits a channel, got 32"
+            BadRecord, match=f"^an image of {len(content)} bytes: must have 8 or 16 bits per channel, got 32"
         ):
             load_image(content)
 
@@ -305,7 +305,7 @@ def test_paths_that_cannot_be_read_are_bad_records(tmp_path):
     os.truncate(os.open(tmp_path / "large.webp", os.O_CREAT | os.O_WRONLY), 2**31)  # no more than a size on disk
     for name, message in [
         ("x" * 5000, "x: must be an image file, but cannot be read: File name too long"),
-        ("zero\0.png", "must be an image file, but is no path .embedded null byte"),
+        ("zero\0.png", "must be an image file, but is not a path .embedded null byte"),
         ("half\ud800.png", "must be an image file, but "),
         (".", "must be an image file, but cannot be read: is not a regular file"),
         ("pipe.png", "pipe.png: must be an image file, but cannot be read: is not a regular file"),

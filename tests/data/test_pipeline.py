@@ -180,10 +180,10 @@ def test_a_source_of_bad_records_alone_ends():
 
 
 def test_a_record_too_large_for_every_bucket_is_named():
-    message = "source line 2: fits no bucket: it takes 2 latent segments; the largest bucket holds 1 latent segments"
-    with pytest.raises(BadRecord, match=f"^{message}$"):
+    problem = "must fit a bucket, but takes 2 latent segments; the largest bucket holds 1 latent segments"
+    with pytest.raises(BadRecord, match=f"^source line 2: {problem}$"):
         next(iterator(LookSource(3), buckets=BUCKETS[:1]))
-    message = "source line 0: fits no bucket: it takes 16 tokens; the largest bucket holds 9 tokens"
+    message = "source line 0: must fit a bucket, but takes 16 tokens; the largest bucket holds 9 tokens"
     with pytest.raises(BadRecord, match=f"^{message}$"):
         next(iterator(LookSource(1), buckets=[dataclasses.replace(BUCKETS[0], prefix=1, tail=4)]))
     batches = iterator(LookSource(23), buckets=BUCKETS[:1], on_bad_record="skip")
