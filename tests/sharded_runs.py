@@ -25,8 +25,8 @@ from ilvr_jax.models.sharding import AXES, divisor, make_mesh, on_mesh, place_ro
 from ilvr_jax.training.optimizer import make_optimizer  # noqa: E402
 from ilvr_jax.training.state import abstract_train_state, init_train_state  # noqa: E402
 from ilvr_jax.training.step import OBJECTIVES, make_train_step  # noqa: E402
-from tests.inference.test_decode import PARAMS, prompts  # noqa: E402
-from tests.inference.test_decode import lay_out as lay_out_prompts  # noqa: E402
+from tests.decoding import PARAMS, prompts  # noqa: E402
+from tests.decoding import lay_out as lay_out_prompts  # noqa: E402
 from tests.samples import NoData  # noqa: E402
 from tests.training.test_step import CONFIG, LATENTS, SPECIAL, lay_out, samples, stage  # noqa: E402
 

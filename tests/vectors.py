@@ -1,5 +1,6 @@
-"""Reads the conformance vectors: model, parameters and samples as the published code saw them."""
+"""The conformance vectors: model, parameters and samples as in the published code."""
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -18,7 +19,7 @@ DEFAULT = SHARED / "conformance" if (SHARED / "conformance").is_dir() else COPIE
 
 
 def weights_module(folder: Path):
-    """Imports the vectors' own weights.py (the copy in tests/data where `folder` has none)."""
+    """Import the vectors' own weights.py (the copy in tests/data where `folder` has none)."""
     path = folder / "weights.py" if (folder / "weights.py").exists() else COPIES / "weights.py"
     spec = importlib.util.spec_from_file_location("conformance_weights", path)
     module = importlib.util.module_from_spec(spec)
@@ -51,7 +52,7 @@ class Vector:
         return model_config_from_hf({**self.weights.CONFIG, **self.meta["config_overrides"]})
 
     def state_dict(self, seed: int) -> dict[str, np.ndarray]:
-        """Returns every tensor of the random model drawn with `seed`, by checkpoint name."""
+        """Return every tensor of the random model drawn with `seed`, by checkpoint name."""
         return {name: self.weights.weight(name, shape, seed) for name, shape in tensor_shapes(self.config).items()}
 
     def params(self, seed_name: str = "weight_seed"):
@@ -75,7 +76,7 @@ class Vector:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns names and shapes of a published checkpoint of this configuration, in PyTorch's layout."""
+    """Return names and shapes of a published checkpoint of this configuration, in PyTorch's layout."""
     hidden, vision = config.hidden_size, config.vision
     keys = config.num_key_value_heads * config.head_dim
     shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
@@ -104,3 +105,13 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for name, shape in {"mlp.0": (merged, merged), "mlp.2": (vision.out_hidden_size, merged)}.items():
         shapes |= {f"visual.merger.{name}.weight": shape, f"visual.merger.{name}.bias": shape[:1]}
     return shapes | {"visual.merger.ln_q.weight": (width,)}
+
+
+@functools.cache
+def read(path: Path) -> Vector:
+    return Vector(path)
+
+
+def of_kind(folder: Path, kind: str) -> list[Vector]:
+    """Return the vectors of a kind in a folder, in the order of their names."""
+    return [vector for path in sorted(folder.glob("*.npz")) if (vector := read(path)).meta["kind"] == kind]

@@ -152,7 +152,7 @@ def published_tokenizer(published_processor):
 
 
 def conversation(record: Record, look: str) -> list[dict]:
-    """Returns a record as turns for a chat template; `look` is what a look holds, an image if empty."""
+    """Return a record as turns for a chat template; `look` is what a look holds, an image if empty."""
     texts = record.question.split("<image>")
     if len(texts) == 1:
         user = [{"type": "image"}] * len(record.images) + [{"type": "text", "text": texts[0]}]
@@ -216,7 +216,7 @@ def test_the_template_of_a_run_from_nothing_writes_what_it_is_trained_on(name, s
         return tokenizer.apply_chat_template(turns, add_generation_prompt=header, return_dict=False)
 
     def short(sample) -> list[int]:
-        """Returns a sample's tokens with one image_pad an image."""
+        """Return a sample's tokens with one image_pad an image."""
         counts = iter([image.vision_tokens for image in sample.images])
         tokens, where = sample.tokens.tolist(), 0
         while where < len(tokens):

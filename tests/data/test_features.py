@@ -38,7 +38,7 @@ def encoder():
 
 
 def encode(image) -> EncodedImage:
-    """Returns the features that the tower makes of an image by itself."""
+    """Return the features that the tower makes of an image by itself."""
     features = encoder()(PARAMS["vision"], GEOMETRY.stack([[image]], 1, 16, image))[0, 0]
     shape = image.height // 2, image.width // 2, -1
     return EncodedImage(np.asarray(features[: image.vision_tokens]).reshape(shape))
@@ -51,7 +51,7 @@ def samples():
 
 
 def losses(name, batch):
-    """Returns a batch's losses and gradients, and the program that computed them."""
+    """Return a batch's losses and gradients, and the program that computed them."""
     teacher, settings = {"decoder": PARAMS["decoder"]}, LatentsConfig(latent_size=3, candidates=5)
     program = jax.jit(
         lambda params, batch: loss_and_gradients(
@@ -94,7 +94,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def complete(source, tmp_path):
-    """Returns a function that completes a store, and returns it with the number of images that it lacked."""
+    """Return a function that completes a store, and returns it with the number of images that it lacked."""
 
     def run(vision=PARAMS["vision"], settings=SETTINGS, buckets=BUCKETS, model=MODEL, workers=0):
         store = open_features(tmp_path / "features", model, vision, settings)

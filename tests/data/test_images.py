@@ -39,7 +39,7 @@ def opened(content: bytes) -> Image.Image:
 
 
 def assert_published(pixels: np.ndarray, image: Image.Image, **bounds: int) -> None:
-    """Compares with the patches, both frames, that transformers' image processor makes of `image`."""
+    """Compare with the patches, both frames, that transformers' image processor makes of `image`."""
     processor = Qwen2VLImageProcessorPil(**bounds)
     expected = processor(images=[image], return_tensors="np")
     patched = patch_image(pixels)
@@ -207,13 +207,13 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_of(width: int, height: int, *chunks: bytes) -> bytes:
-    """Returns a PNG of one bit a pixel: its header, chunks and end."""
+    """Return a PNG of one bit a pixel: its header, chunks and end."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IEND", b"")
 
 
 def tiff_of(**tags: int) -> bytes:
-    """Returns a grey TIFF of 30 x 30 pixels compressed by LZW, with tags on top."""
+    """Return a grey TIFF of 30 x 30 pixels compressed by LZW, with tags on top."""
     names = {"bits": 258, "compression": 259, "photometric": 262, "samples": 277, "tile_width": 322}
     names |= {"width": 256, "height": 257, "tile_height": 323, "tile_offset": 324, "tile_bytes": 325}
     tags = {"bits": 8, "compression": 5, "photometric": 1, "samples": 1, "width": 30, "height": 30, **tags}
@@ -248,7 +248,7 @@ def test_images_too_large_are_refused_before_they_are_decoded(content, options, 
 
 
 def memory(kind: str) -> int:
-    """Returns what the process holds (VmRSS) or held at most since the count began anew (VmHWM), in bytes."""
+    """Return what the process holds (VmRSS) or held at most since the count began anew (VmHWM), in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024
 

@@ -1,4 +1,4 @@
-"""Decoding: rows are independent, latent mode follows its rules, sampling samples what it should."""
+"""Decoding: rows are independent, latent mode follows its rules, sampling follows its distribution."""
 
 import dataclasses
 
@@ -9,33 +9,9 @@ import pytest
 
 from ilvr_jax.inference.decode import DecodeSettings, generate
 from ilvr_jax.inference.sampling import Sampling, sample_tokens
-from ilvr_jax.method.layout import collate, merge_layouts, required_layout
 from ilvr_jax.models.attention import causal_mask
-from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
-from tests.samples import CONFIG, GEOMETRY, SPECIAL, prompt_of, random_sample
-
-MODEL = Qwen2_5VL(CONFIG)
-
-
-def eager_to_look(scale: float = 3.0):
-    """Returns parameters under which `latent_start` is likely, so that latent mode is seen."""
-    params = MODEL.init(jax.random.key(3))
-    params["decoder"]["lm_head"] = params["decoder"]["lm_head"].at[SPECIAL.latent_start].multiply(scale)
-    return params
-
-
-PARAMS = eager_to_look()
-
-
-def prompts():
-    rng = np.random.default_rng(6)
-    shapes = [((2, 3),), ((1, 1), (3, 2)), (), ((4, 1),), ((1, 2),)]
-    return [prompt_of(random_sample(rng, (2,), 3, images)) for images in shapes]
-
-
-def lay_out(rows, extra=0):
-    layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in rows])
-    return collate(rows, dataclasses.replace(layout, prefix=layout.prefix + extra), SPECIAL, GEOMETRY)
+from tests.decoding import MODEL, PARAMS, lay_out, prompts
+from tests.samples import SPECIAL
 
 
 def decode(rows, seeds, how, extra=0, params=None):

@@ -19,11 +19,10 @@ from ilvr_jax.inference.sizes import EngineSettings, few_sizes, fit_settings, pl
 from ilvr_jax.method.layout import build_sample, collate, required_layout
 from ilvr_jax.models.qwen2_5_vl.images import EncodedImage
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
-from tests.inference.test_decode import PARAMS
-from tests.method.test_conformance import of_kind
+from tests.decoding import MODEL, PARAMS
 from tests.samples import CONFIG, FIRST_WORD, GEOMETRY, SPECIAL, VOCABULARY, prompt_of, random_image, random_sample
+from tests.vectors import of_kind
 
-MODEL = Qwen2_5VL(CONFIG)
 SETTINGS = EngineSettings(rows=4, columns=96, max_new_tokens=24, chunks=(8, 16), image_tokens=(8, 16))
 IMAGES = (((2, 3),), ((1, 1), (3, 2)), (), ((4, 1),), ((1, 2),))
 
@@ -37,12 +36,12 @@ def make_prompt(seed: int, images=((2, 3),), words: int = 2):
 
 
 def draw_look(tokens):
-    """Stands in for a renderer: a picture that depends on how far the answer is."""
+    """A stand-in for a renderer: return a picture that depends on the length of the answer so far."""
     return random_image(np.random.default_rng(len(tokens)), 2, 1 + len(tokens) % 2)
 
 
 def mixed_requests(count: int) -> list[Request]:
-    """Requests of every method and sampling, of prompts of several lengths."""
+    """Return requests of every method and sampling, with prompts of several lengths."""
     rng = np.random.default_rng(0)
     return [
         Request(
@@ -64,7 +63,7 @@ def mixed_requests(count: int) -> list[Request]:
 
 
 def same(first: Answer, second: Answer) -> None:
-    """Asserts that two answers are the same to the last bit."""
+    """Assert that two answers are the same to the last bit."""
     ignored = {"number": 0, "timings": None, "latent_vectors": None, "shared_tokens": 0}
     assert dataclasses.replace(first, **ignored) == dataclasses.replace(second, **ignored)
     np.testing.assert_array_equal(first.latent_vectors, second.latent_vectors)
@@ -247,7 +246,7 @@ GOOD = Request(make_prompt(0), 8, 3)
 
 
 def changed(request: Request, **changes) -> Request:
-    """Returns a request whose prompt is changed, by field."""
+    """Return a request whose prompt is changed, by field."""
     return dataclasses.replace(request, prompt=dataclasses.replace(request.prompt, **changes))
 
 
@@ -400,7 +399,7 @@ def failing_requests(count):
 
 
 def interrupt(name: str):
-    """Returns a stand-in for a method that is given arrays and interrupted before they are replaced."""
+    """Return a stand-in for a method that is interrupted between donating arrays and replacing them."""
 
     def run(engine, *arguments):
         jax.tree.map(lambda array: array.delete(), (engine._rows, engine._cache))

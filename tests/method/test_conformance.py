@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +17,9 @@ from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.qwen2_5_vl.weights import tensor_name
 from ilvr_jax.training.state import create_state
 from ilvr_jax.training.step import make_train_step
-from tests.vectors import Vector
+from tests.vectors import Vector, of_kind
 
 FEATURES, LOSS, GRADIENT, TRAIN_LOSS, WEIGHT = 2e-4, 1e-4, 1e-3, 2e-3, 1e-4
-
-
-@lru_cache
-def read(path) -> Vector:
-    return Vector(path)
-
-
-def of_kind(folder, kind: str) -> list[Vector]:
-    return [vector for path in sorted(folder.glob("*.npz")) if (vector := read(path)).meta["kind"] == kind]
 
 
 def pytest_generate_tests(metafunc):
@@ -40,7 +30,7 @@ def pytest_generate_tests(metafunc):
 
 
 def lay_out(vectors: list[Vector]):
-    """Returns the batch of the vectors' samples, and each sample's columns."""
+    """Return the batch of the vectors' samples, and each sample's columns."""
     geometry = vectors[0].config.vision.geometry
     samples = [vector.sample(record) for record, vector in enumerate(vectors)]
     layout = merge_layouts([required_layout(sample, geometry) for sample in samples])
@@ -61,7 +51,7 @@ def check_gradients(vector: Vector, gradients) -> None:
 
 
 def by_name(decoder, vector: Vector) -> dict[str, np.ndarray]:
-    """Returns the decoder's tensors under the names and in the layout of a published checkpoint."""
+    """Return the decoder's tensors under the names and in the layout of a published checkpoint."""
     tensors = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(decoder)[0]:
         names = ("decoder", *(key.key for key in path))
@@ -77,7 +67,7 @@ def logits(vector: Vector, hidden) -> np.ndarray:
 
 
 def check_stage1(vector: Vector, row: int, columns, batch, vision, result, selection) -> None:
-    """Compares one row of a batch with its file."""
+    """Compare one row of a batch with its file."""
     if vector.images():
         units = np.asarray(batch.images.unit_valid[row])
         np.testing.assert_allclose(np.asarray(vision)[row][units], vector["expect_vision"], atol=FEATURES)
@@ -100,7 +90,7 @@ def check_stage1(vector: Vector, row: int, columns, batch, vision, result, selec
 
 
 def stage1(vector: Vector, batch, row: int = 0):
-    """Returns vision features, losses, selection, and the decoder's gradients of one row's loss."""
+    """Return vision features, losses, selection, and the decoder's gradients of one row's loss."""
     model, params, teacher = Qwen2_5VL(vector.config), vector.params(), vector.params("teacher_weight_seed")
 
     def loss(decoder):
@@ -114,7 +104,7 @@ def stage1(vector: Vector, batch, row: int = 0):
 
 
 def stage2(vector: Vector, batch, row: int = 0):
-    """Returns losses, and the decoder's gradients of one row's loss."""
+    """Return losses, and the decoder's gradients of one row's loss."""
     model, params = Qwen2_5VL(vector.config), vector.params()
 
     def loss(decoder):
@@ -171,7 +161,7 @@ def test_train(vector):
 
 
 def check_train(vector: Vector, batch, row: int) -> None:
-    """Trains on one row of a batch, the others laid out beside it, and compares every step with its file."""
+    """Train on one row of a batch, the others beside it, and compare every step with its file."""
     meta, model, params = vector.meta, Qwen2_5VL(vector.config), vector.params()
     optimizer = optax.adamw(meta["learning_rate"], b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
     state = create_state(params, optimizer, ("decoder",), with_teacher=True, key=jax.random.key(0))

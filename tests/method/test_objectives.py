@@ -1,4 +1,4 @@
-"""Losses and selection: raggedness is harmless, gradients reach what they should, settings do what they say."""
+"""Losses and selection: raggedness is harmless, gradients reach the right parameters, settings have their effect."""
 
 import dataclasses
 import re
@@ -304,7 +304,7 @@ def test_picks_cover_the_mass_with_as_few_as_possible(cosines, coverage, tempera
 
 
 def whole_cross_entropy(decoder, hidden, targets):
-    """What `cross_entropy` computes in chunks, with all logits at once."""
+    """Return the result of `cross_entropy`, computed with all logits at once."""
     log_probabilities = jax.nn.log_softmax(MODEL.logits(decoder, hidden), axis=-1)
     picked = jnp.take_along_axis(log_probabilities, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     labelled = targets >= 0

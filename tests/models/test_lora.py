@@ -32,7 +32,7 @@ def batch():
 
 
 def moved(params):
-    """Returns parameters whose adapters do something."""
+    """Return parameters whose adapters have an effect."""
     adapters = jax.tree.map(lambda leaf: 0.1 * jax.random.normal(KEY, leaf.shape), params["adapters"])
     return {**params, "adapters": adapters}
 

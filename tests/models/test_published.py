@@ -1,4 +1,4 @@
-"""Fields of a published config.json: read as transformers reads them, or refused in a sentence that names them."""
+"""Fields of a published config.json: read as in transformers, or an error that names them."""
 
 import copy
 import json

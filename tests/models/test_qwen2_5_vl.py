@@ -45,7 +45,7 @@ SHAPES = {
 
 
 def oracle(text: dict, vision: dict):
-    """Returns transformers' model with random weights, and the config that describes it."""
+    """Return transformers' model with random weights, and the config that describes it."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     head_dim = 64 // text["num_attention_heads"]
@@ -84,7 +84,7 @@ def oracle(text: dict, vision: dict):
 
 
 def newer_names(state: dict) -> dict:
-    """Returns the tensors under `model.language_model...` and `model.visual...`."""
+    """Return the tensors under `model.language_model...` and `model.visual...`."""
     renamed = {}
     for name, tensor in state.items():
         if name.startswith("visual."):
@@ -96,7 +96,7 @@ def newer_names(state: dict) -> dict:
 
 
 def older_names(state: dict) -> dict:
-    """Returns the tensors under `model...` and `visual...`."""
+    """Return the tensors under `model...` and `visual...`."""
     shorter = {"model.language_model.": "model.", "model.visual.": "visual."}
     return {_replaced(name, shorter): tensor for name, tensor in state.items()}
 

@@ -1,4 +1,4 @@
-"""Arrays on a mesh: the same numbers as on one device, each parameter divided as the table says."""
+"""Arrays on a mesh: the same numbers as on one device, each parameter sharded as in the table."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ ONE = {"slice": 1, "data": 1, "fsdp": 1, "tensor": 1}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What tests/sharded_runs.py found on eight simulated devices, by what was run and on which mesh."""
+    """The results of tests/sharded_runs.py on eight simulated devices, by run and mesh."""
     out = tmp_path_factory.mktemp("sharded") / "runs.npz"
     command = [sys.executable, "-m", "tests.sharded_runs", str(out)]
     finished = subprocess.run(command, cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True)

@@ -23,7 +23,7 @@ class Held:
         self.references = []
 
     def hand_out(self, array: np.ndarray) -> np.ndarray:
-        """Returns a copy that it keeps track of."""
+        """Return a copy that is tracked."""
         # At an address that no device would take for a buffer of its own, in place of a copy.
         room = np.empty(array.nbytes + 128, np.uint8)
         start = 64 - room.ctypes.data % 64 + 16
