@@ -39,7 +39,7 @@ class Losses:
     loss: Float[Array, " rows"]
     cross_entropy: Float[Array, " rows"]
     metrics: dict[str, Metric]
-    # For tests and studies alone; a compiled step does not compute arrays that it does not use.
+    # For tests, studies and losses built on these; a compiled step does not compute arrays that it does not use.
     hidden: Float[Array, "rows columns channels"]
     selection: Selection | None = None
 
