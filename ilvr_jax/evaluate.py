@@ -20,12 +20,8 @@ from ilvr_jax.errors import quote
 from ilvr_jax.evaluation.evaluator import Evaluator
 from ilvr_jax.evaluation.results import open_results
 from ilvr_jax.files import check_output, write_json
-from ilvr_jax.generation_flags import add_decoding_flags, blame_flags, check_sizes, how_to_decode
-from ilvr_jax.inference.engine import Engine
-from ilvr_jax.inference.requests import Answer, Picture, Request
+from ilvr_jax.generation_flags import add_decoding_flags, check_sizes
 from ilvr_jax.inference.sampling import check_whole
-from ilvr_jax.inference.sizes import fit_settings
-from ilvr_jax.inference.transcript import split_at_looks
 from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.progress import Progress
 from ilvr_jax.tasks import TASKS

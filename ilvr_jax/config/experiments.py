@@ -123,7 +123,7 @@ def resolve_path(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def blame(section: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
+def config_errors(section: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
     """Re-raise errors of a kind in the block as BadConfig, naming the section of the config."""
     try:
         yield

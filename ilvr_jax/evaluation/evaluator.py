@@ -18,8 +18,9 @@ from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import BadRecord, Record
 from ilvr_jax.errors import InputError
 from ilvr_jax.evaluation.results import Key, Results, summarise
-from ilvr_jax.inference.engine import Engine, fit_settings
+from ilvr_jax.inference.engine import Engine
 from ilvr_jax.inference.requests import Answer, Picture, Request
+from ilvr_jax.inference.sizes import fit_settings
 from ilvr_jax.inference.transcript import split_at_looks
 from ilvr_jax.method.layout import Sample
 from ilvr_jax.tasks import TASKS
