@@ -20,7 +20,7 @@ from ilvr_jax.errors import quote
 from ilvr_jax.evaluation.evaluator import Evaluator
 from ilvr_jax.evaluation.results import open_results
 from ilvr_jax.files import check_output, write_json
-from ilvr_jax.generation_flags import add_decoding_flags, check_sizes
+from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, decoding_fields, flag_errors, usable_method
 from ilvr_jax.inference.sampling import check_whole
 from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.progress import Progress

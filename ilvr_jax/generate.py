@@ -17,7 +17,7 @@ from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.records import Record
 from ilvr_jax.errors import quote
 from ilvr_jax.files import check_output, named_errors, written
-from ilvr_jax.generation_flags import add_decoding_flags, check_sizes
+from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, decoding_fields, usable_method
 from ilvr_jax.inference.engine import Engine
 from ilvr_jax.inference.requests import Answer, Request
 from ilvr_jax.inference.sizes import fit_settings
