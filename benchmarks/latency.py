@@ -41,7 +41,9 @@ from benchmarks.latency_cases import (
 from benchmarks.latency_report import draw, show, show_seconds, write_markdown
 from benchmarks.machine import Parser, device_line, measure_peaks, positive, refuse
 from ilvr_jax.analysis.flops import Cost, Peaks, decoder_cost, published_description, vision_cost
-from ilvr_jax.inference.engine import Answer, Engine, Request, fit_settings
+from ilvr_jax.inference.engine import Engine
+from ilvr_jax.inference.requests import Answer, Request
+from ilvr_jax.inference.sizes import fit_settings
 from ilvr_jax.method.layout import Sample, build_sample
 from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, model_config_from_hf
 from ilvr_jax.models.qwen2_5_vl.images import MERGE, STILL_PATCH_DIM, PatchedImage
