@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,10 +23,8 @@ from ilvr_jax.inference.requests import Answer, Picture, Request
 from ilvr_jax.inference.sizes import fit_settings
 from ilvr_jax.inference.transcript import split_at_looks
 from ilvr_jax.method.layout import Sample
+from ilvr_jax.progress import Progress
 from ilvr_jax.tasks import TASKS
-
-if TYPE_CHECKING:
-    from ilvr_jax.progress import Progress
 
 REPORT_SECONDS = 10.0  # between two lines of progress
 
@@ -66,7 +64,7 @@ class Evaluator:
             self.skipped[key] = sentence
             print(f"skipped: {sentence}", file=sys.stderr)
 
-    def answer_all(self, results: Results, progress: "Progress") -> float:
+    def answer_all(self, results: Results, progress: Progress) -> float:
         """Ask the questions that have no answer in the results and add theirs; return the seconds that it took.
 
         Raises InputError if no record can be asked and the results hold no answer either.

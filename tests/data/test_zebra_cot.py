@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import pickle
 import threading
-from pathlib import Path
 
 import grain
 import pyarrow as pa
@@ -17,31 +16,7 @@ from hypothesis import strategies as st
 from ilvr_jax.data.pipeline import shuffled_numbers
 from ilvr_jax.data.records import BadRecord, Look, Text
 from ilvr_jax.data.zebra_cot import OPEN_GROUPS, ZebraCotSource
-
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-COLUMNS = ("problem_image_1", "problem_image_2", "reasoning_image_1", "reasoning_image_2", "reasoning_image_3")
-TEXTS = ["Question", "Text Reasoning Trace", "Final Answer"]
-
-
-def mark(column: str) -> str:
-    return f"<image_start>[{column}]<image_end>"
-
-
-def row(question: str, trace: str, answer: str | None = "42", **images: bytes | None) -> dict:
-    return {
-        "Question": question,
-        "Text Reasoning Trace": trace,
-        "Final Answer": answer,
-        **{name: None if content is None else {"bytes": content, "path": None} for name, content in images.items()},
-    }
-
-
-def write(path: Path, rows: list[dict], group: int = 100, columns: tuple[str, ...] = COLUMNS) -> Path:
-    schema = pa.schema([(name, pa.string()) for name in TEXTS] + [(name, IMAGE) for name in columns])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=group)
-    return path
-
+from tests.zebra_cot import COLUMNS, IMAGE, TEXTS, mark, row, write
 
 GOOD = row(
     f"Is {mark('problem_image_1')} a cat?",

@@ -17,10 +17,10 @@ from PIL import Image
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.evaluate import main
 from ilvr_jax.evaluation.results import BadResults, Key, Results, summarise
-from tests.data.test_zebra_cot import mark, row, write
 from tests.paths import REPOSITORY
 from tests.published import save_published
 from tests.samples import untrained_run
+from tests.zebra_cot import mark, row, write
 
 MAPS = (
     ((1, 0, 2), (0, 0, 0), (0, 0, 0)),
