@@ -28,7 +28,7 @@ from ilvr_jax.training.step import OBJECTIVES, make_train_step  # noqa: E402
 from tests.decoding import PARAMS, prompts  # noqa: E402
 from tests.decoding import lay_out as lay_out_prompts  # noqa: E402
 from tests.samples import NoData  # noqa: E402
-from tests.training.test_step import CONFIG, LATENTS, SPECIAL, lay_out, samples, stage  # noqa: E402
+from tests.steps import CONFIG, LATENTS, SPECIAL, lay_out, samples, stage  # noqa: E402
 
 STEPS = 5
 # Sizes of slice, data, fsdp and tensor; the first is one device.

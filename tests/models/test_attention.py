@@ -16,7 +16,7 @@ from ilvr_jax.models.attention import (
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.step import OBJECTIVES
 from tests.samples import CONFIG
-from tests.training.test_step import assert_same, gradients, lay_out, samples
+from tests.steps import assert_same, gradients, lay_out, samples
 
 
 def inputs(columns, heads=4, key_value_heads=2, head_dim=16, rows=3):

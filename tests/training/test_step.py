@@ -9,50 +9,15 @@ import optax
 import pytest
 
 from ilvr_jax.config.fields import BadConfig, read
-from ilvr_jax.config.schema import LatentsConfig, StageConfig
+from ilvr_jax.config.schema import StageConfig
 from ilvr_jax.method.layout import collate, merge_layouts, required_layout
 from ilvr_jax.method.objectives import OBJECTIVES
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from ilvr_jax.training.state import create_state
 from ilvr_jax.training.step import loss_and_gradients, make_train_step
-from tests.samples import CONFIG, GEOMETRY, POISON, SPECIAL, poison_objective, random_sample
-
-LATENTS = LatentsConfig(latent_size=3, candidates=5, tau=0.9)
-KEY = jax.random.key(5)
-
-
-def samples():
-    rng = np.random.default_rng(4)
-    shapes = [((5, 3, 4), ((2, 3),)), ((2, 4), ((1, 1), (2, 2))), ((9,), ((3, 1),)), ((1, 0, 2), ((2, 2),))]
-    return [random_sample(rng, texts, images=images, record=n) for n, (texts, images) in enumerate(shapes)]
-
-
-def lay_out(rows):
-    layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in samples()])
-    return collate(rows, layout, SPECIAL, GEOMETRY)
-
-
-def gradients(name, batch, accumulation=1, **changes):
-    model = Qwen2_5VL(dataclasses.replace(CONFIG, **changes))
-    params = model.init(jax.random.key(0))
-    teacher = {"decoder": model.init(jax.random.key(1))["decoder"]}
-    train = ("vision", "decoder")
-
-    def compute(params, teacher, batch):
-        objective = OBJECTIVES[name].loss
-        rows, gradients = loss_and_gradients(
-            objective, train, accumulation, model, params, teacher, batch, LATENTS, KEY
-        )
-        return rows.loss.mean(), gradients
-
-    return jax.jit(compute)(params, teacher, batch)
-
-
-def assert_same(first, second):
-    np.testing.assert_allclose(first[0], second[0], atol=1e-4)
-    for one, other in zip(jax.tree.leaves(first[1]), jax.tree.leaves(second[1]), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-4)
+from tests.samples import CONFIG, GEOMETRY, POISON, SPECIAL, poison_objective
+from tests.steps import LATENTS, assert_same, gradients, lay_out, samples, stage
 
 
 def test_slots_without_helper_images_are_accumulated():
@@ -73,24 +38,6 @@ def test_rematerialisation_accumulation_and_batching_change_nothing(name):
     assert_same(whole, gradients(name, lay_out(samples()), accumulation=4))
     alone = [gradients(name, lay_out([sample])) for sample in samples()]
     assert_same(whole, jax.tree.map(lambda *parts: sum(parts) / len(parts), *alone))
-
-
-def stage(**changes) -> StageConfig:
-    defaults = {
-        "objective": "alignment",
-        "train": ("decoder",),
-        "batch_size": 4,
-        "accumulation": 1,
-        "steps": 10,
-        "optimizer": "adamw",
-        "learning_rate": 1e-2,
-        "schedule": "constant",
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
-        "beta2": 0.99,
-        "clip": 1.0,
-    }
-    return StageConfig(**{**defaults, **changes})
 
 
 def test_the_teacher_is_the_closed_form_average_of_the_students():
