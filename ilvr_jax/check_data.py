@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.checkpoints.pretrained import open_init_from
 from ilvr_jax.command import ArgumentParser, command, path_flag
-from ilvr_jax.config.experiments import BASE, as_file, config_errors, load_config
+from ilvr_jax.config.experiments import BASE, as_file, config_errors, load_config, parse
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.flags import read_config_flags
 from ilvr_jax.config.schema import RunConfig
@@ -130,7 +130,7 @@ def changes(options: argparse.Namespace, survey: Survey) -> dict[str, Any]:
     They have `data.on_bad_record="skip"` only if there are bad records. A record that merely lacks a bucket is not bad,
     since the config has new buckets.
     """
-    in_file = dict(leaves(load_config(options.config_file or BASE).to_dict()))
+    in_file = dict(leaves(as_file(parse(load_config(options.config_file or BASE)))))
     separate, checked = ("data.on_bad_record", "data.buckets."), leaves(as_file(options.config))
     changed = {key: value for key, value in checked if not key.startswith(separate) and value != in_file.get(key)}
     return changed | ({"data.on_bad_record": "skip"} if survey.usable + survey.left_out > len(survey.samples) else {})
