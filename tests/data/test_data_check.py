@@ -254,7 +254,7 @@ def test_what_is_wrong_is_counted_by_kind(folder, capsys, monkeypatch):
         "…: must have at most … pixels in the file, got …": 1,
         "…: must be an image with a single frame, got several": 1,
         "…: must have … or … bits per channel, got …": 1,
-        '"text_output" must have one <output_image> where each of the … images of "image_output" belongs, got …': 1,
+        '"text_output" must have one <output_image> for each of the … images of "image_output", got …': 1,
         "a text must not hold special tokens, got <|im_end|>": 1,
         "must be one JSON object in UTF-8, but is not JSON": 1,
         "must be one JSON object, got a list": 1,
