@@ -24,6 +24,7 @@ from ilvr_jax import convert
 from ilvr_jax.checkpoints.pretrained import keep_description, open_pretrained
 from ilvr_jax.checkpoints.runs import build_model
 from ilvr_jax.checkpoints.weights import load_params
+from ilvr_jax.config.experiments import parse
 from ilvr_jax.config.workdir import read_config, to_json
 from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.records import Record
