@@ -38,7 +38,7 @@ from benchmarks.latency_cases import (
     forced_tokens,
     trace,
 )
-from benchmarks.latency_report import draw, show, show_seconds, write_markdown
+from benchmarks.latency_report import NOTES, draw, show, show_seconds, write_markdown
 from benchmarks.machine import Parser, device_line, measure_peaks, positive, refuse
 from ilvr_jax.analysis.flops import Cost, Peaks, decoder_cost, published_description, vision_cost
 from ilvr_jax.inference.engine import Engine
