@@ -17,7 +17,7 @@ from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.qwen2_5_vl.weights import tensor_name
 from ilvr_jax.training.state import create_state
 from ilvr_jax.training.step import make_train_step
-from tests.vectors import Vector, of_kind
+from tests.vectors import Vector, of_kind, read
 
 FEATURES, LOSS, GRADIENT, TRAIN_LOSS, WEIGHT = 2e-4, 1e-4, 1e-3, 2e-3, 1e-4
 

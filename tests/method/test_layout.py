@@ -84,7 +84,7 @@ def test_columns_of_a_small_layout():
         ([1, 3, 7, 8, 9, 2], "must be 2 slots and an end marker"),
         ([1, 3, 7, 8, 8, 8, 9, 2], "must be 2 slots and an end marker"),
         ([1, 3, 8, 2], "must be in latent segments"),
-        ([1, 2], "no assistant header"),
+        ([1, 2], "must hold an assistant header"),
     ],
 )
 def test_malformed_slots_are_refused(tokens, message):
