@@ -10,7 +10,7 @@ import pytest
 from ilvr_jax.inference.decode import DecodeSettings, generate
 from ilvr_jax.inference.sampling import Sampling, sample_tokens
 from ilvr_jax.models.attention import causal_mask
-from tests.decoding import MODEL, PARAMS, lay_out, prompts
+from tests.decoding import MODEL, PARAMS, eager_to_look, lay_out, prompts
 from tests.samples import SPECIAL
 
 

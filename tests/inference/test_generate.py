@@ -180,7 +180,7 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path, published, capsys):
 
 def test_the_example_of_the_guide_runs(run, capsys):
     guide = (REPOSITORY / "docs" / "guide.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    _, example = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     exec(example.replace('"runs/base"', repr(str(run))).replace('"tests/', f'"{REPOSITORY}/tests/'), {})
     names = re.findall(r"^level3_\d+\.png", capsys.readouterr().out, re.MULTILINE)
     assert len(names) == len(set(names)) == 50
