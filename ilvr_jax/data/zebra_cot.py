@@ -114,7 +114,7 @@ class ZebraCotSource:
             texts = {column: as_text(values.read(column, row), column) for column in TEXT_COLUMNS}
             return parse_row(texts, image, name, self._for_evaluation)
 
-    def shuffled(self, random: np.random.Generator) -> Int[np.ndarray, "records"]:
+    def shuffled(self, random: np.random.Generator) -> Int[np.ndarray, " records"]:
         """Return the numbers of all records in random order, OPEN_GROUPS row groups at a time.
 
         The row groups are shuffled, then the rows within each OPEN_GROUPS of them, so that a process that reads all
