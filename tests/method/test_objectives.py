@@ -114,11 +114,14 @@ def test_the_roll_out_equals_recomputing_every_prefix(slot_input, monkeypatch):
     fill = SLOT_INPUTS[slot_input].fill
 
     def recomputed(decoder):
-        embedded = inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
-        for column in layout.slot_columns.reshape(-1):
+        embedded = model.embed(decoder, batch.tokens, batch.image_index, features)
+
+        def fill_column(inputs, column):
             hidden, _ = model.decode(decoder, inputs, batch.positions, causal_mask(batch.valid))
             filled = fill(hidden[:, column - 1], embedded[:, column], decoder["slot_input"])
-            inputs = inputs.at[:, column].set(filled)
+            return inputs.at[:, column].set(filled), None
+
+        inputs, _ = jax.lax.scan(fill_column, embedded, layout.slot_columns.reshape(-1))
         hidden, _ = model.decode(decoder, inputs, batch.positions, causal_mask(batch.valid))
         return jnp.where(batch.valid[..., None], hidden, 0.0)
 
@@ -127,9 +130,17 @@ def test_the_roll_out_equals_recomputing_every_prefix(slot_input, monkeypatch):
         return jnp.where(batch.valid[..., None], hidden, 0.0)
 
     weights = jax.random.normal(KEY, (*batch.tokens.shape, CONFIG.hidden_size))
-    np.testing.assert_allclose(rolled_out(params["decoder"]), recomputed(params["decoder"]), atol=2e-5)
-    ours = jax.jit(jax.grad(lambda decoder: (rolled_out(decoder) * weights).sum()))(params["decoder"])
-    theirs = jax.jit(jax.grad(lambda decoder: (recomputed(decoder) * weights).sum()))(params["decoder"])
+
+    def hidden_and_gradient(function):
+        def weighted(decoder):
+            hidden = function(decoder)
+            return (hidden * weights).sum(), hidden
+
+        gradient, hidden = jax.jit(jax.grad(weighted, has_aux=True))(params["decoder"])
+        return hidden, gradient
+
+    (hidden, ours), (expected_hidden, theirs) = map(hidden_and_gradient, (rolled_out, recomputed))
+    np.testing.assert_allclose(hidden, expected_hidden, atol=2e-5)
     for (path, leaf), expected in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         scale = max(1.0, float(jnp.abs(expected).max()))
         np.testing.assert_allclose(leaf, expected, atol=1e-4 * scale, err_msg=str(path))
