@@ -147,8 +147,8 @@ def sweep_case(size: str, trained: str, topology: str, stage: str) -> dict[str, 
 def sweep_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Return the results as a Markdown table."""
     rows = [
-        "| model | trained | stage | topology | weights | optimizer | teacher | temporaries | all, GiB per chip | "
-        "spare | arithmetic at peak, ms | sent per chip, GiB | compiled in, s |",
+        "| model | trained | stage | topology | weights | optimizer | teacher | temporaries | total, GiB per chip | "
+        "spare | arithmetic at peak, ms | sent per chip, GiB | compile time, s |",
         "| --- | --- | --- | --- " + "| ---: " * 9 + "|",
     ]
     for line in lines:
