@@ -39,15 +39,13 @@ def get_config(variant: str = "7b") -> ConfigDict:
     lora = "lora" in variant
     config = default_config()
     config.stages = ("stage1",) if variant.endswith("stage1") else ("stage1", "stage2")
-    config.model = ConfigDict(
-        {
-            "init_from": f"Qwen/Qwen2.5-VL-{variant.split('-')[0].upper()}-Instruct",
-            "dtype": "bfloat16",
-            "remat_policy": "full",
-            "frozen_dtype": "bfloat16",
-            "lora": {"rank": 32 if lora else 0, "dropout": 0.05},
-        }
+    config.model.update(
+        init_from=f"Qwen/Qwen2.5-VL-{variant.split('-')[0].upper()}-Instruct",
+        dtype="bfloat16",
+        remat_policy="full",
+        frozen_dtype="bfloat16",
     )
+    config.model.lora.update(rank=32 if lora else 0, dropout=0.05)
     config.mesh.update(data=1, fsdp=-1)
     config.data.update(source="ilvr", min_pixels=56 * 56, max_pixels=MAX_PIXELS, feature_cache="runs/features")
     config.data.update(system="You are a helpful assistant.", workers=4)

@@ -64,7 +64,7 @@ def test_what_learns_costs_two_more_passes_and_what_does_not_one():
     assert train_flops(WIDE, "text", ("adapters",), layout, 2, encodes=False) == 2 * forward
     teacher = 2 * decoder_flops(WIDE, 128, 0)
     assert train_flops(WIDE, "alignment", ("decoder",), layout, 2, encodes=False) == full + teacher
-    tower = 2 * vision_flops(WIDE, 4)
+    tower = 2 * vision_flops(WIDE, 16)
     assert train_flops(WIDE, "text", ("vision", "decoder"), layout, 2, encodes=True) == full + 3 * tower
 
 
