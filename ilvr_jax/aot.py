@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.sweep:
         return sweep(options.sweep, console)
     if options.config_file is None or options.topology is None:
-        raise BadConfig("--config and --topology are needed, or --sweep; --topology=v5e:4x4 is one")
+        raise BadConfig("--config and --topology (such as v5e:4x4), or --sweep, must be given")
     check_choices(options.config)
     config, model = options.config, config_model(options.config)
     stages = [options.stage] if options.stage else [*config.stages, "decoding"]

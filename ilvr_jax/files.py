@@ -250,7 +250,9 @@ def lock(path: Path, target: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in CANNOT_LOCK:
             raise
-        warning = f"{path.parent} has no locks ({error.strerror}): other writers of {target} are not noticed"
+        warning = (
+            f"{path.parent} does not support locks ({error.strerror}), so other writers of {target} cannot be detected"
+        )
         print(warning, file=sys.stderr)
     remove = functools.partial(path.unlink, missing_ok=True)
     try:

@@ -115,5 +115,5 @@ def test_a_file_system_without_locks_gets_a_warning(number, tmp_path, monkeypatc
     with locked_folder(tmp_path):
         pass
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and f"{tmp_path} has no locks ({os.strerror(number)})" in err
+    assert err.count("\n") == 1 and f"{tmp_path} does not support locks ({os.strerror(number)})" in err
     assert not any(tmp_path.iterdir())

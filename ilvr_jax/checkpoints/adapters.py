@@ -117,8 +117,8 @@ def read_adapter(folder: Path) -> PeftAdapter:
     path = folder / WEIGHTS
     if not path.exists() and (folder / "adapter_model.bin").exists():
         raise BadCheckpoint(
-            f"{path} must be there, but {folder} has pickled weights (adapter_model.bin), which can run any code when "
-            "they are opened; save them with PEFT again"
+            f"{path} must exist, but {folder} has only pickled weights (adapter_model.bin), which can run any code "
+            "when they are opened; save them with PEFT again"
         )
     tensors = TensorFiles(tensor_places(path))
     layers: dict[str, dict[str, str]] = {}
@@ -137,7 +137,9 @@ def read_adapter(folder: Path) -> PeftAdapter:
             raise BadCheckpoint(f"{path} must hold a tensor once, but has {quote(other)} and {quote(name)}")
     saved = config["modules_to_save"]
     if unknown := [tensor for name, tensor in replaced.items() if not _is_saved(name, saved)]:
-        raise BadCheckpoint(f"{path} must hold LoRA matrices and `modules_to_save`, but has {listed(unknown)} besides")
+        raise BadCheckpoint(
+            f"{path} must hold only LoRA matrices and `modules_to_save`, but also has {listed(unknown)}"
+        )
     if missing := [name for name in saved if not any(_is_saved(other, [name], embeddings=False) for other in replaced)]:
         raise BadCheckpoint(f"{path} must hold the `modules_to_save` of {CONFIG}, but lacks {listed(missing)}")
     if not layers and not replaced:
@@ -322,7 +324,7 @@ def _low_rank(
     if missing := sorted(expected - matrices.keys()):
         raise BadCheckpoint(f"{path} must hold all matrices of {quote(module)}, but lacks its lora_{missing[0]}")
     if matrices.keys() - expected:
-        raise BadCheckpoint(f"{path} must hold magnitudes only with `use_dora`, but has one for {quote(module)}")
+        raise BadCheckpoint(f"{path} must not hold magnitudes without `use_dora`, but has one for {quote(module)}")
     rank = config["rank_pattern"].get(_pattern(config["rank_pattern"], module), config["r"])
     alpha = config["alpha_pattern"].get(_pattern(config["alpha_pattern"], module), config["lora_alpha"])
     for matrix, axis in (("A", 0), ("B", 1)):

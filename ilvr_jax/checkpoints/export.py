@@ -62,7 +62,7 @@ def export(
     if is_converted(source) or names_adapter(source):
         if teacher or lora or stage:
             raise BadConfig(
-                f"--teacher, --stage, --adapter and --merge-lora must not be given for {source}: it is no run"
+                f"--teacher, --stage, --adapter and --merge-lora must not be given for {source}, which is not a run"
             )
         write_model(from_pretrained(source, dtype), destination, dtype)
         return

@@ -160,7 +160,7 @@ class Checkpoints:
                 continue
             for damaged, problem in problems.items():
                 renamed = f", renamed to {self._set_aside(damaged).name}" if set_aside else ""
-                log(f"{problem}{renamed}; the one before, of step {step}, is used")
+                log(f"{problem}{renamed}; using the checkpoint of step {step}")
             return step, restored
         raise DamagedCheckpoint(
             f"no checkpoint in {self.folder} can be read: restore one of {listed(map(str, problems))} from a copy, or "

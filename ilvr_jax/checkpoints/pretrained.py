@@ -154,7 +154,8 @@ def find_base(adapter: PeftAdapter, given: str, weights: bool = True) -> tuple[P
     name = given or adapter.config.get("base_model_name_or_path")
     field = "the base" if given else f"`base_model_name_or_path` in {adapter.folder / ADAPTER_CONFIG}"
     problem = (
-        f"{field} must be a folder or a hub name of the whole model (or give one: ADAPTER@BASE), got {quote(name)}"
+        f"{field} must be a folder or a hub name of a complete model (to use another base, write ADAPTER@BASE), "
+        f"got {quote(name)}"
     )
     if not isinstance(name, str) or not name:
         raise BadCheckpoint(problem)

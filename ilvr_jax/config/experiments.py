@@ -85,7 +85,7 @@ def parse(values: Mapping[str, Any] | ConfigDict, complete: bool = False) -> Run
         raise BadConfig(f"`stages` must name each stage once, got {listed(stages)}")
     for name in stages:
         if name not in sections:
-            raise BadConfig(f"`stages` must be of the config's stages {listed(sections)}, got {quote(name)}")
+            raise BadConfig(f"`stages` must name only stages of the config ({listed(sections)}), got {quote(name)}")
     return read(RunConfig, values | {"stages": {name: sections[name] for name in stages}}, "", complete)
 
 

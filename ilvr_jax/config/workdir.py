@@ -76,7 +76,7 @@ def read_config(workdir: Path) -> RunConfig:
     except BadConfig as error:
         named = str(error) if str(path) in str(error) else f"{path}: {error}"
         raise BadConfig(
-            f"{named}; restore it: the training command and its flags print it with --config.print=true"
+            f"{named}; to restore it, save what the training command prints with its flags and --config.print=true"
         ) from error
 
 

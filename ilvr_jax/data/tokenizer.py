@@ -167,7 +167,9 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast, stop: Iterable[int] = ())
     ids = {token: tokenizer.backend_tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
     missing = [token for token, number in ids.items() if number is None]
     if missing:
-        raise BadTokenizer(f"the tokenizer must have Qwen2.5's and latent tokens, but lacks {', '.join(missing)}")
+        raise BadTokenizer(
+            f"the tokenizer must have Qwen2.5's special tokens and the latent tokens, but lacks {', '.join(missing)}"
+        )
     assistant = tokenizer.backend_tokenizer.encode("assistant", add_special_tokens=False).ids
     if len(assistant) != 1:
         raise BadTokenizer(f'the tokenizer must encode "assistant" as one token, got {len(assistant)}')

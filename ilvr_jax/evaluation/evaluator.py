@@ -91,7 +91,7 @@ class Evaluator:
                 yield request
 
         with progress.stage(self.task, answered, len(keys)):
-            progress.log(f"{answered} of {len(keys)} answers exist; {settings.rows} are decoded in parallel")
+            progress.log(f"{answered} of {len(keys)} answers exist; the rest are decoded {settings.rows} at a time")
             new = 0
             for answer in engine.serve(asked_requests()):
                 key, record = asked[answer.number]

@@ -107,7 +107,7 @@ def check_request(request: Request) -> None:
         raise ValueError(f"forced_tokens must be a tuple of tokens, got {quote(request.forced_tokens)}")
     if len(request.forced_tokens) > request.max_new_tokens:
         most, length = request.max_new_tokens, len(request.forced_tokens)
-        raise ValueError(f"forced_tokens must be at most max_new_tokens ({most}), got {length}")
+        raise ValueError(f"forced_tokens must hold at most max_new_tokens ({most}) tokens, got {length}")
     if len(request.forced_tokens) and request.method == "single":
         raise ValueError('forced_tokens must be empty for method "single", which begins with a look')
     _check_shapes(request.prompt)
@@ -177,7 +177,7 @@ def check_picture(image: Picture, config: ModelConfig) -> None:
             )
     # NaN and infinity would stay in the row's cache, and masking multiplies them by 0, which is NaN for later requests.
     if values.dtype != np.uint8 and not (np.abs(values.astype(np.float32)) <= LARGEST_VALUE).all():
-        raise ValueError(f"the values of an image must be numbers up to {LARGEST_VALUE:g}, got others")
+        raise ValueError(f"the values of an image must be finite and at most {LARGEST_VALUE:g} in magnitude")
 
 
 def check_tokens(name: str, tokens: Iterable[int], least: int, vocab_size: int) -> None:

@@ -128,7 +128,7 @@ def build_sample(
         if list(run) != [special.latent_pad] * latent_size + [special.latent_end]:
             raise ValueError(f"the latent segment at token {start} must be {latent_size} slots and an end marker")
     if int((tokens == special.latent_pad).sum()) != len(slot_starts) * latent_size:
-        raise ValueError("latent slots must be in latent segments, got others")
+        raise ValueError("latent slots must be in latent segments, got some outside")
     if helper_images and len(helper_images) != len(slot_starts):
         raise ValueError(f"{len(slot_starts)} latent segments must have a helper image each, got {len(helper_images)}")
     grids = [(image.height // MERGE, image.width // MERGE) for image in images]

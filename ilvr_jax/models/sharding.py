@@ -62,7 +62,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         raise ValueError(f"sizes must be whole numbers from 1, or -1 for the rest, got {given}")
     free = [axis for axis in AXES if sizes[axis] == -1]
     if len(free) > 1:
-        raise ValueError(f"one size at most must be -1, for the rest, got {given}")
+        raise ValueError(f"at most one size may be -1 (all remaining devices), got {given}")
     used = int(np.prod([sizes[axis] for axis in AXES if axis not in free]))
     if len(devices) % used or (not free and len(devices) != used):
         needed = f"a multiple of {used}" if free else str(used)

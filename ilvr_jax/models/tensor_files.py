@@ -161,9 +161,7 @@ def _indexed_files(folder: Path) -> dict[Path, list[str]]:
     for name, file in read_index(folder).items():
         files.setdefault(folder / file, []).append(name)
     if missing := [str(path.relative_to(folder)) for path in files if not os.path.isfile(path)]:
-        raise BadCheckpoint(
-            f"{folder / INDEX} names {listed(missing)}, which must be files of {folder}, but are not there"
-        )
+        raise BadCheckpoint(f"{folder} must hold all files that {INDEX} names, but lacks {listed(missing)}")
     return dict(sorted(files.items()))
 
 

@@ -59,7 +59,9 @@ def place_to_resume(run: Run, stage: str, step: int, place: dict[str, Any]) -> d
     if before == now:
         return place
     if before is None:
-        run.progress.log(f"{stage}: its checkpoints have no fingerprint of the records, which are not compared")
+        run.progress.log(
+            f"{stage}: its checkpoints have no fingerprint of the records, so a change of records is not detected"
+        )
         return place
     name = run.config.data.path or "data.frozen_lake"
     changed = f"{name} holds {now}, and {stage} was trained until step {step} on {before}"

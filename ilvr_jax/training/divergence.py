@@ -31,7 +31,7 @@ class SkippedUpdates:
         if record < 0:
             cause = f"the norm of the gradient is {norm}, while every loss is finite"
         else:
-            cause = f"the loss is {loss}, first that of record {record}"
+            cause = f"the loss is {loss} (the first such record is {record})"
             self._records += [int(record)] if record not in self._records else []
         if in_row < self._limit:
             self._log(f"{self._stage}, step {step}: the update is skipped, since {cause}; {in_row} in a row")

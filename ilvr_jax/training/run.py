@@ -50,4 +50,4 @@ def check_choices(config: RunConfig) -> None:
         parts = (config.decoder_part,) if objective.teacher else ("vision", config.decoder_part)  # it shares the tower
         if not set(stage.train) <= set(parts):
             of = f" with objective {stage.objective}" * objective.teacher
-            raise BadConfig(f"`{name}.train` must be of {', '.join(parts)}{of}, got {', '.join(stage.train)}")
+            raise BadConfig(f"`{name}.train` must name only {', '.join(parts)}{of}, got {', '.join(stage.train)}")

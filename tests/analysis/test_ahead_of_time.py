@@ -81,7 +81,7 @@ def test_published_models_have_their_shapes_without_a_network(size, billions):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([BASE], "--config and --topology are needed, or --sweep"),
+        ([BASE], "--config and --topology (such as v5e:4x4), or --sweep, must be given"),
         ([BASE, "--topology=v9:2x2"], "--topology must be one of v5e, v5p, v6e, a colon and a shape"),
         (
             [BASE, "--topology=v5e:2x2", "--stage=stage3"],

@@ -259,7 +259,7 @@ def published(tmp_path_factory):
         ("architecture", "must have the `model_type` 'qwen2_5_vl', got 'llama'"),
         ("image token", r"config.json: `image_token_id` must be the id of <\|image_pad\|>, got 0, that of"),
         ("no config", "has no config.json"),
-        ("index", "names model-00001-of-00002.safetensors, which must be files of .*, but are not there"),
+        ("index", "must hold all files that .* names, but lacks model-00001-of-00002.safetensors"),
         ("tokenizer", r"must have an embedding row for each token, but has \d+ tokens and 100 rows"),
     ],
 )

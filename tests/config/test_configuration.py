@@ -143,7 +143,7 @@ def test_a_wrong_flag_gets_one_sentence(config_file, flag, sentence):
         ("config.log_evry = 3", "`log_evry` must be a key of the config; the nearest is log_every"),
         (
             "config.stage1.train = ('vision', 'decoder'); config.stages = ('stage1',)",
-            "`stage1.train` must be of decoder with objective alignment, got vision, decoder",
+            "`stage1.train` must name only decoder with objective alignment, got vision, decoder",
         ),
         ("del config.data; config.data = 3", "`data` must be a section with source, path, "),
         ("del config.seed; config.seed = config.stage1", "`seed` must be a value, not a section"),
@@ -292,7 +292,7 @@ def test_keys_of_later_versions_may_be_missing_in_a_workdir_and_no_others(config
     check_resumable(config, tmp_path)
     del values["latents"]["tau"]
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(BadConfig, match="config.json: `latents.tau` must be given, but is missing.*; restore it"):
+    with pytest.raises(BadConfig, match="config.json: `latents.tau` must be given, but is missing.*; to restore it"):
         read_config(tmp_path)
 
 

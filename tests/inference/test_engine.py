@@ -302,8 +302,11 @@ REFUSALS = [(dataclasses.replace(GOOD, **{name: value}), name) for name in NUMBE
         with_image(PATCHES._replace(pixels=np.full((24, 1176), np.nan, np.float32))),
         "values of an image must be numbers",
     ),
-    (with_image(PATCHES._replace(pixels=np.full((24, 1176), 1e38, np.float32))), "values of an image must be numbers"),
-    (with_image(EncodedImage(np.full((2, 3, 32), -np.inf, np.float32))), "values of an image must be numbers up to"),
+    (with_image(PATCHES._replace(pixels=np.full((24, 1176), 1e38, np.float32))), "values of an image must be finite"),
+    (
+        with_image(EncodedImage(np.full((2, 3, 32), -np.inf, np.float32))),
+        "values of an image must be finite and at most",
+    ),
     (with_image(EncodedImage(np.zeros((2, 3, 31), np.float32))), "an encoded image must have 32 channels, got 31"),
     (with_image(EncodedImage(np.zeros((2, 3), np.float32))), "features of an image must be [rows, columns, channels]"),
     (None, "a request must be a Request, got None"),

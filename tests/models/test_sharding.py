@@ -92,7 +92,7 @@ def test_an_axis_that_the_mesh_does_not_divide_is_whole():
     [
         ({"data": 3}, "the number of devices must be 3 for slice 1, data 3, fsdp 1, tensor 1, got 8"),
         ({"data": -1, "tensor": 3}, "the number of devices must be a multiple of 3 for .*, got 8"),
-        ({"data": -1, "fsdp": -1}, "one size at most must be -1, for the rest, got"),
+        ({"data": -1, "fsdp": -1}, "at most one size may be -1 \\(all remaining devices\\), got"),
         ({"data": 0}, "sizes must be whole numbers from 1, or -1 for the rest, got"),
         ({"data": True}, "sizes must be whole numbers from 1, or -1 for the rest, got"),
     ],

@@ -134,7 +134,7 @@ def test_what_one_process_cannot_read_is_damaged_for_all(tmp_path):
     assert [process.wait(timeout=120) for process in started] == [0, 0]
     logs = [(tmp_path / f"log_{process}.txt").read_text() for process in range(2)]
     assert logs[0] == logs[1] and logs[0].endswith("; restored 1: 1")
-    assert "2 is damaged" in logs[0] and "renamed to 2.damaged; the one before, of step 1, is used" in logs[0]
+    assert "2 is damaged" in logs[0] and "renamed to 2.damaged; using the checkpoint of step 1" in logs[0]
 
 
 def test_sigterm_to_one_stops_all_at_the_same_step(config_file, tmp_path):

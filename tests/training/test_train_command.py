@@ -246,7 +246,7 @@ def test_skipped_updates_are_logged_and_counted(config, tmp_path, monkeypatch):
     assert len(lines) == 2
     for line, number, record in zip(lines, (3, 5), step[0].records, strict=True):
         assert (
-            f"warm_up, step {number}: the update is skipped, since the loss is nan, first that of record {record}"
+            f"warm_up, step {number}: the update is skipped, since the loss is nan (the first such record is {record})"
             in line
         )
 
@@ -371,12 +371,12 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, cop
     folder = damage(copied, "stage2", 6)
     params = restore_run(copied).params
     said = capsys.readouterr().err
-    assert f"the checkpoint {folder} is damaged (" in said and "the one before, of step 4, is used" in said
+    assert f"the checkpoint {folder} is damaged (" in said and "using the checkpoint of step 4" in said
     assert not same(params, restore_run(finished[0]).params)
     train(parse(config), copied)
     log = (copied / "train.log").read_text()
     assert (
-        f"the checkpoint {folder} is damaged (" in log and "renamed to 6.damaged; the one before, of step 4, is" in log
+        f"the checkpoint {folder} is damaged (" in log and "renamed to 6.damaged; using the checkpoint of step 4" in log
     )
     assert log.count("stage2: resuming from step 4") == 1
     assert sorted(path.name for path in folder.parent.iterdir()) == ["4", "6", "6.damaged"]

@@ -224,7 +224,7 @@ def check_rope_place(published: Mapping[str, Any], text: Mapping[str, Any]) -> N
     _, theirs = rope_fields(text)
     if kind not in (None, "default", "mrope") and kind != theirs.get("rope_type", theirs.get("type")):
         raise BadCheckpoint(
-            f"`{name}` must be in `text_config`, where transformers reads it, got {quote(kind)} beside it"
+            f"`{name}` must be in `text_config`, where transformers reads it, got {quote(kind)} outside it"
         )
 
 
