@@ -153,7 +153,7 @@ def test_the_roll_out_equals_recomputing_every_prefix(slot_input, monkeypatch):
     [*((selection, "hidden") for selection in SELECTORS), ("coverage", "projected"), ("coverage", "pause")],
 )
 def test_every_rule_treats_a_ragged_batch_as_its_samples_alone(selection, slot_input):
-    """The last sample, with the fewest looks, slots and candidates, is alone without any padding as well."""
+    """The last sample, with one look and fewer slots and candidates than the others, is also alone without padding."""
     model, params = model_with(slot_input)
     settings = dataclasses.replace(SETTINGS, selection=selection)
     samples = unequal_samples()
