@@ -1,8 +1,10 @@
 """Options of the whole suite."""
 
 import atexit
+import gc
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -19,7 +21,26 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+from tests.paths import REPOSITORY  # noqa: E402
 from tests.vectors import DEFAULT, SHARED  # noqa: E402
+
+gc.set_threshold(50_000)  # tracing allocates many objects, few of them garbage
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; tests send it to commands
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The files that take longest, which start first, so that no worker ends with one of them alone.
+LONGEST = ("test_pretrained_run", "test_sharding", "test_processes", "test_objectives", "test_kills", "test_step")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _processes_without_torch():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY / "tests" / "without_torch"), prepend=os.pathsep)
+        yield
 
 
 def pytest_addoption(parser):

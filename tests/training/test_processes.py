@@ -58,7 +58,8 @@ def start(
     command = [sys.executable, "-m", "ilvr_jax.train", f"--config={config_file}", f"--workdir={workdir}", *flags]
     command.append(f"--config.data.feature_cache={workdir / 'features'}")
     where = f"--coordinator=127.0.0.1:{free_port()}"
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"}
+    devices_flag = f"--xla_force_host_platform_device_count={devices // processes}"
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices_flag}"}
     environment |= {
         "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "compiled"),
         "JAX_PLATFORMS": "cpu",
