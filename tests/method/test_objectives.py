@@ -153,17 +153,15 @@ def test_the_roll_out_equals_recomputing_every_prefix(slot_input, monkeypatch):
     [*((selection, "hidden") for selection in SELECTORS), ("coverage", "projected"), ("coverage", "pause")],
 )
 def test_every_rule_treats_a_ragged_batch_as_its_samples_alone(selection, slot_input):
-    """The last sample, with one look and fewer slots and candidates than the others, is also alone without padding."""
     model, params = model_with(slot_input)
     settings = dataclasses.replace(SETTINGS, selection=selection)
     samples = unequal_samples()
     layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in samples])
     loss = jax.jit(lambda *parts: alignment_loss(model, *parts, settings, KEY).loss)
     together = loss(params, TEACHER, collate(samples, layout, SPECIAL, GEOMETRY))
-    alone = [loss(params, TEACHER, collate([sample], layout, SPECIAL, GEOMETRY)) for sample in samples]
-    np.testing.assert_allclose(together, np.concatenate(alone), atol=2e-5)
-    unpadded = collate(samples[-1:], required_layout(samples[-1], GEOMETRY), SPECIAL, GEOMETRY)
-    np.testing.assert_allclose(together[-1:], loss(params, TEACHER, unpadded), atol=2e-5)
+    for row, sample in enumerate(samples):
+        alone = loss(params, TEACHER, collate([sample], required_layout(sample, GEOMETRY), SPECIAL, GEOMETRY))
+        np.testing.assert_allclose(together[row], alone[0], atol=2e-5)
 
 
 def test_a_pause_carries_nothing_from_one_column_to_the_next():
@@ -311,7 +309,7 @@ def pick_jitted(cosines, valid, slots, coverage, temperature):
     st.lists(st.floats(-1, 1, width=32, allow_subnormal=False), min_size=1, max_size=12, unique=True),
     st.floats(0.05, 1.0),
     st.sampled_from([0.01, 0.1, 1.0]),
-    st.sampled_from([1, 3, 6, 8]),
+    st.integers(1, 8),
     st.integers(0, 3),
 )
 def test_picks_cover_the_mass_with_as_few_as_possible(cosines, coverage, temperature, slots, padding):
