@@ -300,7 +300,7 @@ REFUSALS = [(dataclasses.replace(GOOD, **{name: value}), name) for name in NUMBE
     (with_image(PATCHES._replace(pixels=PATCHES.pixels.astype(np.float32))), "pixels of 4x6 patches must have shape"),
     (
         with_image(PATCHES._replace(pixels=np.full((24, 1176), np.nan, np.float32))),
-        "values of an image must be numbers",
+        "values of an image must be finite",
     ),
     (with_image(PATCHES._replace(pixels=np.full((24, 1176), 1e38, np.float32))), "values of an image must be finite"),
     (
