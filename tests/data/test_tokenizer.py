@@ -83,7 +83,7 @@ def test_special_tokens_have_their_ids():
 def test_missing_special_tokens_are_named(tmp_path):
     plain = TOKENIZER.backend_tokenizer.to_str().replace("<|latent_pad|>", "<|other|>")
     (tmp_path / "tokenizer.json").write_text(plain)
-    with pytest.raises(ValueError, match=r"and latent tokens, but lacks <\|latent_pad\|>$"):
+    with pytest.raises(ValueError, match=r"special tokens and the latent tokens, but lacks <\|latent_pad\|>$"):
         special_tokens(PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")))
     with pytest.raises(ValueError, match=r"must hold a tokenizer: tokenizer.json, or vocab.json and merges.txt"):
         load_tokenizer(tmp_path / "elsewhere")
