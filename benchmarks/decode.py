@@ -63,7 +63,7 @@ def make_torch(description: dict):
 
 
 def make_ours(torch_model, description: dict, prompts: np.ndarray, new_tokens: int) -> Callable[[], tuple]:
-    """Returns what serves all prompts at once, after compiling, and gives tokens, seconds and those to first tokens."""
+    """Return what serves all prompts at once, after compiling, and gives tokens, seconds and those to first tokens."""
     from ilvr_jax.inference.engine import Engine
     from ilvr_jax.inference.requests import Request
     from ilvr_jax.inference.sizes import fit_settings

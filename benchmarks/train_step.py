@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
-from ilvr_jax.checkpoints.runs import build_model
+from ilvr_jax.checkpoints.runs import build_run_model
 from ilvr_jax.config.flags import read_config_flags
 from ilvr_jax.data.sources import make_tokenizer, open_source
 from ilvr_jax.data.tokenizer import special_tokens
@@ -70,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Progress(Path(folder) / "log") as progress:
         source = open_source(config.data, config.seed)
         tokenizer = make_tokenizer(config, source)
-        model = build_model(config, Path(folder), tokenizer)
+        model = build_run_model(config, Path(folder), tokenizer)
         mesh = one_device()
         special = special_tokens(tokenizer)
         for name in config.stages:

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.checkpoints.pretrained import open_init_from
 from ilvr_jax.command import ArgumentParser, command, path_flag
-from ilvr_jax.config.experiments import BASE, as_file, config_errors, load_config, parse
+from ilvr_jax.config.experiments import BASE, by_key, config_errors, load_config, parse
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.flags import read_config_flags
 from ilvr_jax.config.schema import RunConfig
@@ -30,8 +30,8 @@ from ilvr_jax.data.tokenizer import special_tokens
 from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.method.layout import Layout, required_layout
 from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models import build_model
 from ilvr_jax.models.base import ImageGeometry
-from ilvr_jax.models.qwen2_5_vl.config import model_config
 from ilvr_jax.models.tensor_files import BadCheckpoint
 from ilvr_jax.reports.data_check import CONFIG_FILE, config_file, laid_out, sections, write_page
 from ilvr_jax.training.run import check_choices
@@ -92,17 +92,18 @@ def check(options: argparse.Namespace) -> Survey:
         pretrained = open_init_from(config.model.init_from, weights=False) if config.model.init_from else None
     tokenizer = pretrained.tokenizer if pretrained else make_tokenizer(config, source)
     with config_errors("model"):
-        vision = model_config(config.model, len(tokenizer), pretrained and pretrained.hf_config).vision
+        model = build_model(config.model, len(tokenizer), pretrained and pretrained.hf_config)
     with config_errors("tokenizer"):
         special = special_tokens(tokenizer)
-    views = make_views(config, options.config_file is not None, tokenizer, special)
-    survey = measure(source, views, vision.geometry, options.limit, config.data.workers)
+    views = make_views(config, model.geometry, options.config_file is not None, tokenizer, special)
+    survey = measure(source, views, model.geometry, options.limit, config.data.workers)
     needs = {need: int(samples) for need, (samples, _) in survey.needs().items()}
     suggested = suggest_buckets(needs)
     records = survey.usable + survey.left_out
     title = f"{options.file.name} ({config.data.source}): {records} records, {survey.usable} usable"
-    remark = f"{config.latents.latent_size} slots per look, attention windows of {vision.window_size} pixels. " + (
-        f"Checked with {options.config_file}." if options.config_file else WITHOUT_CONFIG
+    remark = (
+        f"{config.latents.latent_size} slots per look, attention windows of {model.config.vision.window_size} pixels. "
+        + (f"Checked with {options.config_file}." if options.config_file else WITHOUT_CONFIG)
     )
     tables = sections(survey, suggested)
     config_text = ""
@@ -118,7 +119,7 @@ def check(options: argparse.Namespace) -> Survey:
         print_line()
     if config_text:
         print_line(f"{CONFIG_FILE}\n\n{config_text}\n")
-    samples = choose_samples(survey, source, suggested, vision.geometry, options.samples, tokenizer, special)
+    samples = choose_samples(survey, source, suggested, model.geometry, options.samples, tokenizer, special)
     write_page(options.out, title=title, remark=remark, sections=tables, config=config_text, samples=samples)
     print_line(f"Page written to {options.out}")
     return survey
@@ -130,35 +131,34 @@ def changes(options: argparse.Namespace, survey: Survey) -> dict[str, Any]:
     They have `data.on_bad_record="skip"` only if there are bad records. A record that merely lacks a bucket is not bad,
     since the config has new buckets.
     """
-    in_file = dict(leaves(as_file(parse(load_config(options.config_file or BASE)))))
-    separate, checked = ("data.on_bad_record", "data.buckets."), leaves(as_file(options.config))
-    changed = {key: value for key, value in checked if not key.startswith(separate) and value != in_file.get(key)}
+    in_file, checked = by_key(parse(load_config(options.config_file or BASE))), by_key(options.config)
+    separate = ("data.on_bad_record", "data.buckets.")
+    changed = {
+        key: value for key, value in checked.items() if not key.startswith(separate) and value != in_file.get(key)
+    }
     return changed | ({"data.on_bad_record": "skip"} if survey.usable + survey.left_out > len(survey.samples) else {})
 
 
 def make_views(
-    config: RunConfig, with_buckets: bool, tokenizer: PreTrainedTokenizerFast, special: SpecialTokens
+    config: RunConfig,
+    geometry: ImageGeometry,
+    with_buckets: bool,
+    tokenizer: PreTrainedTokenizerFast,
+    special: SpecialTokens,
 ) -> list[View]:
     """Return a view for the stages of each treatment of helper images, or of prompts alone for the format vsp."""
     build = {"tokenizer": tokenizer, "special": special}
     if config.data.source == "vsp":
-        return [View("prompts", "", functools.partial(build_prompt, settings=prompt_settings(config), **build), {})]
+        settings = prompt_settings(config, geometry)
+        return [View("prompts", "", functools.partial(build_prompt, settings=settings, **build), {})]
     views = []
     for treatment in TREATMENTS:
         if stages := [name for name, stage in config.stages.items() if stage.helper_images == treatment]:
-            to_sample = functools.partial(build_example, settings=example_settings(config, treatment), **build)
+            settings = example_settings(config, geometry, treatment)
+            to_sample = functools.partial(build_example, settings=settings, **build)
             buckets = config_buckets(config, treatment) if with_buckets else {}
             views.append(View(", ".join(stages), treatment, to_sample, buckets))
     return views
-
-
-def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested sections by dotted key."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def measure(source: Source, views: Sequence[View], geometry: ImageGeometry, limit: int | None, workers: int) -> Survey:

@@ -61,7 +61,7 @@ def restore_run(
     config = config or read_config(workdir)
     stage = choose_stage(workdir, config, stage)
     tokenizer = load_tokenizer(workdir / "tokenizer")
-    model = build_model(config, workdir / PRETRAINED, tokenizer)
+    model = build_run_model(config, workdir / PRETRAINED, tokenizer)
     abstract = abstract_params(model, config, mesh or one_device())
     with Checkpoints(stage_folder(workdir, stage)) as checkpoints:
         step, params = checkpoints.restore_newest(lambda step: checkpoints.restore_params(step, abstract), _warn)
@@ -90,7 +90,7 @@ def restore_teacher(workdir: Path, config: RunConfig, stage: str | None = None) 
     return teacher
 
 
-def build_model(
+def build_run_model(
     config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast, hf_config: Mapping | None = None
 ) -> Model:
     """Return the model of a run, of the shape in its config or of the checkpoint that it begins from.

@@ -69,7 +69,7 @@ def load_model(checkpoint: str, stage: str | None = None, dtype: str | None = No
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
         stage = choose_stage(folder, config, stage)
         step, model, *parts = restore_run(folder, config, stage)
-        prompts = dataclasses.replace(prompt_settings(config), position_ids=model.geometry.position_ids)
+        prompts = prompt_settings(config, model.geometry)
         return TrainedModel(model, *parts, prompts, config.eval.max_new_tokens, True, config, stage, step)
     if stage is not None:
         raise BadConfig(f"--stage must not be given for {checkpoint}, which is not a run, got {stage!r}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ilvr_jax.config.fields import BadConfig, as_dict, nearest, read, read_value, rule_of
+from ilvr_jax.config.fields import BadConfig, Rule, as_dict, flatten, nearest, read, read_value
 from ilvr_jax.config.schema import AUTO, RunConfig, StageConfig
 from ilvr_jax.errors import listed, quote
 
@@ -79,8 +79,7 @@ def parse(values: Mapping[str, Any] | ConfigDict, complete: bool = False) -> Run
     for name in values:
         if name not in own:
             raise BadConfig(f"`{name}` must be a key of the config; the nearest is {nearest(name, [*own, *names])}")
-    rule = rule_of(next(field for field in dataclasses.fields(RunConfig) if field.name == "stages"))
-    stages = read_value(tuple[str, ...], values.get("stages", ()), "stages", rule)
+    stages = read_value(tuple[str, ...], values.get("stages", ()), "stages", Rule("their order", nonempty=True))
     if len(set(stages)) != len(stages):
         raise BadConfig(f"`stages` must name each stage once, got {listed(stages)}")
     for name in stages:
@@ -104,6 +103,12 @@ def as_file(config: RunConfig) -> dict[str, Any]:
     """Return the values in the form of a file: each stage a section of its own name, keys without a value absent."""
     values = as_dict(config)
     return values | {"stages": tuple(config.stages)} | values["stages"]
+
+
+def by_key(config: RunConfig) -> dict[str, Any]:
+    """Return the values that are set by the dotted keys that files and flags give them."""
+    values = {key.removeprefix("stages."): value for key, value, _ in flatten(config)}
+    return {"stages": tuple(config.stages)} | values
 
 
 def evaluation_file(config: RunConfig) -> Path | None:

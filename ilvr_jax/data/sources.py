@@ -16,6 +16,7 @@ from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import BadRecord, Record
 from ilvr_jax.data.tokenizer import load_tokenizer, record_texts, train_tokenizer
 from ilvr_jax.method.layout import Layout, padded_tokens
+from ilvr_jax.models.base import ImageGeometry
 
 TOKENIZER_RECORDS = 2000  # records whose texts the tokenizer is trained on
 
@@ -56,14 +57,15 @@ def make_tokenizer(config: RunConfig, source: Source) -> PreTrainedTokenizerFast
     return train_tokenizer(itertools.chain([config.data.system, config.eval.question], record_texts(records())))
 
 
-def example_settings(config: RunConfig, helper_images: str) -> ExampleSettings:
+def example_settings(config: RunConfig, geometry: ImageGeometry, helper_images: str) -> ExampleSettings:
     """Return the settings of samples for a stage's `helper_images`."""
     # Generated images are drawn in the size they are used in.
     scale = 1.0 if config.data.source == "frozen_lake" else config.data.image_scale
-    return dataclasses.replace(prompt_settings(config), image_scale=scale, question=None, helper_images=helper_images)
+    prompts = prompt_settings(config, geometry)
+    return dataclasses.replace(prompts, image_scale=scale, question=None, helper_images=helper_images)
 
 
-def prompt_settings(config: RunConfig) -> ExampleSettings:
+def prompt_settings(config: RunConfig, geometry: ImageGeometry) -> ExampleSettings:
     """Return the settings of prompts in an evaluation."""
     return ExampleSettings(
         image_scale=config.data.image_scale,
@@ -72,6 +74,7 @@ def prompt_settings(config: RunConfig) -> ExampleSettings:
         question=config.eval.question or None,
         latent_size=config.latents.latent_size,
         system=config.data.system,
+        position_ids=geometry.position_ids,
     )
 
 

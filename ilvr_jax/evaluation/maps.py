@@ -190,7 +190,7 @@ def evaluate(
         decode,
         tokenizer,
         special,
-        dataclasses.replace(prompt_settings(config), position_ids=model.geometry.position_ids),
+        prompt_settings(config, model.geometry),
         model.geometry,
         config.eval.batch_size,
         config.seed,

@@ -96,9 +96,7 @@ def text_loss(
 ) -> Losses:
     """Return the cross-entropy of the answer's tokens alone: the warm-up."""
     del teacher, settings
-    decoder = decoder_params(params)
-    features = model.encode_images(params["vision"], batch.images)
-    inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
+    decoder, _, inputs = _embedded(model, params, batch)
     keys = dropout_keys(model, key, batch)
     hidden, _ = model.decode(decoder, inputs, batch.positions, batch.valid, dropout_keys=keys)
     return _losses(model, decoder, batch, hidden)
@@ -112,7 +110,7 @@ def alignment_loss(
     `teacher` holds the parts of the parameters that differ from the student's (a vision tower of its own in tests
     alone).
     """
-    features = model.encode_images(params["vision"], batch.images)
+    decoder, features, inputs = _embedded(model, params, batch)
     own_vision = "vision" in teacher
     teacher_features = model.encode_images(teacher["vision"], batch.images) if own_vision else features
     teacher = {**params, **teacher}
@@ -120,8 +118,7 @@ def alignment_loss(
     selection = jax.lax.stop_gradient(
         select(model, decoder_params(teacher), batch, teacher_features, helper_features, settings, key)
     )
-    slots, decoder = batch.layout.slot_columns, decoder_params(params)
-    inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
+    slots = batch.layout.slot_columns
     targets = fill_slots(model, decoder, selection.targets, inputs[:, slots])
     inputs = inputs.at[:, slots].set(jnp.where(selection.valid[..., None], targets, inputs[:, slots]))
     keys = dropout_keys(model, key, batch)
@@ -160,9 +157,7 @@ def autonomy_loss(
 ) -> Losses:
     """Return stage 2's losses: the student fills its slots, cross-entropy alone, with gradients through every slot."""
     del teacher, settings
-    decoder = decoder_params(params)
-    features = model.encode_images(params["vision"], batch.images)
-    inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
+    decoder, _, inputs = _embedded(model, params, batch)
     hidden = roll_out(model, decoder, inputs, batch, dropout_keys(model, key, batch))
     return _losses(model, decoder, batch, hidden)
 
@@ -174,6 +169,12 @@ def dropout_keys(model: Model, key: PRNGKeyArray, batch: Batch) -> Key[Array, "r
     place = jnp.cumsum(batch.valid, axis=1)
     record_keys = jax.vmap(lambda record: jax.random.fold_in(key, record))(batch.record)
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(record_keys, place)
+
+
+def _embedded(model: Model, params: PyTree, batch: Batch) -> tuple[PyTree, Array, Array]:
+    """Return the student's decoder with its adapters, the features of the user images, and the decoder's inputs."""
+    decoder, features = decoder_params(params), model.encode_images(params["vision"], batch.images)
+    return decoder, features, model.embed(decoder, batch.tokens, batch.image_index, features)
 
 
 def _losses(model: Model, decoder: PyTree, batch: Batch, hidden: Array) -> Losses:

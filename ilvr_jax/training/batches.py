@@ -28,10 +28,8 @@ def open_iterator(run: Run, stage: str, seed: int, vision: PyTree) -> grain.Data
     """Return the endless batches of a stage, with stored image features if it uses them; see `with_features`."""
     data, helper_images = run.config.data, run.config.stages[stage].helper_images
     geometry = run.model.geometry
-    settings = example_settings(run.config, helper_images)
-    settings = dataclasses.replace(settings, position_ids=run.model.geometry.position_ids)
-    with config_errors("data"):
-        buckets = list(config_buckets(run.config, helper_images).values())
+    settings = example_settings(run.config, geometry, helper_images)
+    buckets = list(config_buckets(run.config, helper_images).values())
     if data.feature_cache and "vision" not in run.config.stages[stage].train:
         settings = with_features(run, stage, settings, buckets, vision)
     with config_errors("data"):
@@ -75,7 +73,7 @@ def place_to_resume(run: Run, stage: str, step: int, place: dict[str, Any]) -> d
 
 
 def open_share(mesh: Mesh, batch_size: int) -> ProcessShard:
-    """Returns what this process loads and which rows of a batch its devices work on."""
+    """Return which records this process loads and which rows of a batch its devices work on."""
     return ProcessShard(local_rows(mesh, batch_size), jax.process_index(), jax.process_count(), open_exchange())
 
 

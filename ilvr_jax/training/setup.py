@@ -17,7 +17,7 @@ from ilvr_jax.checkpoints.runs import (
     PRETRAINED,
     abstract_params,
     answer_tokens,
-    build_model,
+    build_run_model,
     part_dtypes,
     stages_with_checkpoints,
 )
@@ -61,7 +61,7 @@ def open_run(config: RunConfig, workdir: Path, console: Console | None) -> Itera
     else:
         tokenizer = pretrained.tokenizer if pretrained else make_tokenizer(config, source)
     description = pretrained.folder if pretrained else workdir / PRETRAINED
-    model = build_model(config, description, tokenizer, pretrained and pretrained.hf_config)
+    model = build_run_model(config, description, tokenizer, pretrained and pretrained.hf_config)
     special = answer_tokens(config, description, tokenizer, model)
     with config_errors("mesh"):
         mesh = make_mesh(vars(config.mesh))

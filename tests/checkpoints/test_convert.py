@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from ilvr_jax import convert
 from ilvr_jax.checkpoints.pretrained import keep_description, open_pretrained
-from ilvr_jax.checkpoints.runs import build_model
+from ilvr_jax.checkpoints.runs import build_run_model
 from ilvr_jax.checkpoints.weights import load_params
 from ilvr_jax.config.experiments import parse
 from ilvr_jax.config.workdir import read_config, to_json
@@ -37,7 +37,7 @@ from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.qwen2_5_vl.weights import nested_name
 from ilvr_jax.models.tensor_files import BadCheckpoint, TensorToWrite, weight_files, write_tensors
 from tests.published import VOCABULARY, read_all, save_published
-from tests.samples import tiny_config, untrained_run
+from tests.samples import GEOMETRY, tiny_config, untrained_run
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -159,7 +159,7 @@ def test_a_head_of_its_own_is_used_whatever_the_config_ties(tmp_path, capsys, ne
     config.model = {"init_from": str(published), "frozen_dtype": "float32"}
     keep_description(pretrained, tmp_path / "kept")
     for folder, description in ((published, pretrained.hf_config), (tmp_path / "kept", None)):
-        model = build_model(parse(config), folder, pretrained.tokenizer, description)
+        model = build_run_model(parse(config), folder, pretrained.tokenizer, description)
         assert not model.config.tie_word_embeddings
     assert embedding in read_all(published)
 
@@ -449,6 +449,6 @@ def test_a_run_from_nothing_goes_out_with_the_template_that_it_was_trained_on(tm
         Record("up", (), (), name="x"),
         own,
         special_tokens(own),
-        dataclasses.replace(prompt_settings(config), question=None),
+        dataclasses.replace(prompt_settings(config, GEOMETRY), question=None),
     )
     assert theirs == ours.tokens.tolist()

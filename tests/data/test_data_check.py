@@ -145,7 +145,7 @@ def test_buckets_take_what_the_pipeline_puts_in_them(folder, capsys):
     for stage in config.stages:
         treatment = config.stages[stage].helper_images
         buckets = config_buckets(config, treatment)
-        examples = example_settings(config, treatment)
+        examples = example_settings(config, GEOMETRY, treatment)
         build = functools.partial(
             build_example, tokenizer=tokenizer, special=special_tokens(tokenizer), settings=examples
         )
@@ -173,7 +173,7 @@ def test_buckets_take_what_the_pipeline_puts_in_them(folder, capsys):
             build_example,
             tokenizer=tokenizer,
             special=special_tokens(tokenizer),
-            settings=example_settings(config, treatment),
+            settings=example_settings(config, GEOMETRY, treatment),
         )
         assert all(load_sample(number, source, build, buckets, GEOMETRY).sample is not None for number in range(12))
 
@@ -442,7 +442,8 @@ def test_the_printed_config_trains_on_the_data(folder, capsys, flags):
     source = open_source(config.data, config.seed)
     tokenizer = make_tokenizer(config, source)
     for stage in config.stages:
-        settings, build = example_settings(config, config.stages[stage].helper_images), special_tokens(tokenizer)
+        settings = example_settings(config, GEOMETRY, config.stages[stage].helper_images)
+        build = special_tokens(tokenizer)
         to_sample = functools.partial(build_example, tokenizer=tokenizer, special=build, settings=settings)
         buckets = list(config_buckets(config, config.stages[stage].helper_images).values())
         loaded = [load_sample(number, source, to_sample, buckets, GEOMETRY) for number in range(len(source))]

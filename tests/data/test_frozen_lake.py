@@ -23,19 +23,14 @@ from ilvr_jax.data.frozen_lake.source import (
     symmetries,
 )
 from ilvr_jax.data.records import BadRecord, Look, Text
+from tests.maps import maps
 
 REAL_MAPS = Path(__file__).parent / "vsp_planning" / "test.jsonl"
 WORDS = {"U": "up", "D": "down", "L": "left", "R": "right"}
 few = settings(deadline=None, max_examples=25)
 
 
-@st.composite
-def maps(draw):
-    rows, columns = draw(st.integers(1, 5)), draw(st.integers(2, 6))
-    cells = draw(st.lists(st.sampled_from([0, 0, -1]), min_size=rows * columns, max_size=rows * columns))
-    start, goal = draw(st.permutations(range(rows * columns)))[:2]
-    cells[start], cells[goal] = 1, 2
-    return tuple(tuple(cells[row * columns : (row + 1) * columns]) for row in range(rows))
+MAPS = maps(st.integers(1, 5), st.integers(2, 6))
 
 
 def distances_to_goal(map_desc) -> np.ndarray:
@@ -52,7 +47,7 @@ def distances_to_goal(map_desc) -> np.ndarray:
 
 
 def play(map_desc, moves: str) -> tuple[list[tuple[int, int]], float]:
-    """Return the cells that gymnasium's elf visits, and the sum of the rewards; fails if it goes on after the end."""
+    """Return the cells that gymnasium's elf visits, and the sum of the rewards; fails if it moves after the end."""
     letters = {1: "S", 2: "G", -1: "H", 0: "F"}
     game = gymnasium.make(
         "FrozenLake-v1", desc=["".join(letters[cell] for cell in row) for row in map_desc], is_slippery=False
@@ -74,7 +69,7 @@ def contents(record) -> tuple:
     return record.question, pictures, steps, record.answer, record.map_desc, record.name
 
 
-@given(maps())
+@given(MAPS)
 @settings(deadline=None, max_examples=100)
 def test_paths_are_as_short_as_scipys_and_reach_the_goal(map_desc):
     distance = distances_to_goal(map_desc)[np.array(map_desc) == 1].item()
@@ -169,7 +164,7 @@ def turned_and_mirrored(map_desc) -> set:
     return {tuple(map(tuple, way.tolist())) for way in turned}
 
 
-@given(maps())
+@given(MAPS)
 @few
 def test_symmetries_are_the_8_turned_and_mirrored_maps(map_desc):
     assert len(list(symmetries(map_desc))) == 8
@@ -196,7 +191,7 @@ def test_the_real_maps_can_be_excluded():
     assert source.excluded == set().union(*map(turned_and_mirrored, real))
 
 
-@given(maps())
+@given(MAPS)
 @few
 def test_words_of_cells_are_their_kinds_or_their_distances_to_the_goal(map_desc):
     kinds = {1: "elf", 2: "goal", -1: "hole", 0: "ice"}

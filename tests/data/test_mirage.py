@@ -83,7 +83,7 @@ plans = st.lists(st.one_of(texts.map(Text), st.sampled_from(["a.png", "b.png", "
 
 
 def joined(steps: list[Text | Look]) -> list[Text | Look]:
-    """Return the steps with texts that follow each other joined and empty ones left out."""
+    """Return the steps with texts that follow each other joined and empty ones dropped."""
     result: list[Text | Look] = []
     for step in steps:
         if isinstance(step, Text) and result and isinstance(result[-1], Text):

@@ -183,7 +183,7 @@ plans = st.lists(st.one_of(texts, st.integers(0, 11)), max_size=12)
 
 
 def steps_of(plan: list[str | int], images: dict[str, bytes]) -> list[Text | Look]:
-    """Return the steps that a plan of texts and images' numbers means, texts joined and empty ones left out."""
+    """Return the steps that a plan of texts and images' numbers means, texts joined and empty ones dropped."""
     steps: list[Text | Look] = []
     for part in plan:
         step = Text(part) if isinstance(part, str) else Look(images[f"reasoning_image_{part + 1}"])

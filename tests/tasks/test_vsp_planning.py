@@ -30,23 +30,18 @@ from ilvr_jax.tasks.vsp_planning import (
     walk,
     without_holes,
 )
+from tests.maps import maps
 
 REAL_MAPS = Path(__file__).parents[1] / "data" / "vsp_planning" / "test.jsonl"
 
 
-@st.composite
-def maps(draw):
-    rows, columns = draw(st.integers(2, 5)), draw(st.integers(2, 5))
-    cells = draw(st.lists(st.sampled_from([0, 0, -1]), min_size=rows * columns, max_size=rows * columns))
-    start, goal = draw(st.permutations(range(rows * columns)))[:2]
-    cells[start], cells[goal] = 1, 2
-    return tuple(tuple(cells[row * columns : (row + 1) * columns]) for row in range(rows))
+MAPS = maps(st.integers(2, 5), st.integers(2, 5))
 
 
 moves_texts = st.text("UDLR", max_size=14)
 
 
-@given(maps(), moves_texts)
+@given(MAPS, moves_texts)
 @settings(deadline=None, max_examples=150)
 def test_playing_agrees_with_gymnasium(map_desc, moves):
     letters = {1: "S", 2: "G", -1: "H", 0: "F"}
@@ -137,7 +132,7 @@ def test_looks_of_generated_records_are_drawn_as_they_are(read_out):
     assert looks
 
 
-@given(maps())
+@given(MAPS)
 @settings(deadline=None, max_examples=100)
 def test_hole_blind_success_is_the_share_of_shortest_paths_that_succeed(map_desc):
     empty = without_holes(map_desc)

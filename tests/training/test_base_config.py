@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from ilvr_jax.checkpoints.runs import build_model
+from ilvr_jax.checkpoints.runs import build_run_model
 from ilvr_jax.config.experiments import evaluation_file, load_config, parse
 from ilvr_jax.config.flags import override
 from ilvr_jax.data.sources import make_tokenizer, open_source
@@ -51,7 +51,7 @@ def open_run(path: Path, workdir: Path) -> Run:
     config = parse(values)
     source = open_source(config.data, config.seed)
     tokenizer = make_tokenizer(config, source)
-    model = build_model(config, workdir, tokenizer)
+    model = build_run_model(config, workdir, tokenizer)
     mesh = one_device()
     steps = {name: make_step(config, name, model, mesh) for name in config.stages}
     evaluation_source = open_evaluation_source(config)

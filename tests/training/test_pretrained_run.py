@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from ilvr_jax import convert
 from ilvr_jax.checkpoints.export import write_adapter
-from ilvr_jax.checkpoints.runs import build_model, restore_run
+from ilvr_jax.checkpoints.runs import build_run_model, restore_run
 from ilvr_jax.checkpoints.trained import load_model
 from ilvr_jax.config.experiments import load_config, parse
 from ilvr_jax.config.fields import BadConfig
@@ -235,7 +235,7 @@ def test_stage_2_resumes_in_the_workdir_of_stage_1(small, tmp_path):
     """Both train adapters further, and neither needs the published checkpoint again."""
     config, workdir, adapter = tiny_run(*small, lora=True), tmp_path / "run", tmp_path / "adapter"
     base, settings = config.model.init_from, LoraConfig(config.model.lora.rank, config.model.lora.alpha)
-    model = build_model(parse(config), small[0], read_tokenizer(small[0]))
+    model = build_run_model(parse(config), small[0], read_tokenizer(small[0]))
     begun = jax.tree.map(lambda leaf: 0.01 + jnp.abs(leaf), model.init(jax.random.key(5))["adapters"])
     adapter.mkdir()
     write_adapter(begun, settings, base, adapter)
