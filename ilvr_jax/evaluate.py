@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_output(summary_path)
     with (
         open_results(out, settings, len(evaluator.source)) as results,
-        stop_sentence(lambda: f"stopped; {out} holds {len(results.lines)} answers, and the same command resumes it"),
+        stop_sentence(lambda: f"stopped; {out} holds {results.stop()} answers, and the same command resumes it"),
         Progress(out.with_suffix(".log")) as progress,
     ):
         for sentence in results.damaged:

@@ -6,6 +6,7 @@ The first line holds the settings of the evaluation. A file with some of the ans
 import contextlib
 import json
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -61,6 +62,7 @@ class Results:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], records: int):
         self.path, self._records, self.damaged = path, records, []
+        self._writing = threading.RLock()
         self.lines: dict[Key, dict[str, Any]] = {}
         header = json.dumps({"settings": settings}, ensure_ascii=False)
         check_output(path)
@@ -111,15 +113,21 @@ class Results:
     def add(self, line: dict[str, Any]) -> None:
         """Append an answer; a line that does not fit on the disk leaves the file unchanged."""
         text = memoryview(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
-        end = self._file.seek(0, os.SEEK_END)
-        try:
-            with named_errors(self.path):
-                while text:
-                    text = text[self._file.write(text) :]
-        except OSError:
-            self._file.truncate(end)
-            raise
-        self.lines[Key(line["number"], line["form"], line["sample"])] = line
+        with self._writing:
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                with named_errors(self.path):
+                    while text:
+                        text = text[self._file.write(text) :]
+            except OSError:
+                self._file.truncate(end)
+                raise
+            self.lines[Key(line["number"], line["form"], line["sample"])] = line
+
+    def stop(self) -> int:
+        """Return the number of answers; another thread that adds one waits forever, so that the number stays true."""
+        self._writing.acquire()
+        return len(self.lines)
 
     def close(self) -> None:
         self._file.close()
