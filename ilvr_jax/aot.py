@@ -81,25 +81,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fits = True
     for stage in stages:
         try:
-            report = compile_stage(config, stage, bucket, model, chip, devices)
+            reports = compile_stage(config, stage, bucket, model, chip, devices)
         except DoesNotFit as error:
             fits = False
             console.print(f"[bold]{stage}, {bucket}[/]: does not fit: {error}; {advice(config, stage)}")
             continue
-        fits &= report.spare >= SPARE
-        show(report, options.topology, console)
-        if report.spare < SPARE:
-            console.print(f"does not fit with {SPARE:.0%} to spare; {advice(config, stage)}")
+        for report in reports:
+            fits &= report.spare >= SPARE
+            show(report, options.topology, console)
+            if report.spare < SPARE:
+                console.print(f"does not fit with {SPARE:.0%} to spare; {advice(config, stage)}")
     return 0 if fits else 1
 
 
 def compile_stage(
     config: RunConfig, stage: str, bucket: str, model: Model, chip: Chip, devices: list[jax.Device]
-) -> Report:
-    """Compile a stage's train step, or decoding; raises as `compile_train_step` does."""
+) -> list[Report]:
+    """Compile a stage's train step, or the programs of decoding; raises as `compile_train_step` does."""
     if stage == "decoding":
         return compile_decoding(config, bucket, model, chip, devices)
-    return compile_train_step(config, stage, bucket, model, chip, devices)
+    return [compile_train_step(config, stage, bucket, model, chip, devices)]
 
 
 def sweep(path: Path, console: Console) -> int:
@@ -185,10 +186,13 @@ def show(report: Report, topology: str, console: Console) -> None:
         sent = "unknown, since this jaxlib cannot read the program that libtpu compiled"
     at_peak = report.flops / report.chips / report.chip.flops
     at_bandwidth = report.traffic / report.chip.bandwidth
+    moved = "weights, cache and optimizer read and written"
+    if report.reads is not None:
+        moved = f"the program reads {report.reads / GIB:.2f} GiB per chip; weights and cache in use"
     console.print(
         f"{'fits' if report.spare >= SPARE else 'too tight'}: {report.spare:.0%} to spare\n"
-        f"model arithmetic {report.flops / 1e12:.1f} TFLOP, {at_peak * 1e3:.0f} ms on {report.chips} chips; "
-        f"weights and optimizer read and written {report.traffic / GIB:.1f} GiB per chip, {at_bandwidth * 1e3:.0f} ms\n"
+        f"model arithmetic {report.flops / 1e12:.2f} TFLOP, {at_peak * 1e3:.2f} ms on {report.chips} chips; "
+        f"{moved} {report.traffic / GIB:.2f} GiB per chip, {at_bandwidth * 1e3:.2f} ms\n"
         f"communication per chip: {sent or 'none'}; calls of attention kernels: {report.kernels}\n"
         f"compiled in {report.seconds:.0f} s; not run"
     )

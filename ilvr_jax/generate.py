@@ -19,10 +19,12 @@ from ilvr_jax.errors import quote
 from ilvr_jax.files import check_output, named_errors, written
 from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, decoding_fields, usable_method
 from ilvr_jax.inference.engine import Engine
-from ilvr_jax.inference.requests import Answer, Request
+from ilvr_jax.inference.requests import Request, RequestOutput
 from ilvr_jax.inference.sizes import fit_settings
 from ilvr_jax.inference.transcript import show_look
 from ilvr_jax.tasks.final_answer import find_final_answer
+
+MOST_ROWS = 16  # answers decoded in parallel
 
 
 @command
@@ -32,17 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trained = load_model(options.checkpoint, options.stage, options.dtype)
     options.method = usable_method(options, trained)
     engine, request = prepare(options, trained)
-    printer = None if options.json else Printer(trained)
+    # What may belong to a stop string, or to several answers, is printed when it is complete.
+    printer = None if options.json or options.stop or options.n > 1 else Printer(trained)
     # Opened before decoding, so that a file that cannot be written is an error at once.
     with written(options.latents) if options.latents else contextlib.nullcontext() as latents:
-        (answer,) = engine.serve([request], printer and (lambda _, tokens: printer.add(tokens)))
-        if options.json:
-            print(json.dumps(as_dict(answer), ensure_ascii=False))
-        else:
-            print_end(answer)
-        if latents:
-            with named_errors(options.latents), latents.open("wb") as file:
-                np.save(file, np.asarray(answer.latent_vectors, np.float32))
+        outputs = engine.serve([request], printer and (lambda _, tokens: printer.add(tokens)))
+        for output in outputs if printer else sorted(outputs, key=lambda output: output.sample):
+            if options.json:
+                print(json.dumps(as_dict(output, options.n), ensure_ascii=False))
+            else:
+                print("" if printer else output.text)
+                print_end(output)
+            if latents:
+                with named_errors(options.latents), latents.open("wb") as file:
+                    np.save(file, np.asarray(output.latent_vectors, np.float32))
     return 0
 
 
@@ -56,7 +61,10 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--image", type=path_flag, action="append", default=[], help="an image file; repeat the flag for more images"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--n", type=int, default=1, help="answers, for a temperature above 0 (default: %(default)s)")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per answer, each on a line, and nothing else"
+    )
     parser.add_argument("--log-probabilities", action="store_true", help="of tokens, in the JSON object")
     parser.add_argument(
         "--latents", type=path_flag, help="a .npy file for the vectors of the slots: float32 [slots, channels]"
@@ -67,6 +75,10 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise BadConfig('--method must not be "pixels", which only evaluate has, for tasks that draw pictures')
     if options.log_probabilities and not options.json:
         raise BadConfig("--log-probabilities must be combined with --json, whose object holds them")
+    if options.n > 1 and not options.temperature:
+        raise BadConfig("--temperature must be above 0 for --n above 1, or all answers are equal")
+    if options.n > 1 and options.latents:
+        raise BadConfig(f"--n must be 1 with --latents, a file for one answer, got {options.n}")
     if options.latents:
         check_output(options.latents)
     return options
@@ -92,7 +104,7 @@ def prepare(options: argparse.Namespace, trained: TrainedModel) -> tuple[Engine,
         log_probabilities=options.log_probabilities,
         latent_vectors=options.latents is not None,
     )
-    settings = fit_settings([request], 1, trained.model.geometry)
+    settings = fit_settings([request], min(options.n, MOST_ROWS), trained.model.geometry)
     engine = Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer)
     if error := engine.validate(request):
         raise BadConfig(error)
@@ -143,25 +155,24 @@ class Printer:
         print(text, end="", flush=True)
 
 
-def print_end(answer: Answer) -> None:
+def print_end(output: RequestOutput) -> None:
     """Print the final answer, if the text has one, and the numbers of tokens, looks and seconds."""
-    print()
-    if answer.stop_reason == "length":
-        print(f"(stopped after {len(answer.tokens)} tokens, the limit of --max-new-tokens)")
-    seconds = answer.timings.total
-    looks = f"{len(answer.looks)} look{'' if len(answer.looks) == 1 else 's'}"
-    print(f"{len(answer.tokens)} tokens, {looks} with {answer.slots} slots, {seconds:.1f} s")
-    print(f"answer: {find_final_answer(answer.text) or 'none found'}")
+    if output.stop_reason == "length":
+        print(f"(stopped after {len(output.tokens)} tokens, the limit of --max-new-tokens)")
+    seconds = output.timings.total
+    looks = f"{len(output.looks)} look{'' if len(output.looks) == 1 else 's'}"
+    print(f"{len(output.tokens)} tokens, {looks} with {output.slots} slots, {seconds:.1f} s")
+    print(f"answer: {find_final_answer(output.text) or 'none found'}")
 
 
-def as_dict(answer: Answer) -> dict[str, Any]:
-    """Return an answer as the JSON object that --json prints."""
-    fields = dataclasses.asdict(answer)
-    for name in ("number", "name", "latent_vectors", "error", "shared_tokens"):
+def as_dict(output: RequestOutput, samples: int) -> dict[str, Any]:
+    """Return an answer, one of `samples`, as the JSON object that --json prints."""
+    fields = dataclasses.asdict(output)
+    for name in ("number", "name", "latent_vectors", "error", "shared_tokens", *["sample"] * (samples == 1)):
         del fields[name]
     if fields["log_probabilities"] is None:
         del fields["log_probabilities"]
-    return {"answer": find_final_answer(answer.text), **fields}
+    return {"answer": find_final_answer(output.text), **fields}
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from ilvr_jax.checkpoints.trained import TrainedModel
-from ilvr_jax.config.schema import DTYPES
+from ilvr_jax.config.fields import rule_of
+from ilvr_jax.config.schema import DTYPES, SamplingParams
 from ilvr_jax.data.examples import ExampleSettings
 from ilvr_jax.errors import InputError
-from ilvr_jax.inference.decode import DecodeSettings
 from ilvr_jax.inference.requests import METHODS
-from ilvr_jax.inference.sampling import check_whole
+from ilvr_jax.inference.sampling import check_sampling, check_whole
 from ilvr_jax.method.layout import Sample
 
 LONGEST_PROMPT = 8192  # tokens
@@ -26,14 +26,19 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", help="of a run, whose checkpoint is used (default: the last that has one)")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: the checkpoint's own)")
     parser.add_argument("--method", choices=METHODS, default="latent", help=f"of looking (default: latent); {methods}")
-    parser.add_argument("--max-new-tokens", type=int, help="of an answer, with slots (default: the run's, or 1024)")
     parser.add_argument("--latent-size", type=int, help="slots per look (default: the run's, or 8)")
-    parser.add_argument("--early-end", action="store_true", help="let the model end a look early")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0, for every checkpoint)")
-    parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens to sample from (default: 0, all)")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="total probability of the tokens to sample from (default: 1)"
-    )
+    for field in dataclasses.fields(SamplingParams):
+        flag, meaning = f"--{field.name.replace('_', '-')}", rule_of(field).meaning
+        if field.name == "n":  # evaluate has --samples-per-question
+            continue
+        if field.name == "max_new_tokens":
+            parser.add_argument(flag, type=int, help=f"{meaning} (default: the run's, or {field.default})")
+        elif field.type is bool:
+            parser.add_argument(flag, action="store_true", help=meaning)
+        elif field.name == "stop":
+            parser.add_argument(flag, action="append", default=[], help=f"{meaning}; repeat the flag for more")
+        else:
+            parser.add_argument(flag, type=field.type, default=field.default, help=f"{meaning} (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     parser.add_argument(
         "--longest-prompt",
@@ -62,19 +67,19 @@ def decoding_fields(options: argparse.Namespace, prompts: ExampleSettings, max_n
 
     Raises InputError, naming the flag, for a bad value.
     """
+    names = {field.name for field in dataclasses.fields(SamplingParams)} & vars(options).keys()
+    values = {name: getattr(options, name) for name in names}
+    if options.max_new_tokens is None:
+        values["max_new_tokens"] = max_new_tokens
     with flag_errors():
         for name in ("longest_prompt", "largest_image"):
             check_whole(name, getattr(options, name), 1)
         check_whole("seed", options.seed, 0, 2**32 - 1)
-        settings = DecodeSettings(
-            max_new_tokens=max_new_tokens if options.max_new_tokens is None else options.max_new_tokens,
-            latent_size=prompts.latent_size if options.latent_size is None else options.latent_size,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            early_end=options.early_end,
-        )
-    return {"method": options.method, **dataclasses.asdict(settings)}
+        latent_size = prompts.latent_size if options.latent_size is None else options.latent_size
+        check_whole("latent_size", latent_size, 1)
+        sampling = SamplingParams(**values | {"stop": tuple(options.stop)})
+        check_sampling(sampling)
+    return {"method": options.method, "latent_size": latent_size, "sampling": sampling}
 
 
 @contextlib.contextmanager

@@ -18,17 +18,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from ilvr_jax.analysis.hlo import collectives  # noqa: E402
 from ilvr_jax.checkpoints.manager import Checkpoints  # noqa: E402
-from ilvr_jax.inference.decode import DecodeSettings, generate  # noqa: E402
+from ilvr_jax.inference.engine import Engine, generate  # noqa: E402
+from ilvr_jax.inference.requests import RequestOutput  # noqa: E402
+from ilvr_jax.inference.sizes import fit_settings  # noqa: E402
 from ilvr_jax.method.objectives import cross_entropy  # noqa: E402
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL  # noqa: E402
 from ilvr_jax.models.sharding import AXES, divisor, make_mesh, on_mesh, place_rows, placed_like, shardings  # noqa: E402
 from ilvr_jax.training.optimizer import make_optimizer  # noqa: E402
 from ilvr_jax.training.state import abstract_train_state, init_train_state  # noqa: E402
 from ilvr_jax.training.step import OBJECTIVES, make_train_step  # noqa: E402
-from tests.decoding import PARAMS, prompts  # noqa: E402
-from tests.decoding import lay_out as lay_out_prompts  # noqa: E402
+from tests.decoding import PARAMS, make_request, prompts  # noqa: E402
 from tests.samples import NoData  # noqa: E402
 from tests.steps import CONFIG, LATENTS, SPECIAL, lay_out, samples, stage  # noqa: E402
+from tests.vectors import COPIES, Vector, of_kind  # noqa: E402
 
 STEPS = 5
 # Sizes of slice, data, fsdp and tensor; the first is one device.
@@ -88,12 +90,34 @@ def losses_on_changing_meshes(objective: str) -> list[list[float]]:
 
 
 def tokens(mesh: Mesh) -> np.ndarray:
-    """Returns what is decoded for eight prompts."""
-    rows = [*prompts(), *prompts()[:3]]
+    """Returns what is decoded for twelve prompts, in eight rows."""
+    requests = [make_request(prompt, 24, 3) for prompt in [*prompts(), *prompts()[::-1], *prompts()[:2]]]
     with on_mesh(mesh):
         params = jax.device_put(PARAMS, shardings(PARAMS, mesh))
-        batch, seeds = place_rows((lay_out_prompts(rows), np.arange(8, dtype=np.uint32)), mesh)
-        return np.asarray(generate(MODEL, params, batch, seeds, DecodeSettings(24, 3), SPECIAL).tokens)
+        settings = fit_settings(requests, 8, MODEL.geometry, share_prefixes=False)
+        return padded(Engine(MODEL, params, SPECIAL, settings).answer(requests))
+
+
+def published_tokens(mesh: Mesh, vectors: list[Vector]) -> np.ndarray:
+    """Returns what is decoded for each file of the published code, beside the prompts of the others."""
+    found = []
+    for vector in vectors:
+        sizes = vector.meta["max_new_tokens"], vector.meta["latent_size"]
+        group = [other for other in vectors if other.config == vector.config]
+        requests = [make_request(other.sample(), *sizes) for other in (vector, *group)]
+        params = vector.params()
+        with on_mesh(mesh):
+            params = jax.device_put(params, shardings(params, mesh))
+            found.append(generate(Qwen2_5VL(vector.config), params, requests, vector.special)[0])
+    return padded(found)
+
+
+def padded(outputs: list[RequestOutput]) -> np.ndarray:
+    """Returns the tokens of each output, with -1 behind them."""
+    found = np.full((len(outputs), max(len(output.tokens) for output in outputs)), -1)
+    for row, output in zip(found, outputs, strict=True):
+        row[: len(output.tokens)] = output.tokens
+    return found
 
 
 def collectives_of_a_loop() -> list[int]:
@@ -141,11 +165,14 @@ def main(out: str) -> None:
     jax.config.update("jax_compilation_cache_dir", f"{out}.compiled")  # a mesh's step is met more than once
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     results = {}
+    vectors = of_kind(COPIES, "generate")
     for sizes in MESHES:
         mesh = mesh_of(sizes)
         for objective in OBJECTIVES:
             results[f"{objective} {sizes}"] = np.array(losses(objective, mesh))
         results[f"tokens {sizes}"] = tokens(mesh)
+        if sizes != (1, 1, 1, 1):
+            results[f"published {sizes}"] = published_tokens(mesh, vectors)
         if sizes == (1, 2, 2, 2):
             results[f"alignment {sizes} with splash"] = np.array(losses("alignment", mesh, "splash"))
     results["alignment on changing meshes"] = np.array(losses_on_changing_meshes("alignment"))

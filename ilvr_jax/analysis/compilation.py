@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import topologies
@@ -16,21 +17,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from ilvr_jax.analysis.flops import CHIPS, GIB, SHAPES, Chip, decoder_flops, published_description, train_flops
-from ilvr_jax.analysis.hlo import Collective, collectives
+from ilvr_jax.analysis.hlo import Collective, collectives, memory_reads
 from ilvr_jax.checkpoints.pretrained import open_init_from
 from ilvr_jax.checkpoints.runs import abstract_params
 from ilvr_jax.config.experiments import config_errors
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.schema import RunConfig
 from ilvr_jax.data.sources import config_buckets
-from ilvr_jax.evaluation.maps import decode_settings
-from ilvr_jax.inference.decode import generate
+from ilvr_jax.inference.decode import decode_steps, init_decode_state, prefill
+from ilvr_jax.inference.kv_cache import AXES, init_kv_cache
+from ilvr_jax.inference.sizes import PREFILL_CHUNK, EngineSettings, group_sizes
 from ilvr_jax.method.layout import NO_IMAGE, Batch, Layout, collate
 from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models import build_model
+from ilvr_jax.models.attention import QUERY_BLOCK, KVCache
 from ilvr_jax.models.base import Model
+from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.qwen2_5_vl.images import EncodedImage
-from ilvr_jax.models.sharding import ROWS, check_mesh, divisor, make_mesh, on_mesh
+from ilvr_jax.models.sharding import ROWS, RULES, check_mesh, divisor, make_mesh, on_mesh
 from ilvr_jax.training.setup import make_step
 from ilvr_jax.training.state import abstract_train_state
 
@@ -59,6 +63,7 @@ class Report:
     kernels: int  # calls of Pallas kernels
     collectives: Sequence[Collective] | None  # None if jaxlib cannot read the program that libtpu compiled
     seconds: float  # of compilation
+    reads: int | None = None  # bytes that a chip reads in a step of decoding, from the program; None as `collectives`
 
     @property
     def used(self) -> int:
@@ -129,24 +134,49 @@ def compile_train_step(
     return _compile(f"{stage}, {bucket}", step, (state, batch), mesh, chip, memory, flops, float(read + written))
 
 
-def compile_decoding(config: RunConfig, bucket: str, model: Model, chip: Chip, devices: list[jax.Device]) -> Report:
-    """Compile decoding with the config's `eval` settings, for prompts as long as a bucket's prefix."""
-    mesh = _mesh(config, model, devices)
-    layout = config_buckets(config, "slots")[bucket]
-    layout = Layout(prefix=layout.prefix, images=layout.images, image_tokens=layout.image_tokens, helper_tokens=0)
-    settings = decode_settings(config)
+def compile_decoding(
+    config: RunConfig, bucket: str, model: Model, chip: Chip, devices: list[jax.Device]
+) -> list[Report]:
+    """Compile the prefill of prompts as long as a bucket's prefix, and a step of decoding `eval.batch_size` rows.
+
+    Parameters are in the model's dtype. Raises as `compile_train_step` does.
+    """
+    mesh, dtype = _mesh(config, model, devices), model.config.dtype
+    layout, new_tokens = config_buckets(config, "slots")[bucket], config.eval.max_new_tokens
     shards = divisor("rows", mesh)
-    rows = -(-config.eval.batch_size // shards) * shards
-    params = abstract_params(model, config, mesh)
-    batch = abstract_batch(layout, rows, model, mesh, cached=False)
-    seeds = jax.ShapeDtypeStruct((rows,), np.uint32, sharding=NamedSharding(mesh, PartitionSpec(ROWS)))
-    memory = {"weights": local_bytes(params), "batch": local_bytes(batch)}
-    flops = rows * decoder_flops(
-        model.config, layout.columns + settings.max_new_tokens, labelled=settings.max_new_tokens
+    rows, columns = -(-config.eval.batch_size // shards) * shards, layout.prefix + new_tokens
+    settings = EngineSettings(rows, columns, new_tokens, (min(PREFILL_CHUNK, layout.prefix),), (layout.image_tokens,))
+    with on_mesh(mesh):
+        group = group_sizes(settings)[-1]
+
+    def abstract(shape: tuple[int, ...] = (), dtype: str = "int32", spec: tuple = ()) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def whole(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype), tree)
+
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
+        decoder_params(abstract_params(model, config, mesh)),
     )
-    call = (model, params, batch, seeds, settings, SPECIAL)
-    traffic = float(memory["weights"] * settings.max_new_tokens)
-    return _compile(f"decoding, {bucket}", generate, call, mesh, chip, memory, flops, traffic)
+    cache = jax.eval_shape(lambda: init_kv_cache(model, rows, columns, False))
+    spec = nn.logical_to_mesh_axes((None, *AXES), RULES)
+    cache = KVCache(*(abstract(part.shape, part.dtype, spec) for part in cache[:2]), abstract((rows,)))
+    state = whole(jax.eval_shape(lambda: init_decode_state(model, rows, new_tokens, False, False)))
+    memory = {"weights": local_bytes(params), "cache": local_bytes(cache)}
+    step_flops = rows * decoder_flops(model.config, 1, labelled=1, attended=columns)
+    call = (model, params, cache, state, abstract(), abstract(), SPECIAL)
+    unread = 0 if model.config.tie_word_embeddings else local_bytes(params["embed_tokens"])
+    name, floor = f"a step of decoding, {rows} rows of {columns} columns", float(sum(memory.values()) - unread)
+    decoding = _compile(name, decode_steps, call, mesh, chip, dict(memory), step_flops, floor, columns)
+
+    chunk, channels = settings.chunks[0], model.config.hidden_size
+    vision_inputs = abstract((group, chunk + 2 * layout.image_tokens, channels), dtype)
+    numbers = [abstract(shape) for shape in ((group, chunk), (group, 3, chunk), (group,), (group,))]
+    of_some = numbers[2] if group < rows else None
+    call = (model, params, cache, abstract((rows, channels), dtype), vision_inputs, of_some, *numbers, SPECIAL)
+    name, chunk_flops = f"prefill, {group} prompts of {chunk} tokens", group * decoder_flops(model.config, chunk, 0)
+    return [_compile(name, prefill, call, mesh, chip, memory, chunk_flops, float(memory["weights"])), decoding]
 
 
 def _mesh(config: RunConfig, model: Model, devices: list[jax.Device]) -> Mesh:
@@ -165,7 +195,9 @@ def _compile(
     memory: dict[str, int],
     flops: float,
     traffic: float,
+    columns: int | None = None,
 ) -> Report:
+    """Compile a function and return its report, with its reads if it decodes rows of `columns` columns."""
     if sum(memory.values()) > chip.memory:
         kinds = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in memory.items())
         raise DoesNotFit(f"without temporaries each chip of {chip.memory / GIB:.0f} GiB would hold {kinds} GiB")
@@ -186,14 +218,19 @@ def _compile(
     memory["temporaries"] = analysis.temp_size_in_bytes + max(0, arguments - sum(memory.values()))
     memory["program"] = analysis.generated_code_size_in_bytes
     kernels = lowered.as_text().count("@tpu_custom_call")
-    return Report(name, chip, mesh.size, memory, flops, traffic, kernels, _communication(compiled), seconds)
+    program, sent, reads = _text(compiled), None, None
+    if program:
+        sent = collectives(program)
+        reads = memory_reads(program, -(-columns // QUERY_BLOCK)) if columns else None
+    return Report(name, chip, mesh.size, memory, flops, traffic, kernels, sent, seconds, reads)
 
 
-def _communication(compiled: jax.stages.Compiled) -> list[Collective] | None:
+def _text(compiled: jax.stages.Compiled) -> str | None:
+    """Return the text of a compiled program, None if this jaxlib cannot parse everything that libtpu wrote."""
     try:
-        return collectives(compiled.as_text())
+        return compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
-        if "RET_CHECK" not in str(error):  # an older jaxlib cannot parse everything that libtpu writes
+        if "RET_CHECK" not in str(error):
             raise
         return None
 

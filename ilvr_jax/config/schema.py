@@ -27,6 +27,7 @@ ROPE_TYPES = ("default", "linear", "yarn")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MOST_NEW_TOKENS = 2**17  # of an answer; published models have positions up to 128,000
+MOST_SAMPLES = 2**16  # of a prompt
 LONGEST = 2**20  # tokens or columns of a batch's layout
 Conflicts = Iterator[tuple[str, str]]
 
@@ -274,7 +275,39 @@ class StageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class SamplingParams:
+    """How tokens are sampled: of a request, and in the `eval` section of a run."""
+
+    max_new_tokens: int = setting("slots and markers included", 1024, least=1, most=MOST_NEW_TOKENS)
+    temperature: float = setting("0 is greedy", 0.0, least=0, most=1e6)
+    top_k: int = setting("the most tokens to sample from; 0: all", 0, least=0)
+    top_p: float = setting("the probability mass that they cover", 1.0, above=0, most=1)
+    early_end: bool = setting("the model may end a look early", False)
+    min_new_tokens: int = setting("an answer does not end before", 0, least=0, most=MOST_NEW_TOKENS, added=True)
+    repetition_penalty: float = setting(
+        "divides the logits of tokens in the prompt or answer, as in transformers; 1: none",
+        1.0,
+        least=0.01,
+        most=100,
+        added=True,
+    )
+    stop: tuple[str, ...] = setting("an answer ends before the first of these strings", (), added=True)
+    n: int = setting("samples of each prompt", 1, least=1, most=MOST_SAMPLES, added=True)
+
+    def conflicts(self) -> Conflicts:
+        # The limits keep scaled logits and the thresholds of cumulative probabilities inside float32.
+        if 0 < self.temperature < 1e-6:
+            yield "temperature", "0 or a number from 1e-6 to 1e6"
+        if self.top_p < 2e-38:
+            yield "top_p", "above 2e-38"
+        if self.min_new_tokens > self.max_new_tokens:
+            yield "min_new_tokens", f"at most max_new_tokens ({self.max_new_tokens})"
+        if "" in self.stop:
+            yield "stop", "strings of one letter or more"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(SamplingParams):
     """The evaluation after each stage."""
 
     data: str = setting(
@@ -283,10 +316,6 @@ class EvalConfig:
     question: str = setting("replaces the records' own; empty: their own", "Find the shortest safe path.")
     max_new_tokens: int = setting("slots and markers included", 128, least=1, most=MOST_NEW_TOKENS)
     batch_size: int = setting("records at a time", 50, least=1)
-    temperature: float = setting("0 is greedy", 0.0, least=0)
-    top_k: int = setting("the most tokens to sample from; 0: all", 0, least=0)
-    top_p: float = setting("the probability mass that they cover", 1.0, above=0, most=1)
-    early_end: bool = setting("the model may end a look early", False)
 
 
 @dataclasses.dataclass(frozen=True)

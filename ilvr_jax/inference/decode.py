@@ -1,47 +1,39 @@
-"""Decoding with latent slots: the rules of a step, row by row, and a loop over a whole batch of prompts.
+"""The decode core: the state of a batch of answers, and the compiled functions that advance it.
 
-The loop is for evaluation while training, on any mesh and over processes; `engine` serves requests that come and go.
+`prefill` appends the columns of prompts to the cache, `start` lets rows write their first tokens, `decode_steps` the
+tokens after them. All run on one device or on the mesh of `sharding.on_mesh`, over any number of processes. Each has
+one shape per engine (`prefill` one per chunk and group), so that requests come and go without compiling.
 """
 
-import dataclasses
 import functools
+from enum import IntEnum
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ilvr_jax.config.schema import MOST_NEW_TOKENS
-from ilvr_jax.inference.sampling import Sampling, check_sampling, check_whole, sample_tokens
-from ilvr_jax.method.layout import Batch
+from ilvr_jax.inference import kv_cache as caches
+from ilvr_jax.inference.requests import Request
+from ilvr_jax.inference.sampling import RowSampling, exclude_tokens, penalize_repetition, sample_tokens
 from ilvr_jax.method.slots import fill_slots
 from ilvr_jax.method.tokens import SpecialTokens
+from ilvr_jax.models.attention import KVCache
 from ilvr_jax.models.base import Model
-from ilvr_jax.models.lora import decoder_params
+from ilvr_jax.models.sharding import replicate
+
+UNLIMITED = np.iinfo(np.int32).max  # looks
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodeSettings:
-    """Settings of decoding. `max_new_tokens` counts slots and markers too."""
+class Status(IntEnum):
+    """The status of a row."""
 
-    max_new_tokens: int
-    latent_size: int
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    early_end: bool = False  # a look ends where `latent_end` is the most likely token, even at its first slot
-
-    def __post_init__(self):
-        check_whole("max_new_tokens", self.max_new_tokens, 1, MOST_NEW_TOKENS)
-        check_whole("latent_size", self.latent_size, 1)
-        check_sampling(self.temperature, self.top_k, self.top_p)
-
-
-class Decoded(NamedTuple):
-    """New tokens of each row, the one that ended it included; a slot's token is `latent_pad`."""
-
-    tokens: Int[Array, "rows max_new_tokens"]  # pad tokens after the end
-    lengths: Int[Array, " rows"]
+    IDLE = 0
+    RUNNING = 1
+    LOOKING = 2  # wrote `latent_start` and waits for a picture
+    ENDED = 3  # wrote a token that ends its answer
+    FULL = 4  # wrote `max_new_tokens`
 
 
 class SlotState(NamedTuple):
@@ -53,26 +45,245 @@ class SlotState(NamedTuple):
     early_end: Bool[Array, " rows"]
 
 
-def next_token(
-    logits: Float[Array, "rows vocab"],
-    slot_state: SlotState,
-    sampling: Sampling,
-    step: Int[Array, " rows"],
+class DecodeState(NamedTuple):
+    """The state of every row except keys and values, on each device whole. `request_row` sets a request's settings."""
+
+    status: Int[Array, " rows"]
+    position: Int[Array, " rows"]  # the rotary position of the next column
+    token: Int[Array, " rows"]  # the last one written, the next input in text mode
+    hidden_states: Float[Array, "rows channels"]  # of the last column, the next input in a slot
+    slot_state: SlotState
+    sampling: RowSampling
+    pictures: Bool[Array, " rows"]  # whether a look is a picture, which the row waits for, and not slots
+    count: Int[Array, " rows"]  # tokens written
+    max_new_tokens: Int[Array, " rows"]
+    tokens: Int[Array, "rows new_tokens"]  # those written
+    log_probabilities: Float[Array, "rows new_tokens"]
+    latents: Float[Array, "rows new_tokens channels"]  # inputs of slots; of size 0 where they are not kept
+    forced: Int[Array, "rows new_tokens"]  # tokens to write in place of sampled ones, -1 for none
+    seen: Bool[Array, "rows vocab"]  # tokens that are penalized; of size 0 where no request asks for it
+
+
+@functools.partial(jax.jit, static_argnums=range(5))
+def init_decode_state(model: Model, rows: int, new_tokens: int, keep_latents: bool, penalize: bool) -> DecodeState:
+    """Return idle rows with room for `new_tokens` tokens of answers."""
+
+    def fill(value: float, dtype: str = "int32") -> Array:
+        return jnp.full(rows, value, dtype)
+
+    config = model.config
+    state = DecodeState(
+        status=fill(int(Status.IDLE)),
+        position=fill(0),
+        token=fill(0),
+        hidden_states=jnp.zeros((rows, config.hidden_size), config.dtype),
+        slot_state=SlotState(fill(0), fill(0), fill(1), fill(False, "bool")),
+        sampling=RowSampling(
+            *(fill(0, dtype) for dtype in ("float32", "int32", "float32", "float32", "int32", "uint32"))
+        ),
+        pictures=fill(False, "bool"),
+        count=fill(0),
+        max_new_tokens=fill(1),
+        tokens=jnp.zeros((rows, new_tokens), jnp.int32),
+        log_probabilities=jnp.zeros((rows, new_tokens), jnp.float32),
+        latents=jnp.zeros((rows, new_tokens if keep_latents else 0, config.hidden_size), config.dtype),
+        forced=jnp.full((rows, new_tokens), -1, jnp.int32),
+        seen=jnp.zeros((rows, config.vocab_size if penalize else 0), bool),
+    )
+    return replicate(state)
+
+
+def request_row(idle: DecodeState, request: Request, seed: int, special: SpecialTokens) -> DecodeState:
+    """Return `idle`, an idle row on the host, with the settings of a request that has written nothing yet."""
+    looks = {"text": 0, "single": 1}.get(request.method, UNLIMITED)
+    first = (special.latent_start,) if request.method == "single" else request.forced_tokens
+    forced, seen, params = idle.forced.copy(), idle.seen.copy(), request.sampling
+    forced[0, : len(first)] = first
+    if seen.size and params.repetition_penalty != 1:
+        seen[0, request.prompt.tokens] = True
+        seen[0, [special.latent_start, special.latent_end, special.latent_pad]] = False
+    slot_state = _with(idle.slot_state, looks_left=looks, latent_size=request.latent_size, early_end=params.early_end)
+    names = (name for name in RowSampling._fields if name != "seed")
+    sampling = _with(idle.sampling, seed=seed, **{name: getattr(params, name) for name in names})
+    row = idle._replace(slot_state=slot_state, sampling=sampling, forced=forced, seen=seen)
+    return _with(row, pictures=request.method == "pixels", max_new_tokens=params.max_new_tokens)
+
+
+def _with(row: NamedTuple, **values: float) -> NamedTuple:
+    """Return a row with fields set to numbers, in the fields' own dtypes."""
+    return row._replace(**{name: np.full_like(getattr(row, name), value) for name, value in values.items()})
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def insert(state: DecodeState, row: Int[Array, ""], content: DecodeState) -> DecodeState:
+    """Return the state with one row replaced by `content`."""
+    return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, axis=0), state, content)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "special"), donate_argnames=("kv_cache", "last_hidden"))
+def prefill(
+    model: Model,
+    decoder: PyTree,
+    kv_cache: KVCache,
+    last_hidden: Float[Array, "rows channels"],
+    vision_inputs: Float[Array, "slots places channels"],
+    rows: Int[Array, " group"] | None,
+    tokens: Int[Array, "group chunk"],
+    position_ids: Int[Array, "group 3 chunk"],
+    starts: Int[Array, " group"],
+    counts: Int[Array, " group"],
     special: SpecialTokens,
-    forced: Int[Array, " rows"] | None = None,
+) -> tuple[KVCache, Float[Array, "rows channels"]]:
+    """Append the first `counts` tokens of each chunk to rows of `starts` columns.
+
+    Return also `last_hidden` with the hidden states of the last of these. `rows` is None for a group of all rows, in
+    order; others are out of range for no row, or have a count of 0. The inputs of vision tokens are in the middle
+    places of `vision_inputs`, at their columns of the chunk.
+    """
+    group, chunk = tokens.shape
+    margin = (vision_inputs.shape[1] - chunk) // 2
+    features = vision_inputs[:group, margin : margin + chunk]
+    columns = jnp.arange(chunk)
+    image_index = jnp.where(tokens == special.image_pad, columns, -1)
+    inputs_embeds = model.embed(decoder, tokens, image_index, features[:, None])
+    cached = kv_cache._replace(lengths=starts) if rows is None else caches.take_rows(kv_cache, rows, starts)
+    attention_mask = (columns[:, None] >= columns)[None]  # padding comes last, so that no token sees it
+    hidden_states, new = model.decode(decoder, inputs_embeds, position_ids, attention_mask, cached)
+    room = last_hidden.shape[0]
+    kv_cache = caches.write_columns(kv_cache, new, starts, counts, rows)
+    last = jnp.take_along_axis(hidden_states, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    written = jnp.where(counts > 0, jnp.arange(room) if rows is None else rows, room)
+    lengths = kv_cache.lengths.at[written].set(starts + counts, mode="drop")
+    last_hidden = last_hidden.at[written].set(last.astype(last_hidden.dtype), mode="drop")
+    return kv_cache._replace(lengths=lengths), replicate(last_hidden)
+
+
+@functools.partial(jax.jit, donate_argnames=("kv_cache", "last_hidden"))
+def copy_prompt(
+    kv_cache: KVCache, last_hidden: Float[Array, "rows channels"], source: Int[Array, ""], row: Int[Array, ""]
+) -> tuple[KVCache, Float[Array, "rows channels"]]:
+    """Return both with the prompt in row `source` copied to `row`."""
+    return caches.copy_row(kv_cache, source, row), last_hidden.at[row].set(last_hidden[source])
+
+
+@functools.partial(jax.jit, static_argnames=("model", "special"), donate_argnames=("lengths", "state"))
+def start(
+    model: Model,
+    decoder: PyTree,
+    lengths: Int[Array, " rows"],
+    state: DecodeState,
+    last_hidden: Float[Array, "rows channels"],
+    starting: Bool[Array, " rows"],
+    columns: Int[Array, " rows"],
+    position: Int[Array, " rows"],
+    special: SpecialTokens,
+) -> tuple[Int[Array, " rows"], DecodeState]:
+    """Let some rows run: each writes the token after its first `columns`, of which `last_hidden` is the last state.
+
+    Return the lengths of the cache and the state.
+    """
+    state = state._replace(
+        status=jnp.where(starting, Status.RUNNING, state.status),
+        position=jnp.where(starting, position, state.position),
+        hidden_states=jnp.where(starting[:, None], last_hidden, state.hidden_states),
+    )
+    lengths = jnp.where(starting, columns, lengths)
+    return replicate((lengths, _write_tokens(model, decoder, state, starting, special)))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "special"), donate_argnames=("kv_cache", "state"))
+def decode_steps(
+    model: Model,
+    decoder: PyTree,
+    kv_cache: KVCache,
+    state: DecodeState,
+    steps: Int[Array, ""],
+    most_stopped: Int[Array, ""],
+    special: SpecialTokens,
+) -> tuple[KVCache, DecodeState]:
+    """Let all running rows write up to `steps` tokens; return sooner if `most_stopped` of them stop."""
+    running_before = (state.status == Status.RUNNING).sum()
+
+    def unfinished(carry: tuple[Array, KVCache, DecodeState]) -> Array:
+        step, _, state = carry
+        running = (state.status == Status.RUNNING).sum()
+        return (step < steps) & (running > 0) & (running_before - running < most_stopped)
+
+    def advance(carry: tuple[Array, KVCache, DecodeState]) -> tuple[Array, KVCache, DecodeState]:
+        step, kv_cache, state = carry
+        running = state.status == Status.RUNNING
+        inputs_embeds = next_inputs(model, decoder, state.token, state.hidden_states, special)
+        position_ids = jnp.broadcast_to(state.position[:, None, None], (*state.position.shape, 3, 1))
+        cached = kv_cache._replace(lengths=jnp.where(running, kv_cache.lengths, 0))  # other rows attend to nothing
+        hidden_states, new = model.decode(decoder, inputs_embeds, position_ids, jnp.ones((1, 1, 1), bool), cached)
+        kv_cache = caches.keep_layout(caches.write_columns(kv_cache, new, kv_cache.lengths, running))
+        kv_cache = kv_cache._replace(lengths=kv_cache.lengths + running)
+        state = state._replace(
+            hidden_states=jnp.where(running[:, None], hidden_states[:, 0], state.hidden_states),
+            position=state.position + running,
+        )
+        return step + 1, kv_cache, replicate(_write_tokens(model, decoder, state, running, special))
+
+    _, kv_cache, state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), kv_cache, state))
+    return kv_cache, state
+
+
+def next_inputs(
+    model: Model,
+    decoder: PyTree,
+    token: Int[Array, " rows"],
+    hidden_states: Float[Array, "rows channels"],
+    special: SpecialTokens,
+) -> Float[Array, "rows 1 channels"]:
+    """Return each row's next input: in a slot what `fill_slots` makes, else its last token's embedding."""
+    embedded = model.embed(decoder, token[:, None])
+    filled = fill_slots(model, decoder, hidden_states[:, None], embedded)
+    return jnp.where((token == special.latent_pad)[:, None, None], filled, embedded)
+
+
+def _write_tokens(
+    model: Model, decoder: PyTree, state: DecodeState, writing: Bool[Array, " rows"], special: SpecialTokens
+) -> DecodeState:
+    """Let rows write the token that follows their hidden state."""
+    new_tokens = state.tokens.shape[1]
+    forced = jnp.take_along_axis(state.forced, jnp.minimum(state.count, new_tokens - 1)[:, None], axis=1)[:, 0]
+    logits = model.logits(decoder, state.hidden_states)
+    token, log_probability, slot_state = next_token(logits, state, forced, special)
+    looking = state.pictures & (token == special.latent_start)
+    slot_state = slot_state._replace(slots_left=jnp.where(looking, 0, slot_state.slots_left))
+    index, place = jnp.arange(len(token)), jnp.where(writing, state.count, new_tokens)  # out of range: dropped
+    in_slot = token == special.latent_pad
+    count = state.count + writing
+    status = jnp.where(looking, Status.LOOKING, state.status)
+    status = jnp.where(count == state.max_new_tokens, Status.FULL, status)
+    status = jnp.where(jnp.isin(token, jnp.array(special.ends)), Status.ENDED, status)
+    markers = jnp.array([special.latent_start, special.latent_end, special.latent_pad])
+    seen_now = writing & ~jnp.isin(token, markers)
+    return state._replace(
+        status=jnp.where(writing, status, state.status),
+        token=jnp.where(writing, token, state.token),
+        slot_state=jax.tree.map(lambda new, old: jnp.where(writing, new, old), slot_state, state.slot_state),
+        count=count,
+        tokens=state.tokens.at[index, place].set(token, mode="drop"),
+        log_probabilities=state.log_probabilities.at[index, place].set(log_probability, mode="drop"),
+        latents=state.latents.at[index, jnp.where(in_slot, place, new_tokens)].set(state.hidden_states, mode="drop"),
+        seen=state.seen.at[index, jnp.where(seen_now, token, logits.shape[1])].set(True, mode="drop"),
+    )
+
+
+def next_token(
+    logits: Float[Array, "rows vocab"], state: DecodeState, forced: Int[Array, " rows"], special: SpecialTokens
 ) -> tuple[Int[Array, " rows"], Float[Array, " rows"], SlotState]:
     """Return the token that each row writes, its log-probability, and the row's slot state after it.
 
     A row in text mode samples a token, never `latent_pad` or `latent_end`, or writes its `forced` one unless that is
     negative. After `latent_start` come K `latent_pad`, then `latent_end`, whatever the logits are, with log-probability
-    0. Log-probabilities of text are those before temperature, top-k and top-p.
+    0. Log-probabilities of text are those before the repetition penalty, temperature, top-k and top-p.
     """
-    never = jnp.array([special.latent_pad, special.latent_end])
-    in_text = logits.at[:, never].set(-jnp.inf)
-    start = in_text[:, special.latent_start]
-    in_text = in_text.at[:, special.latent_start].set(jnp.where(slot_state.looks_left > 0, start, -jnp.inf))
-    text = sample_tokens(in_text, sampling, step)
-    text = text if forced is None else jnp.where(forced >= 0, forced, text)
+    slot_state = state.slot_state
+    in_text = exclude_tokens(logits, state.sampling, state.count, slot_state.looks_left > 0, special)
+    text = sample_tokens(penalize_repetition(in_text, state.sampling, state.seen), state.sampling, state.count)
+    text = jnp.where(forced >= 0, forced, text)
     latent = slot_state.slots_left != 0
     ends = slot_state.slots_left < 0
     ends |= slot_state.early_end & latent & (logits[:, special.latent_end] >= logits.max(axis=-1))
@@ -85,96 +296,3 @@ def next_token(
     slots_left = jnp.where(begins, slot_state.latent_size, slots_left)
     slot_state = slot_state._replace(slots_left=slots_left, looks_left=slot_state.looks_left - begins)
     return token, jnp.where(latent, 0.0, log_probability), slot_state
-
-
-def ends_answer(token: Int[Array, "*batch"], special: SpecialTokens) -> Bool[Array, "*batch"]:
-    """Return whether each token ends its answer."""
-    return jnp.isin(token, jnp.array(special.ends))
-
-
-def next_inputs(
-    model: Model,
-    decoder: PyTree,
-    token: Int[Array, " rows"],
-    hidden: Float[Array, "rows channels"],
-    special: SpecialTokens,
-) -> Float[Array, "rows 1 channels"]:
-    """Return each row's next input: in a slot what `fill_slots` makes, else its last token's embedding."""
-    embedded = model.embed(decoder, token[:, None])
-    filled = fill_slots(model, decoder, hidden[:, None], embedded)
-    return jnp.where((token == special.latent_pad)[:, None, None], filled, embedded)
-
-
-class _Loop(NamedTuple):
-    step: Array
-    token: Array  # [rows] the last one written, the next input in text mode
-    hidden: Array  # [rows, channels] of the last column, the next input in latent mode
-    slot_state: SlotState
-    finished: Array
-    tokens: Array
-    cache: tuple
-
-
-@functools.partial(jax.jit, static_argnames=("model", "settings", "special"))
-def generate(
-    model: Model,
-    params: PyTree,
-    batch: Batch,
-    seeds: UInt32[Array, " rows"],
-    settings: DecodeSettings,
-    special: SpecialTokens,
-) -> Decoded:
-    """Decode a batch of prompts (a layout without segments, each ending with its assistant header).
-
-    Each row switches between text and latent mode by itself (see `next_token`); the loop ends when all are done.
-    """
-    decoder = decoder_params(params)
-    features = model.encode_images(params["vision"], batch.images)
-    inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
-    hidden, prompt_cache = model.decode(decoder, inputs, batch.positions, batch.valid)
-    hidden = hidden[:, -1]  # prompts end in the last column
-    rows, prefix = batch.tokens.shape
-    next_position = batch.positions.max((1, 2)) + 1
-    room = ((0, 0), (0, 0), (0, settings.max_new_tokens), (0, 0), (0, 0))
-    cache = jax.tree.map(lambda array: jnp.pad(array, room), prompt_cache)
-    prompt_valid = jnp.pad(batch.valid, ((0, 0), (0, settings.max_new_tokens)))
-
-    def fill(value: float) -> Array:
-        return jnp.full(rows, value)
-
-    sampling = Sampling(fill(settings.temperature), fill(settings.top_k), fill(settings.top_p), seeds)
-    slot_state = SlotState(fill(0), fill(settings.max_new_tokens), fill(settings.latent_size), fill(settings.early_end))
-
-    def write(hidden: Array, slot_state: SlotState, step: Array) -> tuple[Array, SlotState]:
-        steps = jnp.broadcast_to(step, rows)
-        token, _, slot_state = next_token(model.logits(decoder, hidden), slot_state, sampling, steps, special)
-        return token, slot_state
-
-    token, slot_state = write(hidden, slot_state, jnp.int32(0))
-    tokens = jnp.full((rows, settings.max_new_tokens), special.pad, jnp.int32).at[:, 0].set(token)
-    start = _Loop(jnp.int32(1), token, hidden, slot_state, ends_answer(token, special), tokens, cache)
-
-    def running(loop: _Loop):
-        return (loop.step < settings.max_new_tokens) & ~loop.finished.all()
-
-    def advance(loop: _Loop) -> _Loop:
-        inputs = next_inputs(model, decoder, loop.token, loop.hidden, special)
-        position = jnp.broadcast_to((next_position + loop.step - 1)[:, None, None], (rows, 3, 1))
-        columns = jnp.arange(prefix + settings.max_new_tokens)
-        seen = prompt_valid | ((columns >= prefix) & (columns < prefix + loop.step - 1))
-        mask = jnp.pad(seen, ((0, 0), (0, 1)), constant_values=True)[:, None]
-        hidden, new = model.decode(decoder, inputs, position, mask, [loop.cache])
-        cache = jax.tree.map(
-            lambda old, part: jax.lax.dynamic_update_slice_in_dim(old, part, prefix + loop.step - 1, 2), loop.cache, new
-        )
-        hidden = hidden[:, 0]
-        token, slot_state = write(hidden, loop.slot_state, loop.step)
-        token = jnp.where(loop.finished, special.pad, token)
-        tokens = loop.tokens.at[:, loop.step].set(token)
-        finished = loop.finished | ends_answer(token, special)
-        return _Loop(loop.step + 1, token, hidden, slot_state, finished, tokens, cache)
-
-    tokens = jax.lax.while_loop(running, advance, start).tokens
-    ended = ends_answer(tokens, special)
-    lengths = jnp.where(ended.any(1), jnp.argmax(ended, axis=1) + 1, settings.max_new_tokens)
-    return Decoded(tokens, lengths)

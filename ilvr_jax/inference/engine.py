@@ -1,8 +1,7 @@
 """Serving many requests at once: rows of one batch, each filled, decoded and freed by itself.
 
-An answer depends on its request alone. A prompt is prefilled by itself, in chunks that its own length decides; in
-decoding, a row's numbers come from its own columns; and prefixes are reused in whole chunks, whose keys and values are
-those that prefilling again would compute.
+It schedules the functions of `decode`, on one device or on the mesh of `sharding.on_mesh`. Of several processes each
+must make the same calls with the same requests: the devices of each then decode their rows, and all get all outputs.
 """
 
 import contextlib
@@ -12,46 +11,29 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Int, PyTree
 from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.errors import one_line
-from ilvr_jax.inference.image_cache import ImageCache
+from ilvr_jax.inference.batch import DecodeBatch, Prefill
+from ilvr_jax.inference.decode import Status
 from ilvr_jax.inference.prefix_cache import PrefixCache, image_columns, prompt_digests
 from ilvr_jax.inference.requests import (
-    Answer,
     Look,
     Request,
+    RequestOutput,
     Timings,
     check_picture,
     check_prompt,
     check_request,
     check_tokens,
 )
-from ilvr_jax.inference.rows import (
-    Rows,
-    Status,
-    copy_row,
-    decode_rows,
-    empty_cache,
-    empty_rows,
-    place_features,
-    prefill,
-    request_row,
-    resume_row,
-    set_row,
-)
 from ilvr_jax.inference.sampling import check_whole
-from ilvr_jax.inference.sizes import EngineSettings, plan_chunks
-from ilvr_jax.inference.transcript import show_look, show_text, split_at_looks
-from ilvr_jax.method.layout import NO_IMAGE
+from ilvr_jax.inference.sizes import EngineSettings, fit_settings, plan_chunks
+from ilvr_jax.inference.transcript import cut_texts, find_stop, show_look, show_text, split_at_looks
 from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.base import Model
-from ilvr_jax.models.lora import decoder_params
-from ilvr_jax.models.qwen2_5_vl.decoder import split_layers
 from ilvr_jax.models.qwen2_5_vl.images import MERGE
 
 STEPS = 32  # the most decoding steps between two reads of the rows' status by the host
@@ -61,29 +43,47 @@ class EngineInUse(RuntimeError):
     """A second call of an engine that is serving; its rows hold the requests of the first."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _RunningRequest:
     """The host's record of the request in a row."""
 
     number: int
+    sample: int
     request: Request
     started: float  # on the host's clock
+    length: int = 0  # columns of the prompt and its pictures
     shared_tokens: int = 0
     first_token: float = 0.0  # seconds until then
     picture_seconds: float = 0.0
     streamed: int = 0  # tokens given to `on_tokens`
+    searched: int = 0  # tokens without a stop string
+    text_length: int | None = None  # up to a stop string
     pictures: list[int] = dataclasses.field(default_factory=list)  # vision tokens of each
     error: str | None = None
+
+
+def generate(
+    model: Model,
+    params: PyTree,
+    requests: Sequence[Request],
+    special: SpecialTokens,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    **settings: Any,
+) -> list[RequestOutput]:
+    """Return the outputs of all requests, decoded as one batch; `settings` override fields of EngineSettings."""
+    rows = sum(request.sampling.n for request in requests)
+    fitted = fit_settings(requests, rows, model.geometry, **settings)
+    return Engine(model, params, special, fitted, tokenizer).answer(requests)
 
 
 class Engine:
     """Answers requests with one model, `settings.rows` of them at a time.
 
-    It holds a copy of the parameters, in the model's dtype and layer by layer, so the caller may free its own.
-
     One `serve`, `answer` or `warm_up` runs at a time: a second one, from the same thread or another, raises
     EngineInUse. `serve` holds the engine from the first `next` until it is exhausted, closed, collected or ended by an
     exception, after which the engine serves again.
+
+    Raises ValueError as `DecodeBatch` does.
     """
 
     def __init__(
@@ -96,32 +96,13 @@ class Engine:
     ):
         self.settings = settings
         self._model, self._special, self._tokenizer = model, special, tokenizer
-        vision = jax.tree_util.tree_map_with_path(self._in_dtype, params["vision"])
-        decoder = jax.tree_util.tree_map_with_path(self._in_dtype, decoder_params(params))
-        self._decoder = split_layers(decoder, outputs_first=settings.rows > 1)
-        self._images = ImageCache(model, vision, settings.image_tokens)
-        self._idle_row = jax.device_get(empty_rows(model, 1, settings.max_new_tokens, settings.latent_vectors))
+        self._batch = DecodeBatch(model, params, special, settings)
         self._in_use = threading.Lock()
-        self._empty()
+        self._forget_all()
 
-    def _empty(self) -> None:
-        """Make all rows new, without a request or a prompt."""
-        model, settings = self._model, self.settings
-        self._rows = empty_rows(model, settings.rows, settings.max_new_tokens, settings.latent_vectors)
-        self._cache = empty_cache(model, settings.rows, settings.columns)
-        largest = max((settings.chunks[-1], *settings.image_tokens))
-        places = settings.columns + largest  # so that no dynamic slice or update is clamped at the end
-        self._vision_inputs = jnp.zeros((places, model.config.hidden_size), model.config.dtype)
-        self._running: list[_RunningRequest | None] = [None] * settings.rows
-        self._prefixes = PrefixCache(settings.rows, settings.share_prefixes)
-
-    def _in_dtype(self, path: tuple[Any, ...], leaf: Array) -> Array:
-        """Return a matrix in the dtype it is multiplied in, so that it is not cast for every token.
-
-        That of the patch embedding stays as it is: it is first summed, in its own dtype.
-        """
-        matrix = path[-1].key in ("kernel", "embed_tokens", "lm_head", "a", "b") and path[0].key != "patch_embed"
-        return leaf.astype(self._model.config.dtype) if matrix else leaf
+    def _forget_all(self) -> None:
+        self._running: list[_RunningRequest | None] = [None] * self.settings.rows
+        self._prefixes = PrefixCache(self.settings.rows, self.settings.share_prefixes)
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
@@ -132,8 +113,9 @@ class Engine:
                 "make an engine for each caller"
             )
         try:
-            if any(array.is_deleted() for array in jax.tree.leaves((self._rows, self._cache, self._vision_inputs))):
-                self._empty()  # an exception (Ctrl-C) hit a call that had donated the arrays
+            if self._batch.is_lost:
+                self._batch.empty()
+                self._forget_all()
             # Rows of an abandoned `serve` are freed here, not when it ends: the garbage collector may end it at any
             # moment, even while JAX traces a function.
             for row in self._rows_in_use():
@@ -144,52 +126,60 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile all that requests can need, and drop the prompts that rows hold. Raises EngineInUse."""
-        row = np.int32(0)
         with self._held():
-            for tokens in self.settings.image_tokens:
-                self._place(self._images.encode(NO_IMAGE, tokens), 0)
-            for size in self.settings.chunks:
-                hidden = self._prefill(0, 0, np.zeros(1, np.int32), np.zeros((3, 1), np.int32), [(0, 1, size)])
-            self._cache = copy_row(self._cache, row, row)
-            self._set_row(0, self._idle_row)
-            self._resume(0, hidden, 1, 1)
-            self._decode(1)
-            self._set_row(0, self._idle_row)
             self._prefixes = PrefixCache(self.settings.rows, self.settings.share_prefixes)
-            jax.block_until_ready(self._rows)
+            self._batch.warm_up()
 
-    def answer(self, requests: Iterable[Request]) -> list[Answer]:
-        """Return the answers to all requests, in their order. Raises EngineInUse."""
-        return sorted(self.serve(requests), key=lambda answer: answer.number)
+    def answer(self, requests: Iterable[Request]) -> list[RequestOutput]:
+        """Return the outputs of all requests, in their order. Raises EngineInUse."""
+        return sorted(self.serve(requests), key=lambda output: (output.number, output.sample))
 
     def serve(
         self, requests: Iterable[Request], on_tokens: Callable[[int, list[int]], None] | None = None
-    ) -> Iterator[Answer]:
-        """Yield the answer to each request when it is complete.
+    ) -> Iterator[RequestOutput]:
+        """Yield the outputs of each request, of which there are `sampling.n`, when they are complete.
 
         A request is taken from `requests` when a row is free. `on_tokens(number, tokens)` is called with the new tokens
-        of a request as they come. A request that cannot be served, whatever it holds, is answered with `error`, and the
-        others as without it. The first `next` raises EngineInUse.
+        of a request as they come. A request that cannot be served, whatever it holds, has one output with `error`, and
+        the others are answered as without it. The first `next` raises EngineInUse.
         """
         with self._held():
-            waiting, exhausted = enumerate(requests), False
-            steps = np.int32(1 if on_tokens else STEPS)
+            waiting, exhausted = self._samples(requests), False
             while True:
-                while not exhausted and None in self._running:
-                    number, request = next(waiting, (None, None))
-                    if number is None:
-                        exhausted = True
-                        break
-                    if error := self.validate(request):
-                        yield Answer(number, getattr(request, "name", ""), (), None, (), "refused", error)
-                        continue
-                    self._schedule(number, request)
+                admitted, refused = [], []
+                while not exhausted and len(admitted) < self._running.count(None):
+                    sample = next(waiting, None)
+                    exhausted = sample is None
+                    if isinstance(sample, RequestOutput):
+                        refused.append(sample)
+                    elif not exhausted:
+                        admitted.append(sample)
+                self._schedule(admitted)
+                yield from refused
                 if not any(self._running):
                     return
                 yield from self._finish_stopped(on_tokens)
                 if any(self._running):
-                    self._decode(steps)
+                    self._batch.decode(1 if on_tokens else STEPS, self._most_stopped(exhausted))
                     yield from self._finish_stopped(on_tokens)
+
+    def _samples(self, requests: Iterable[Request]) -> Iterator[_RunningRequest | RequestOutput]:
+        """Yield the samples of each request, or the output of one that cannot be served."""
+        for number, request in enumerate(requests):
+            if error := self.validate(request):
+                yield RequestOutput(number, 0, getattr(request, "name", ""), (), None, (), "refused", error)
+                continue
+            for sample in range(request.sampling.n):
+                yield _RunningRequest(number, sample, request, time.monotonic(), len(request.prompt.tokens))
+
+    def _most_stopped(self, exhausted: bool) -> int:
+        """Return how many rows may stop before the host looks: those that go to waiting requests at once.
+
+        A row that waits for a picture is not kept waiting.
+        """
+        if any(running and running.request.method == "pixels" for running in self._running):
+            return 1
+        return self.settings.rows if exhausted else max(1, self.settings.rows // 4)
 
     def validate(self, request: Request) -> str | None:
         """Return why a request cannot be served, in one sentence, or None if it can."""
@@ -204,127 +194,123 @@ class Engine:
 
     def _check_room(self, request: Request) -> None:
         """Raise ValueError, one sentence, if a request is larger than the engine's sizes."""
-        settings = self.settings
-        check_whole("max_new_tokens", request.max_new_tokens, 1, settings.max_new_tokens)
+        settings, params = self.settings, request.sampling
+        check_whole("max_new_tokens", params.max_new_tokens, 1, settings.max_new_tokens)
         if request.latent_vectors and not settings.latent_vectors:
             raise ValueError("latent_vectors must be false for an engine that was made without them, got true")
-        room, length = settings.columns - request.max_new_tokens, len(request.prompt.tokens)
+        if params.repetition_penalty != 1 and not settings.repetition_penalty:
+            raise ValueError(
+                f"repetition_penalty must be 1 for an engine that was made without, got {params.repetition_penalty}"
+            )
+        if params.stop and not self._tokenizer:
+            raise ValueError("stop must be empty for an engine without a tokenizer, which finds no text")
+        room, length = settings.columns - params.max_new_tokens, len(request.prompt.tokens)
         if length > room:
             raise ValueError(
-                f"the prompt must have at most {room} tokens beside {request.max_new_tokens} new ones, got {length}"
+                f"the prompt must have at most {room} tokens beside {params.max_new_tokens} new ones, got {length}"
             )
         for image in request.prompt.images:
-            self._images.check_size(image)
+            self._batch.images.check_size(image)
 
-    def _schedule(self, number: int, request: Request) -> None:
-        """Give a request a row, prefill what the row lacks of its prompt, and let it write its first token."""
-        running, prompt = _RunningRequest(number, request, time.monotonic()), request.prompt
+    def _schedule(self, admitted: Sequence[_RunningRequest]) -> None:
+        """Give requests rows, prefill what the rows lack of their prompts, and let them write their first tokens."""
+        waiting: list[Prefill] = []
+        try:
+            for running in admitted:
+                self._place_prompt(running, waiting)
+            self._batch.prefill(waiting)
+        except BaseException:  # these rows do not hold their prompts
+            for part in waiting:
+                self._prefixes.forget(part.row)
+            raise
+        ends = {}
+        for row in (self._running.index(running) for running in admitted):
+            running, prompt = self._running[row], self._running[row].request.prompt
+            seed = running.request.seed
+            if running.sample:
+                seed = np.random.SeedSequence((seed, running.sample)).generate_state(1)[0]
+            self._batch.insert(row, running.request, seed)
+            ends[row] = len(prompt.tokens), int(prompt.positions.max()) + 1
+        if ends:
+            self._batch.start(ends)
+        for running in admitted:
+            running.first_token = time.monotonic() - running.started
+
+    def _place_prompt(self, running: _RunningRequest, waiting: list[Prefill]) -> None:
+        """Give a request a row, reuse what rows hold of its prompt, and add the rest to what waits for prefill."""
+        prompt, special = running.request.prompt, self._special
         plan = plan_chunks(len(prompt.tokens), self.settings.chunks)
-        digests = prompt_digests(prompt, plan, self._special)
+        digests = prompt_digests(prompt, plan, special)
         free = [row for row, other in enumerate(self._running) if other is None]
-        row, source, shared, hidden = self._prefixes.place(digests, free)
+        row, source, shared = self._prefixes.place(digests, free)
+        if shared and any(part.row == source for part in waiting):
+            self._batch.prefill(waiting)
+            waiting.clear()
+        running.started = time.monotonic()
         running.shared_tokens = sum(count for _, count, _ in plan[:shared])
         self._prefixes.forget(row)  # first, since what follows may be interrupted
         if shared and row != source:
-            self._cache = copy_row(self._cache, np.int32(source), np.int32(row))
-        for image, column in zip(prompt.images, image_columns(prompt, self._special), strict=True):
-            if column + image.vision_tokens > running.shared_tokens:
-                self._place(self._images.features(image), column)
-        if shared < len(plan):
-            hidden = self._prefill(row, 0, prompt.tokens, prompt.positions, plan[shared:])
-        self._prefixes.hold(row, digests, hidden)
+            self._batch.copy_prompt(source, row)
         self._running[row] = running
-        self._set_row(row, request_row(self._idle_row, request, self._special))
-        self._resume(row, hidden, len(prompt.tokens), int(prompt.positions.max()) + 1)
-        jax.block_until_ready(self._rows.count)
-        running.first_token = time.monotonic() - running.started
+        images = list(zip(prompt.images, image_columns(prompt, special), strict=True))
+        waiting.append(Prefill(row, prompt.tokens, prompt.positions, images, plan[shared:]))
+        self._prefixes.hold(row, digests)
 
     def _rows_in_use(self) -> list[int]:
         return [row for row, running in enumerate(self._running) if running]
 
-    def _place(self, features: Float[Array, "units channels"], column: int) -> None:
-        self._vision_inputs = place_features(self._vision_inputs, features, np.int32(column))
-
-    def _prefill(
-        self,
-        row: int,
-        first: int,
-        tokens: Int[np.ndarray, " count"],
-        positions: Int[np.ndarray, "3 count"],
-        plan: Sequence[tuple[int, int, int]],
-    ) -> Float[Array, " channels"]:
-        """Prefill chunks of tokens, of which the first goes to the column `first`; return the last hidden state."""
-        for start, count, size in plan:
-            part, padding = slice(start, start + count), (0, size - count)
-            self._cache, hidden = prefill(
-                self._model,
-                self._decoder,
-                self._cache,
-                self._vision_inputs,
-                np.int32(row),
-                np.int32(first + start),
-                np.pad(np.asarray(tokens[part], np.int32), padding),
-                np.pad(np.asarray(positions[:, part], np.int32), ((0, 0), padding)),
-                np.int32(count),
-                self._special,
-            )
-        return hidden
-
-    def _set_row(self, row: int, content: Rows) -> None:
-        self._rows = set_row(self._rows, np.int32(row), content)
-
-    def _resume(self, row: int, hidden: Float[Array, " channels"], length: int, position: int) -> None:
-        self._rows = resume_row(
-            self._model,
-            self._decoder,
-            self._rows,
-            np.int32(row),
-            hidden,
-            np.int32(length),
-            np.int32(position),
-            self._special,
-        )
-
-    def _decode(self, steps: int) -> None:
-        self._cache, self._rows = decode_rows(
-            self._model, self._decoder, self._cache, self._rows, np.int32(steps), self._special
-        )
-
-    def _finish_stopped(self, on_tokens: Callable[[int, list[int]], None] | None) -> Iterator[Answer]:
-        """Yield the answers of rows that ended, and resume those that wait for a picture, until none waits."""
+    def _finish_stopped(self, on_tokens: Callable[[int, list[int]], None] | None) -> Iterator[RequestOutput]:
+        """Yield the outputs of rows that ended, and resume those that wait for a picture, until none waits."""
         while True:
-            status, count = jax.device_get((self._rows.status, self._rows.count))
-            if on_tokens:
-                self._stream(count, on_tokens)
-            looking = [row for row in self._rows_in_use() if status[row] == Status.LOOKING]
+            status, count = (np.array(array) for array in (self._batch.state.status, self._batch.state.count))
             reasons = {Status.ENDED: "end", Status.FULL: "length"}
             ended = {row: reasons[status[row]] for row in self._rows_in_use() if status[row] in reasons}
-            ended |= {row: reason for row in looking if (reason := self._show_picture(row))}
+            ended |= self._find_stops(count)
+            if on_tokens:
+                self._stream(count, on_tokens)
+            looking = [row for row in self._rows_in_use() if status[row] == Status.LOOKING and row not in ended]
+            for row in looking:
+                if reason := self._show_picture(row, count[row]):
+                    ended[row] = reason
             for row in sorted(ended):
-                answer = self._read_answer(row, int(count[row]), ended[row])
+                output = self._read_output(row, int(count[row]), ended[row])
                 self._free(row)
-                yield answer
+                yield output
             if all(row in ended for row in looking):
                 return
 
+    def _find_stops(self, count: Int[np.ndarray, " rows"]) -> dict[int, str]:
+        """Return the rows whose text holds a stop string; their `count` becomes that of the tokens up to it."""
+        found, tokens = {}, None
+        for row in self._rows_in_use():
+            running, params = self._running[row], self._running[row].request.sampling
+            first = max(running.searched, params.min_new_tokens)
+            if not params.stop or count[row] <= first:
+                continue
+            tokens = np.asarray(self._batch.state.tokens) if tokens is None else tokens
+            end = find_stop(tokens[row, : count[row]], params.stop, first, self._tokenizer, self._special)
+            if end is None:
+                running.searched = int(count[row])
+            else:
+                (count[row], running.text_length), found[row] = end, "stop"
+        return found
+
     def _stream(self, count: Int[np.ndarray, " rows"], on_tokens: Callable[[int, list[int]], None]) -> None:
-        tokens = np.asarray(self._rows.tokens)
+        tokens = np.asarray(self._batch.state.tokens)
         for row in self._rows_in_use():
             running = self._running[row]
             if running.streamed < count[row]:
                 on_tokens(running.number, tokens[row, running.streamed : count[row]].tolist())
                 running.streamed = int(count[row])
 
-    def _show_picture(self, row: int) -> str | None:
+    def _show_picture(self, row: int, count: int) -> str | None:
         """Prefill the picture that a row waits for, between latent markers, and resume the row.
 
         Return None, or why the answer ends instead: "picture" if there is no room for it, "refused" if there is none.
         """
         running, special, began = self._running[row], self._special, time.monotonic()
-        length, position, count, written = (
-            jax.device_get(array)[row]
-            for array in (self._rows.length, self._rows.position, self._rows.count, self._rows.tokens)
-        )
+        written, position = (np.asarray(array)[row] for array in (self._batch.state.tokens, self._batch.state.position))
+        length = running.length + int(count) - 1  # the marker has no column of its own yet
         try:
             image = running.request.draw_look(written[:count].tolist())
             check_picture(image, self._model.config)
@@ -335,9 +321,9 @@ class Engine:
         pads = [special.image_pad] * image.vision_tokens
         tokens = [special.latent_start, special.vision_start, *pads, special.vision_end, special.latent_end]
         tokens = np.array(tokens, np.int32)
-        room = self.settings.columns - length - (running.request.max_new_tokens - count)
+        room = self.settings.columns - length - (running.request.sampling.max_new_tokens - count)
         try:
-            self._images.check_size(image)
+            self._batch.images.check_size(image)
             if len(tokens) > room:
                 raise ValueError(
                     f"picture {len(running.pictures) + 1} must take at most {room} tokens here, got {len(tokens)}"
@@ -346,18 +332,18 @@ class Engine:
             running.error = str(error)
             return "picture"
         positions = self._model.geometry.position_ids(tokens, [grid], special.image_pad) + position
-        self._place(self._images.features(image), int(length) + 2)
-        hidden = self._prefill(row, int(length), tokens, positions, plan_chunks(len(tokens), self.settings.chunks))
-        self._resume(row, hidden, int(length) + len(tokens), int(positions.max()) + 1)
-        jax.block_until_ready(self._rows.count)
+        chunks = plan_chunks(len(tokens), self.settings.chunks)
+        self._batch.prefill([Prefill(row, tokens, positions, [(image, 2)], chunks, first=length, is_picture=True)])
+        self._batch.start({row: (length + len(tokens), int(positions.max()) + 1)}, after_picture=True)
+        running.length += len(tokens) - 1
         running.pictures.append(image.vision_tokens)
         running.picture_seconds += time.monotonic() - began
         return None
 
-    def _read_answer(self, row: int, count: int, reason: str) -> Answer:
+    def _read_output(self, row: int, count: int, reason: str) -> RequestOutput:
         running, special = self._running[row], self._special
         request = running.request
-        tokens = np.asarray(self._rows.tokens)[row, :count]
+        tokens = np.asarray(self._batch.state.tokens)[row, :count]
         starts = np.flatnonzero(tokens == special.latent_start)
         slots = [int((part == special.latent_pad).sum()) for part in np.split(tokens, starts)[1:]]
         pictures = running.pictures + [0] * (len(starts) - len(running.pictures))
@@ -365,19 +351,24 @@ class Engine:
         text = None
         if self._tokenizer:
             texts, _ = split_at_looks(tokens, self._tokenizer, special)
+            texts = texts if running.text_length is None else cut_texts(texts, running.text_length)
             text = show_text(texts, [show_look(look.slots, look.picture_tokens) for look in looks])
-        log_probabilities = np.asarray(self._rows.log_probabilities)[row, :count] if request.log_probabilities else None
-        latents = np.asarray(self._rows.latents)[row] if request.latent_vectors else None
-        return Answer(
+        log_probabilities = latents = None
+        if request.log_probabilities:
+            log_probabilities = tuple(np.asarray(self._batch.state.log_probabilities)[row, :count].tolist())
+        if request.latent_vectors:
+            latents = np.asarray(self._batch.state.latents)[row, :count][tokens == special.latent_pad]
+        return RequestOutput(
             number=running.number,
+            sample=running.sample,
             name=request.name,
             tokens=tuple(tokens.tolist()),
             text=text,
             looks=looks,
             stop_reason=reason,
             error=running.error,
-            log_probabilities=None if log_probabilities is None else tuple(log_probabilities.tolist()),
-            latent_vectors=None if latents is None else latents[:count][tokens == special.latent_pad],
+            log_probabilities=log_probabilities,
+            latent_vectors=latents,
             shared_tokens=running.shared_tokens,
             timings=Timings(running.first_token, time.monotonic() - running.started, running.picture_seconds),
         )
@@ -385,4 +376,4 @@ class Engine:
     def _free(self, row: int) -> None:
         self._running[row] = None
         self._prefixes.release(row)
-        self._set_row(row, self._idle_row)
+        self._batch.free(row)

@@ -1,16 +1,18 @@
 """The images of requests: encoded, and their vision tokens kept for requests to come."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ilvr_jax.inference.requests import Picture
-from ilvr_jax.inference.rows import encode_image
 from ilvr_jax.models.base import Model
-from ilvr_jax.models.qwen2_5_vl.images import MERGE, EncodedImage
+from ilvr_jax.models.qwen2_5_vl.images import MERGE, EncodedImage, ImageBatch
+from ilvr_jax.models.sharding import replicate
 
 CAPACITY = 64  # images
 
@@ -49,6 +51,23 @@ class ImageCache:
         if isinstance(image, EncodedImage):
             return jnp.asarray(batch.features[0, 0], self._model.config.dtype)
         return encode_image(self._model, self._vision, batch)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def encode_image(model: Model, vision: PyTree, images: ImageBatch) -> Float[Array, "units channels"]:
+    """Return the vision tokens of one image; the leading axes of `images` have size 1."""
+    return replicate(model.encode_images(vision, images)[0, 0])
+
+
+@functools.partial(jax.jit, donate_argnames="vision_inputs")
+def place_features(
+    vision_inputs: Float[Array, "slots places channels"],
+    features: Float[Array, "units channels"],
+    slot: Int[Array, ""],
+    place: Int[Array, ""],
+) -> Float[Array, "slots places channels"]:
+    """Return the inputs of vision tokens with an image's features in a slot from `place` on."""
+    return jax.lax.dynamic_update_slice(vision_inputs, features[None].astype(vision_inputs.dtype), (slot, place, 0))
 
 
 def image_digest(image: Picture) -> bytes:

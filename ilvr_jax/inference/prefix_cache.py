@@ -1,12 +1,11 @@
 """Prompts whose keys and values are in the rows of an engine: a new prompt reuses what it begins with."""
 
 import hashlib
-import time
+import itertools
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float
 
 from ilvr_jax.inference.image_cache import image_digest
 from ilvr_jax.method.layout import Sample
@@ -19,11 +18,10 @@ class Placement(NamedTuple):
     row: int
     source: int
     chunks: int
-    hidden: Float[Array, " channels"] | None  # of the last token of the source's prompt, if chunks are shared
 
 
 class PrefixCache:
-    """The prompt in each row, as digests of it up to the end of each chunk, and the hidden state of its last token.
+    """The prompt in each row, as digests of it up to the end of each chunk.
 
     A row keeps its prompt when its request is done, until the row is given to another.
     """
@@ -32,8 +30,8 @@ class PrefixCache:
         """With `share` false nothing is reused."""
         self._share = share
         self._digests: list[Sequence[bytes]] = [()] * rows
-        self._hidden: list[Array | None] = [None] * rows
-        self._last_used = [0.0] * rows
+        self._last_used = [0] * rows  # by a count of uses, the same in all processes
+        self._uses = itertools.count(1)
 
     def place(self, digests: Sequence[bytes], free: Collection[int]) -> Placement:
         """Return which of the `free` rows to give to a prompt, and what to reuse.
@@ -46,7 +44,7 @@ class PrefixCache:
             row = source
         else:
             row = min(free, key=lambda row: (row == source, self._last_used[row]))
-        return Placement(row, source, chunks, self._hidden[source] if chunks else None)
+        return Placement(row, source, chunks)
 
     def _longest_shared(self, digests: Sequence[bytes], free: Collection[int]) -> tuple[int, int]:
         """Return the row that holds the most chunks of a prompt, rather a free one, and how many."""
@@ -62,9 +60,9 @@ class PrefixCache:
                 best, most = row, shared
         return best, most
 
-    def hold(self, row: int, digests: Sequence[bytes], hidden: Float[Array, " channels"]) -> None:
-        """Register the prompt that was prefilled into a row."""
-        self._digests[row], self._hidden[row] = digests, hidden
+    def hold(self, row: int, digests: Sequence[bytes]) -> None:
+        """Register the prompt that is prefilled into a row."""
+        self._digests[row] = digests
 
     def forget(self, row: int) -> None:
         """Drop a row's prompt."""
@@ -72,7 +70,7 @@ class PrefixCache:
 
     def release(self, row: int) -> None:
         """Note that a row's request is done."""
-        self._last_used[row] = time.monotonic()
+        self._last_used[row] = next(self._uses)
 
 
 def image_columns(prompt: Sample, special: SpecialTokens) -> list[int]:

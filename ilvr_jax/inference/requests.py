@@ -1,4 +1,4 @@
-"""Requests to the engine, their answers, and the checks of requests that do not depend on an engine's sizes."""
+"""Requests to the engine, their outputs, and the checks of requests that do not depend on an engine's sizes."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from jaxtyping import Float
 
-from ilvr_jax.config.schema import MOST_NEW_TOKENS
+from ilvr_jax.config.schema import SamplingParams
 from ilvr_jax.errors import quote
 from ilvr_jax.inference.sampling import check_sampling, check_whole
 from ilvr_jax.method.layout import Sample
@@ -28,24 +28,20 @@ Picture = PatchedImage | EncodedImage
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt and the settings of its answer.
+    """One prompt and the settings of its answers, of which there are `sampling.n`.
 
     Nothing is checked here: `Engine.validate` checks all values.
     """
 
     prompt: Sample  # from `data.examples.build_prompt`; it ends with the assistant header
-    max_new_tokens: int  # slots and markers included, but not the tokens of pictures
+    sampling: SamplingParams  # `max_new_tokens` does not count the tokens of pictures
     latent_size: int  # K
     method: str = "latent"  # one of METHODS
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
     seed: int = 0
-    early_end: bool = False  # a look ends where `latent_end` is the most likely token
     draw_look: Callable[[list[int]], Picture] | None = None  # for "pixels": draws the picture after the tokens so far
-    log_probabilities: bool = False  # whether the answer has those of its tokens
-    latent_vectors: bool = False  # whether the answer has the inputs of its slots
-    forced_tokens: tuple[int, ...] = ()  # the answer's first tokens; -1 where the model chooses
+    log_probabilities: bool = False  # whether the outputs have those of their tokens
+    latent_vectors: bool = False  # whether the outputs have the inputs of their slots
+    forced_tokens: tuple[int, ...] = ()  # the first tokens of answers; -1 where the model chooses
     name: str = ""
 
 
@@ -68,15 +64,16 @@ class Timings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """The result of a request."""
+class RequestOutput:
+    """An answer to a request."""
 
     number: int  # of the request, in their order
+    sample: int  # of the request's answers
     name: str
-    tokens: tuple[int, ...]  # new ones, the one that ended the answer included; a slot's is `latent_pad`
-    text: str | None  # with looks marked; None for an engine without a tokenizer
+    tokens: tuple[int, ...]  # new ones, those that ended the answer included; a slot's is `latent_pad`
+    text: str | None  # with looks marked, up to a stop string; None for an engine without a tokenizer
     looks: tuple[Look, ...]
-    stop_reason: str  # "end", "length", "picture" (one did not fit) or "refused"
+    stop_reason: str  # "end", "stop" (a stop string), "length", "picture" (one did not fit) or "refused"
     error: str | None = None  # one sentence, if it was refused or a picture did not fit
     log_probabilities: tuple[float, ...] | None = None  # of the tokens, 0 in slots and their `latent_end`
     latent_vectors: Float[np.ndarray, "slots channels"] | None = None
@@ -96,17 +93,18 @@ def check_request(request: Request) -> None:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {quote(request.method)}")
     if request.method == "pixels" and not callable(request.draw_look):
         raise ValueError(f'draw_look must be a function for method "pixels", got {quote(request.draw_look)}')
-    check_whole("max_new_tokens", request.max_new_tokens, 1, MOST_NEW_TOKENS)
+    if not isinstance(request.sampling, SamplingParams):
+        raise ValueError(f"sampling must be SamplingParams, got {quote(request.sampling)}")
+    check_sampling(request.sampling)
     check_whole("latent_size", request.latent_size, 1)
     check_whole("seed", request.seed, 0, 2**32 - 1)
-    check_sampling(request.temperature, request.top_k, request.top_p)
-    for name in ("early_end", "log_probabilities", "latent_vectors"):
+    for name in ("log_probabilities", "latent_vectors"):
         if not isinstance(getattr(request, name), (bool, np.bool_)):
             raise ValueError(f"{name} must be true or false, got {quote(getattr(request, name))}")
     if not isinstance(request.forced_tokens, (tuple, list)):
         raise ValueError(f"forced_tokens must be a tuple of tokens, got {quote(request.forced_tokens)}")
-    if len(request.forced_tokens) > request.max_new_tokens:
-        most, length = request.max_new_tokens, len(request.forced_tokens)
+    most, length = request.sampling.max_new_tokens, len(request.forced_tokens)
+    if length > most:
         raise ValueError(f"forced_tokens must hold at most max_new_tokens ({most}) tokens, got {length}")
     if len(request.forced_tokens) and request.method == "single":
         raise ValueError('forced_tokens must be empty for method "single", which begins with a look')

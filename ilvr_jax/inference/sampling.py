@@ -1,32 +1,36 @@
-"""Sampling of the next token: greedy, temperature, top-k and top-p, with settings and a seed for each row."""
+"""Sampling of the next token, with parameters and a seed for each row."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from ilvr_jax.config.fields import BadConfig, read
+from ilvr_jax.config.schema import SamplingParams
 from ilvr_jax.errors import quote
+from ilvr_jax.method.tokens import SpecialTokens
 
 
-class Sampling(NamedTuple):
-    """The settings of each row. Temperature 0 is greedy; top_k 0 and top_p 1 keep the whole distribution."""
+class RowSampling(NamedTuple):
+    """The sampling parameters of each row; see SamplingParams."""
 
     temperature: Float[Array, " rows"]
     top_k: Int[Array, " rows"]
     top_p: Float[Array, " rows"]
+    repetition_penalty: Float[Array, " rows"]
+    min_new_tokens: Int[Array, " rows"]
     seed: UInt32[Array, " rows"]
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise ValueError, one sentence that begins with the setting's name, for a value out of range."""
-    # The limits keep scaled logits and the thresholds of cumulative probabilities inside float32.
-    if not (_is_real(temperature) and (temperature == 0 or 1e-6 <= temperature <= 1e6)):
-        raise ValueError(f"temperature must be 0 or a number from 1e-6 to 1e6, got {quote(temperature)}")
-    check_whole("top_k", top_k)
-    if not (_is_real(top_p) and np.finfo(np.float32).tiny <= top_p <= 1):
-        raise ValueError(f"top_p must be a number above 0 and at most 1, got {quote(top_p)}")
+def check_sampling(params: SamplingParams) -> None:
+    """Raise ValueError, one sentence that begins with the field's name, for a value out of range."""
+    try:
+        read(SamplingParams, {field.name: getattr(params, field.name) for field in dataclasses.fields(SamplingParams)})
+    except BadConfig as error:
+        raise ValueError(str(error).replace("`", "")) from error
 
 
 def check_whole(name: str, value: object, least: int = 0, most: int = np.iinfo(np.int32).max) -> None:
@@ -36,16 +40,45 @@ def check_whole(name: str, value: object, least: int = 0, most: int = np.iinfo(n
         raise ValueError(f"{name} must be a whole number from {least} to {most}, got {quote(value)}")
 
 
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+def exclude_tokens(
+    logits: Float[Array, "rows vocab"],
+    sampling: RowSampling,
+    step: Int[Array, " rows"],
+    may_look: Bool[Array, " rows"],
+    special: SpecialTokens,
+) -> Float[Array, "rows vocab"]:
+    """Return the logits of text, minus infinity for tokens that a row must not write now.
+
+    These are `latent_pad` and `latent_end`, `latent_start` unless the row may look, and the ends of an answer in the
+    first `min_new_tokens`.
+    """
+    logits = logits.at[:, jnp.array([special.latent_pad, special.latent_end])].set(-jnp.inf)
+    start = jnp.where(may_look, logits[:, special.latent_start], -jnp.inf)
+    logits = logits.at[:, special.latent_start].set(start)
+    ends = jnp.array(special.ends)
+    too_early = (step < sampling.min_new_tokens)[:, None]
+    return logits.at[:, ends].set(jnp.where(too_early, -jnp.inf, logits[:, ends]))
+
+
+def penalize_repetition(
+    logits: Float[Array, "rows vocab"], sampling: RowSampling, seen: Bool[Array, "rows vocab"]
+) -> Float[Array, "rows vocab"]:
+    """Return the logits, those of seen tokens divided by the penalty if positive, else multiplied by it.
+
+    As in transformers, except that the latent markers are never seen (`decode.note_seen`).
+    """
+    if not seen.size:
+        return logits
+    penalty = sampling.repetition_penalty[:, None]
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def sample_tokens(
-    logits: Float[Array, "rows vocab"], sampling: Sampling, step: Int[Array, " rows"]
+    logits: Float[Array, "rows vocab"], sampling: RowSampling, step: Int[Array, " rows"]
 ) -> Int[Array, " rows"]:
     """Return one token per row; top-p applies to what top-k leaves, as in transformers.
 
-    A row's draw depends on its own settings, seed, step and logits alone; work that no row needs is skipped.
+    A row's draw depends on its own parameters, seed, step and logits alone; work that no row needs is skipped.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     sampled = sampling.temperature > 0
@@ -61,7 +94,7 @@ def sample_tokens(
     return jax.lax.cond(sampled.any(), draw, lambda: greedy)
 
 
-def _truncate(logits: Float[Array, "rows vocab"], sampling: Sampling) -> Float[Array, "rows vocab"]:
+def _truncate(logits: Float[Array, "rows vocab"], sampling: RowSampling) -> Float[Array, "rows vocab"]:
     """Return the logits, minus infinity where top-k or top-p exclude a token."""
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1)

@@ -6,10 +6,12 @@ from typing import Any
 
 from ilvr_jax.inference.requests import Request, check_request
 from ilvr_jax.models.base import ImageGeometry
+from ilvr_jax.models.sharding import divisor
 
 PREFILL_CHUNK = 512  # the most prompt tokens prefilled at a time
 PAD_MULTIPLE = 16  # sizes chosen from requests are rounded up to multiples of this
 MAX_SIZES = 3  # chunk sizes, and rooms of images: each is compiled
+GROUPS = (1, 4, 16)  # prompts prefilled at once
 PICTURES = 6  # pictures of an answer that room is made for by default
 
 
@@ -23,6 +25,8 @@ class EngineSettings:
     chunks: tuple[int, ...]  # prompt tokens prefilled at a time, ascending
     image_tokens: tuple[int, ...]  # vision tokens that images are padded to, ascending
     latent_vectors: bool = False  # whether the inputs of slots are kept, for requests with `latent_vectors`
+    repetition_penalty: bool = False  # whether written tokens are kept by row, for requests with a penalty
+    batch_invariant: bool = False  # whether an answer is the same to the last bit in any company; prefills one by one
     share_prefixes: bool = True  # whether a prompt reuses the keys and values of another that begins alike
 
     def __post_init__(self):
@@ -42,10 +46,11 @@ def fit_settings(
 ) -> EngineSettings:
     """Return settings that hold all `requests`, of few sizes with little padding; `changes` override fields.
 
-    A request by "pixels" gets room for `pictures` pictures of the size of its prompt's largest image. Requests that no
-    engine can serve are skipped. Raises ValueError if there are no others.
+    A request by "pixels" gets room for `pictures` pictures of the size of its prompt's largest image. On a mesh, rows
+    are rounded up to a multiple of the devices that share them. Requests that no engine can serve are skipped. Raises
+    ValueError if there are no others.
     """
-    lengths, rooms, columns, new_tokens, count, latent_vectors = [], [], 0, 0, 0, False
+    lengths, rooms, columns, new_tokens, count, latent_vectors, penalty = [], [], 0, 0, 0, False, False
     for request in requests:
         try:
             check_request(request)
@@ -57,20 +62,23 @@ def fit_settings(
             sizes += [4 + max((image.vision_tokens for image in images), default=0)] * pictures
         rooms += map(geometry.room, images)
         lengths += sizes[:2]
-        columns = max(columns, sum(sizes) + request.max_new_tokens)
-        new_tokens, count = max(new_tokens, request.max_new_tokens), count + 1
+        params = request.sampling
+        columns = max(columns, sum(sizes) + params.max_new_tokens)
+        new_tokens, count = max(new_tokens, params.max_new_tokens), count + params.n
         latent_vectors |= request.latent_vectors
+        penalty |= params.repetition_penalty != 1
     if not count:
         raise ValueError("there are no requests that can be served; one or more are needed to choose sizes from")
-    largest = min(PREFILL_CHUNK, _rounded(max(lengths)))
+    largest, shards = min(PREFILL_CHUNK, _rounded(max(lengths))), divisor("rows")
     rests = [_rounded(length % largest or largest) for length in lengths]
     settings = {
-        "rows": min(rows, count),
+        "rows": -(-min(rows, count) // shards) * shards,
         "columns": _rounded(columns),
         "max_new_tokens": new_tokens,
         "chunks": few_sizes([*rests, largest]),
         "image_tokens": few_sizes(rooms),
         "latent_vectors": latent_vectors,
+        "repetition_penalty": penalty,
     }
     return EngineSettings(**settings | changes)
 
@@ -91,6 +99,18 @@ def few_sizes(needed: Sequence[int], most: int = MAX_SIZES) -> tuple[int, ...]:
         users[sizes[place + 1]] += users[sizes[place]]
         del sizes[place]
     return tuple(sizes)
+
+
+def group_sizes(settings: EngineSettings) -> tuple[int, ...]:
+    """Return the numbers of prompts that are prefilled at once, ascending.
+
+    On a mesh that shards the rows it is the number of all rows: each device prefills its own.
+    """
+    if divisor("rows") > 1:
+        return (settings.rows,)
+    if settings.batch_invariant:
+        return (1,)
+    return tuple(sorted({min(size, settings.rows) for size in GROUPS}))
 
 
 def plan_chunks(tokens: int, chunks: Sequence[int]) -> list[tuple[int, int, int]]:

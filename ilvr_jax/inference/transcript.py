@@ -26,11 +26,50 @@ def split_at_looks(
     return [tokenizer.decode(text, skip_special_tokens=True) for text in texts], tuple(slots)
 
 
+def find_stop(
+    tokens: Sequence[int],
+    stop: Sequence[str],
+    first: int,
+    tokenizer: PreTrainedTokenizerFast,
+    special: SpecialTokens,
+) -> tuple[int, int] | None:
+    """Return the number of tokens up to the one that completes a stop string, and the string's place in their text.
+
+    Return None if none is complete. A string that is complete in the text of the `first` tokens does not count.
+    """
+
+    def text(count: int) -> str:
+        return "".join(split_at_looks(tokens[:count], tokenizer, special)[0])
+
+    begin = len(text(first))
+
+    def place(count: int) -> int:
+        """Return the place of the first stop string in the text of so many tokens, -1 if there is none."""
+        whole = text(count)
+        places = (whole.find(string, max(0, begin - len(string) + 1)) for string in stop)
+        return min((place for place in places if place >= 0), default=-1)
+
+    if place(len(tokens)) < 0:
+        return None
+    return next((count, place(count)) for count in range(first + 1, len(tokens) + 1) if place(count) >= 0)
+
+
+def cut_texts(texts: Sequence[str], room: int) -> list[str]:
+    """Return the texts around looks up to so many letters."""
+    kept = []
+    for text in texts:
+        kept.append(text[: max(0, room)])
+        room -= len(text)
+        if room <= 0:
+            break
+    return kept
+
+
 def show_look(slots: int, picture_tokens: int = 0) -> str:
     """Return the mark of a look in a text: its number of slots, or of a picture's vision tokens."""
     return f"‹looking: {picture_tokens} vision tokens›" if picture_tokens else f"‹looking: {slots} slots›"
 
 
 def show_text(texts: Sequence[str], looks: Iterable[str]) -> str:
-    """Return the texts joined, with the marks of the looks between them."""
-    return texts[0] + "".join(look + text for look, text in zip(looks, texts[1:], strict=True))
+    """Return the texts joined, with the marks of the looks between them; marks after the last text are dropped."""
+    return texts[0] + "".join(look + text for look, text in zip(looks, texts[1:], strict=False))

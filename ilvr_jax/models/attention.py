@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ilvr_jax.errors import InputError
 
 CACHE_BLOCK = 256  # columns of a cache that are read at a time
+QUERY_BLOCK = 512  # the same for a single query a row
 BLOCKS = (512, 384, 256)  # columns that a kernel takes at a time, multiples of a TPU's 128 lanes
 
 
@@ -55,33 +56,50 @@ def attention(
     return output.reshape(batch, queries, heads, head_dim)
 
 
-class Cache(NamedTuple):
-    """Keys and values of earlier columns, heads first: the first `lengths` columns of each row are valid."""
+class KVCache(NamedTuple):
+    """Keys and values of earlier columns, heads first: the first `lengths` columns of each row are valid.
 
-    keys: Float[Array, "batch key_value_heads columns head_dim"]
-    values: Float[Array, "batch key_value_heads columns head_dim"]
-    lengths: Int[Array, " batch"]
+    `keys` and `values` are arrays with a leading axis of layers, or tuples with an array for each layer, as the layers'
+    parameters are.
+    """
+
+    keys: Float[Array, "layers rows key_value_heads columns head_dim"] | tuple[Array, ...]
+    values: Float[Array, "layers rows key_value_heads columns head_dim"] | tuple[Array, ...]
+    lengths: Int[Array, " rows"]
+
+    @property
+    def columns(self) -> int:
+        """The room of each row."""
+        return self.keys[0].shape[-2]
+
+    def read(self, layer: int | Int[Array, ""], start: int | Int[Array, ""], count: int) -> tuple[Array, Array]:
+        """Return keys and values of some columns in a layer, each [rows, key_value_heads, count, head_dim]."""
+
+        def slice_layer(part: Array | tuple[Array, ...]) -> Array:
+            if isinstance(part, tuple):
+                return jax.lax.dynamic_slice_in_dim(part[layer], start, count, axis=2)
+            # In one slice: that of a whole layer would be a copy of it.
+            return jax.lax.dynamic_slice(part, (layer, 0, 0, start, 0), (1, *part.shape[1:3], count, part.shape[4]))[0]
+
+        return slice_layer(self.keys), slice_layer(self.values)
 
 
 def cached_attention(
-    query: Float[Array, "batch queries heads head_dim"],
-    key: Float[Array, "batch queries key_value_heads head_dim"],
-    value: Float[Array, "batch queries key_value_heads head_dim"],
-    mask: Bool[Array, "batch queries queries"] | Bool[Array, "1 queries queries"],
-    cache: Cache,
-) -> Float[Array, "batch queries heads head_dim"]:
-    """Return grouped-query attention to the columns of a cache and, under the mask, to the present ones.
+    query: Float[Array, "rows queries heads head_dim"],
+    key: Float[Array, "rows queries key_value_heads head_dim"],
+    value: Float[Array, "rows queries key_value_heads head_dim"],
+    mask: Bool[Array, "rows queries queries"] | Bool[Array, "1 queries queries"],
+    cache: KVCache,
+    layer: int | Int[Array, ""],
+) -> Float[Array, "rows queries heads head_dim"]:
+    """Return grouped-query attention to the cached columns of a layer and, under the mask, to the present ones.
 
-    Each query attends to at least one present column. For several queries the cache is read block by block, no further
-    than its longest row. A row's result does not depend on the others: a block without valid columns of the row leaves
-    its sums as they are, to the last bit. For a single query, slicing blocks would take longer than it saves.
+    Each query attends to at least one present column. The cache is read block by block, no further than its longest
+    row. A row's result does not depend on the others: a block without valid columns of the row leaves its sums as they
+    are, to the last bit.
     """
     batch, queries, heads, head_dim = query.shape
-    columns, shared = cache.keys.shape[2], key.shape[2]
-    if queries == 1:
-        seen = jnp.pad(jnp.arange(columns) < cache.lengths[:, None], ((0, 0), (0, 1)), constant_values=True)
-        keys, values = (part.swapaxes(1, 2) for part in cache[:2])
-        return attention(query, [keys, key], [values, value], seen[:, None])
+    columns, shared = cache.columns, key.shape[2]
     grouped = (query * head_dim**-0.5).reshape(batch, queries, shared, -1, head_dim)
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, shared, -1, head_dim)
 
@@ -98,18 +116,20 @@ def cached_attention(
         return higher, weight * scale + weights.sum(-1, keepdims=True), output * scale + mixed
 
     nothing = jnp.full((*grouped.shape[:3], 1), jnp.finfo(jnp.float32).min), jnp.float32(0), jnp.float32(0)
-    present = add(key.swapaxes(1, 2), value.swapaxes(1, 2), mask, nothing)
-    block = min(columns, CACHE_BLOCK)
+    sums = add(key.swapaxes(1, 2), value.swapaxes(1, 2), mask, nothing)
+    block = CACHE_BLOCK if queries > 1 else QUERY_BLOCK
 
     def add_block(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         start = jnp.minimum(number * block, columns - block)  # the last block may overlap the one before it
-        keys, values = (jax.lax.dynamic_slice_in_dim(part, start, block, axis=2) for part in cache[:2])
         places = start + jnp.arange(block)
-        return add(keys, values, (places >= number * block) & (places < cache.lengths[:, None, None]), sums)
+        seen = (places >= number * block) & (places < cache.lengths[:, None, None])
+        return add(*cache.read(layer, start, block), seen, sums)
 
-    blocks = (cache.lengths.max() + block - 1) // block
-    _, weight, output = jax.lax.fori_loop(0, blocks, add_block, present)
-    output = (output / weight).astype(query.dtype).reshape(batch, shared, -1, queries, head_dim)
+    if columns <= block:
+        sums = add(*cache.read(layer, 0, columns), jnp.arange(columns) < cache.lengths[:, None, None], sums)
+    else:
+        sums = jax.lax.fori_loop(0, (cache.lengths.max() + block - 1) // block, add_block, sums)
+    output = (sums[2] / sums[1]).astype(query.dtype).reshape(batch, shared, -1, queries, head_dim)
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head_dim)
 
 
@@ -132,7 +152,7 @@ def causal_attention(
     half precision, "xla" is `attention`, and "auto" chooses by the platform that the program is compiled for. Raises
     InputError for "cudnn" where cuDNN cannot be used.
     """
-    platform = _platform()
+    platform = current_platform()
     half = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0
     cudnn = half and platform in ("cuda", "gpu")
     if kernel == "auto":
@@ -163,7 +183,7 @@ def causal_attention(
     return run(pad(query), pad(key), pad(value), pad(valid))[:, :columns]
 
 
-def _platform() -> str:
+def current_platform() -> str:
     """Return the platform of the current mesh, or else the default one."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform

@@ -140,6 +140,13 @@ def divide(tree: PyTree) -> PyTree:
     )
 
 
+def replicate(tree: PyTree) -> PyTree:
+    """Return the tree, in a compiled function, whole on each device of the mesh of `on_mesh`, if any."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), tree)
+
+
 def placed_like(tree: PyTree, mesh: Mesh) -> PyTree:
     """Return shapes, dtypes and shardings of arrays, for creating or restoring them there."""
     return jax.tree.map(

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,11 +13,8 @@ from ilvr_jax.checkpoints.trained import load_model
 from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.records import Record
 from ilvr_jax.generate import Printer, main
-from ilvr_jax.inference.decode import DecodeSettings, generate
-from ilvr_jax.inference.engine import Engine
-from ilvr_jax.inference.requests import Request
-from ilvr_jax.inference.sizes import fit_settings
-from ilvr_jax.method.layout import collate, required_layout
+from ilvr_jax.inference.engine import generate
+from tests.decoding import make_request
 from tests.published import VOCABULARY, save_published
 
 NEW_TOKENS = 24
@@ -54,26 +50,19 @@ def with_ids(published, folder, generation=UNSET, config=UNSET, tokenizer=None):
     return folder
 
 
-def answers(folder):
-    """Return the model, the engine's answer, the tokens of the loop over a batch, and the prompt's."""
+def answer_of(folder, **changes):
+    """Return the model, the engine's answer and the prompt's tokens; `changes` are fields of a request."""
     trained = load_model(str(folder))
     prompt = build_prompt(Record(QUESTION, (), ()), trained.tokenizer, trained.special, trained.prompts)
-    request = Request(prompt, NEW_TOKENS, 4, method="text")
-    geometry = trained.model.geometry
-    engine = Engine(
-        trained.model, trained.params, trained.special, fit_settings([request], 1, geometry), trained.tokenizer
-    )
-    (answer,) = engine.answer([request])
-    batch = collate([prompt], required_layout(prompt, geometry), trained.special, geometry)
-    how = DecodeSettings(NEW_TOKENS, 4)
-    tokens, lengths = generate(trained.model, trained.params, batch, np.zeros(1, np.uint32), how, trained.special)
-    return trained, answer, tokens[0, : int(lengths[0])].tolist(), prompt.tokens
+    request = make_request(prompt, NEW_TOKENS, 4, **{"method": "text"} | changes)
+    (answer,) = generate(trained.model, trained.params, [request], trained.special, trained.tokenizer)
+    return trained, answer, prompt.tokens
 
 
-def transformers_answer(folder, prompt):
+def transformers_answer(folder, prompt, **settings):
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        ids = model.generate(torch.tensor([prompt.tolist()]), max_new_tokens=NEW_TOKENS)
+        ids = model.generate(torch.tensor([prompt.tolist()]), max_new_tokens=NEW_TOKENS, **settings)
     return ids[0, len(prompt) :].tolist()
 
 
@@ -83,12 +72,44 @@ def transformers_answer(folder, prompt):
 )
 def test_answers_end_where_transformers_ends_them(published, tmp_path, capsys, generation, config, length):
     folder = with_ids(published, tmp_path / "model", generation, config)
-    trained, answer, looped, prompt = answers(folder)
-    assert list(answer.tokens) == looped == transformers_answer(folder, prompt) and len(looped) == length
+    trained, answer, prompt = answer_of(folder)
+    tokens = list(answer.tokens)
+    assert tokens == transformers_answer(folder, prompt) and len(tokens) == length
     assert answer.stop_reason == "end"
-    assert answer.text == trained.tokenizer.decode(looped[:-1])
-    Printer(trained).add(looped)
-    assert capsys.readouterr().out == trained.tokenizer.decode(looped[:-1]).rstrip("\ufffd")
+    assert answer.text == trained.tokenizer.decode(tokens[:-1])
+    Printer(trained).add(tokens)
+    assert capsys.readouterr().out == trained.tokenizer.decode(tokens[:-1]).rstrip("\ufffd")
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"min_new_tokens": 8}, {"repetition_penalty": 3.0}, {"repetition_penalty": 0.7, "min_new_tokens": 6}],
+)
+def test_penalties_and_least_lengths_are_those_of_transformers(published, tmp_path, sampling):
+    folder = with_ids(published, tmp_path / "model", [5, 316, 14], 162)
+    _, plain, _ = answer_of(folder)
+    _, answer, prompt = answer_of(folder, **sampling)
+    assert list(answer.tokens) == transformers_answer(folder, prompt, **sampling)
+    assert answer.tokens != plain.tokens and len(answer.tokens) >= sampling.get("min_new_tokens", 0)
+
+
+def test_an_answer_ends_before_the_first_stop_string(published, tmp_path):
+    folder = with_ids(published, tmp_path / "model")
+    trained, plain, prompt = answer_of(folder)
+    stop = plain.text[len(plain.text) // 2 :][:2]
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    ids = model.generate(
+        torch.tensor([prompt.tolist()]),
+        max_new_tokens=NEW_TOKENS,
+        stop_strings=[stop],
+        tokenizer=trained.tokenizer,
+        eos_token_id=None,
+    )
+    _, answer, _ = answer_of(folder, stop=("never", stop))
+    assert answer.stop_reason == "stop" and list(answer.tokens) == ids[0, len(prompt) :].tolist()
+    assert answer.text == plain.text[: plain.text.index(stop)]
+    later = answer_of(folder, stop=(stop,), min_new_tokens=len(answer.tokens))[1]
+    assert len(later.tokens) > len(answer.tokens)
 
 
 @pytest.mark.parametrize(

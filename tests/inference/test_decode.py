@@ -1,22 +1,25 @@
 """Decoding: rows are independent, latent mode follows its rules, sampling follows its distribution."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ilvr_jax.inference.decode import DecodeSettings, generate
-from ilvr_jax.inference.sampling import Sampling, sample_tokens
+from ilvr_jax.config.schema import SamplingParams
+from ilvr_jax.inference import kv_cache
+from ilvr_jax.inference.engine import generate
+from ilvr_jax.inference.kv_cache import init_kv_cache, write_columns
+from ilvr_jax.inference.sampling import RowSampling, check_sampling, sample_tokens
 from ilvr_jax.models.attention import causal_mask
-from tests.decoding import MODEL, PARAMS, eager_to_look, lay_out, prompts
+from tests.decoding import MODEL, PARAMS, eager_to_look, lay_out, make_request, prompts
 from tests.samples import SPECIAL
 
 
-def decode(rows, seeds, how, extra=0, params=None):
-    seeds = np.asarray(seeds, np.uint32)
-    return generate(MODEL, params or PARAMS, lay_out(rows, extra), seeds, how, SPECIAL)
+def decode(rows, seeds, params=PARAMS, max_new_tokens=24, latent_size=3, **sampling):
+    """Return the tokens of one batch of answers."""
+    settings = (max_new_tokens, latent_size)
+    requests = [make_request(row, *settings, seed=seed, **sampling) for row, seed in zip(rows, seeds, strict=True)]
+    return [output.tokens for output in generate(MODEL, params, requests, SPECIAL)]
 
 
 SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.95}
@@ -24,44 +27,43 @@ SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.95}
 
 @pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_a_row_is_decoded_alike_alone_and_in_company(sampling):
-    how = DecodeSettings(24, 3, **sampling)
     rows, seeds = prompts(), [7, 8, 9, 10, 11]
-    together = decode(rows, seeds, how, extra=4)
-    assert (np.asarray(together.tokens) == SPECIAL.latent_pad).any()
-    for row, seed, tokens, length in zip(rows, seeds, *map(np.asarray, together), strict=True):
-        alone = decode([row], [seed], how)
-        np.testing.assert_array_equal(alone.tokens[0], tokens)
-        assert int(alone.lengths[0]) == length
+    together = decode(rows, seeds, **sampling)
+    assert any(SPECIAL.latent_pad in tokens for tokens in together)
+    for row, seed, tokens in zip(rows, seeds, together, strict=True):
+        assert decode([row], [seed], **sampling) == [tokens]
 
 
 def test_latent_segments_are_whole_and_closed():
-    tokens = np.asarray(decode(prompts(), range(5), DecodeSettings(40, 3, temperature=1.0)).tokens)
-    starts = np.argwhere(tokens[:, :-5] == SPECIAL.latent_start)
-    assert len(starts) > 3
-    for row, column in starts:
-        run = tokens[row, column + 1 : column + 5].tolist()
-        assert run == [SPECIAL.latent_pad] * 3 + [SPECIAL.latent_end]
-    inside = sum((tokens == token).sum() for token in (SPECIAL.latent_pad, SPECIAL.latent_end))
-    whole = sum((tokens[row, column:] > 0).sum() >= 5 for row, column in starts)
-    assert inside >= whole * 4
+    answers = decode(prompts(), range(5), max_new_tokens=40, temperature=1.0)
+    looks, run = 0, (SPECIAL.latent_pad,) * 3 + (SPECIAL.latent_end,)
+    for tokens in answers:
+        starts = [place for place, token in enumerate(tokens) if token == SPECIAL.latent_start]
+        for place in starts:
+            inside = tokens[place + 1 : place + 5]
+            assert inside == run[: len(inside)]
+        outside = [token for token in tokens if token in run]
+        assert len(outside) == sum(len(tokens[place + 1 : place + 5]) for place in starts)
+        looks += len(starts)
+    assert looks > 3
 
 
 def test_tokens_are_those_of_step_by_step_recomputation():
     """The definition, slow: the whole sequence again for every token, a slot's input the hidden state before it."""
-    how, decoder = DecodeSettings(20, 3), PARAMS["decoder"]
+    decoder, new_tokens = PARAMS["decoder"], 20
     for prompt in prompts()[:3]:
-        expected = np.asarray(decode([prompt], [0], how).tokens[0])
+        (expected,) = decode([prompt], [0], max_new_tokens=new_tokens)
         batch = lay_out([prompt])
         features = MODEL.encode_images(PARAMS["vision"], batch.images)
-        room = ((0, 0), (0, how.max_new_tokens), (0, 0))
+        room = ((0, 0), (0, new_tokens), (0, 0))
         inputs = jnp.pad(MODEL.embed(decoder, batch.tokens, batch.image_index, features), room)
-        new_positions = batch.positions.max() + 1 + jnp.arange(how.max_new_tokens)
-        new_positions = jnp.broadcast_to(new_positions, (1, 3, how.max_new_tokens))
+        new_positions = batch.positions.max() + 1 + jnp.arange(new_tokens)
+        new_positions = jnp.broadcast_to(new_positions, (1, 3, new_tokens))
         positions = jnp.concatenate([batch.positions, new_positions], axis=2)
         mask = causal_mask(jnp.ones(inputs.shape[:2], bool))
         recompute = jax.jit(lambda inputs, positions, mask: MODEL.decode(decoder, inputs, positions, mask)[0])
         last, slots, tokens = batch.tokens.shape[1] - 1, 0, []
-        for _ in range(how.max_new_tokens):
+        for _ in range(new_tokens):
             hidden = recompute(inputs, positions, mask)[:, last]
             if slots > 0:
                 slots, token = slots - 1, SPECIAL.latent_pad
@@ -77,34 +79,32 @@ def test_tokens_are_those_of_step_by_step_recomputation():
             following = MODEL.embed(decoder, jnp.array([token]))
             last += 1
             inputs = inputs.at[:, last].set(hidden if token == SPECIAL.latent_pad else following)
-        np.testing.assert_array_equal(expected[: len(tokens)], tokens)
+        assert list(expected) == tokens
 
 
 def test_a_segment_can_end_early():
     params = eager_to_look()
     eager_to_end = params["decoder"]["lm_head"].at[SPECIAL.latent_end].set(40 * params["decoder"]["lm_head"][7])
     params["decoder"]["lm_head"] = eager_to_end
-    how = DecodeSettings(30, 6, temperature=1.0)
-    fixed = np.asarray(decode(prompts(), range(5), how, params=params).tokens)
-    early = np.asarray(decode(prompts(), range(5), dataclasses.replace(how, early_end=True), params=params).tokens)
+    settings = {"max_new_tokens": 30, "latent_size": 6, "temperature": 1.0}
+    fixed = decode(prompts(), range(5), params, **settings)
+    early = decode(prompts(), range(5), params, **settings, early_end=True)
 
-    def slots_a_segment(tokens):
-        starts = (tokens[:, :23] == SPECIAL.latent_start).sum()
-        return (tokens == SPECIAL.latent_pad).sum() / max(1, starts)
+    def slots_per_look(answers):
+        looks = sum(tokens[:23].count(SPECIAL.latent_start) for tokens in answers)
+        return sum(tokens.count(SPECIAL.latent_pad) for tokens in answers) / max(1, looks)
 
-    assert slots_a_segment(early) < slots_a_segment(fixed)
-    assert SPECIAL.latent_end in early
+    assert slots_per_look(early) < slots_per_look(fixed)
+    assert any(SPECIAL.latent_end in tokens for tokens in early)
 
 
 def test_rows_stop_at_their_own_end():
     params = MODEL.init(jax.random.key(3))
     params["decoder"]["lm_head"] = params["decoder"]["lm_head"].at[SPECIAL.im_end].multiply(4.0)
-    decoded = decode(prompts(), range(5), DecodeSettings(30, 3, temperature=1.0), params=params)
-    tokens, lengths = map(np.asarray, decoded)
-    assert len(set(lengths.tolist())) > 1
-    for row, length in zip(tokens, lengths, strict=True):
-        if length < 30:
-            assert row[length - 1] == SPECIAL.im_end and (row[length:] == SPECIAL.pad).all()
+    answers = decode(prompts(), range(5), params, max_new_tokens=30, temperature=1.0)
+    assert len(set(map(len, answers))) > 1
+    for tokens in answers:
+        assert SPECIAL.im_end not in tokens[:-1] and (len(tokens) == 30 or tokens[-1] == SPECIAL.im_end)
 
 
 def test_sampling_follows_the_truncated_distribution():
@@ -113,7 +113,8 @@ def test_sampling_follows_the_truncated_distribution():
     seeds = jnp.arange(rows, dtype=jnp.uint32)
 
     def shares(temperature, top_k, top_p):
-        sampling = Sampling(*(jnp.full(rows, value) for value in (temperature, top_k, top_p)), seeds)
+        values = (temperature, top_k, top_p, 1.0, 0)
+        sampling = RowSampling(*(jnp.full(rows, value) for value in values), seeds)
         tokens = sample_tokens(jnp.tile(logits, (rows, 1)), sampling, jnp.full(rows, 3))
         return np.bincount(tokens, minlength=4) / rows
 
@@ -128,11 +129,33 @@ def test_sampling_follows_the_truncated_distribution():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1 to 131072, got 0"),
-        ({"temperature": -1.0}, r"temperature must be 0 or a number from 1e-6 to 1e6, got -1.0"),
-        ({"top_p": 0.0}, "top_p must be a number above 0 and at most 1, got 0.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be from 1 to 131072, got 0"),
+        ({"temperature": -1.0}, "temperature must be from 0 to 1000000.0, got -1.0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"min_new_tokens": 9}, r"min_new_tokens must be at most max_new_tokens \(8\), got 9"),
+        ({"stop": "end"}, "stop must be a tuple, got 'end'"),
+        ({"n": 0}, "n must be from 1 to 65536, got 0"),
     ],
 )
-def test_bad_settings_are_named(changes, message):
+def test_bad_sampling_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        DecodeSettings(**{"max_new_tokens": 8, "latent_size": 3, **changes})
+        check_sampling(SamplingParams(**{"max_new_tokens": 8} | changes))
+
+
+@pytest.mark.parametrize("rows", [None, [2, 0, 5]], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("split", [False, True])
+def test_columns_are_written_alike_on_every_platform(monkeypatch, rows, split):
+    """Windows that end beyond the cache, and rows without columns, are those that a slice would clamp."""
+    rng = np.random.default_rng(0)
+    cache = init_kv_cache(MODEL, 3, 10, split)
+    cache = jax.tree.map(lambda part: jnp.array(rng.standard_normal(part.shape), part.dtype), cache)
+    shape = (MODEL.config.num_hidden_layers, 3, 4, MODEL.config.num_key_value_heads, MODEL.config.head_dim)
+    new = tuple(jnp.array(rng.standard_normal(shape), jnp.float32) for _ in range(2))
+    new = tuple(map(tuple, new)) if split else new
+    starts, counts = np.array([2, 8, 0]), np.array([4, 2, 0])
+    rows = None if rows is None else np.array(rows)
+    scattered = write_columns(cache, new, starts, counts, rows)
+    monkeypatch.setattr(kv_cache, "current_platform", lambda: "tpu")
+    jax.tree.map(np.testing.assert_array_equal, write_columns(cache, new, starts, counts, rows), scattered)
+    written = np.asarray(scattered.values[0])[0 if rows is None else 2]
+    np.testing.assert_array_equal(written[:, 2:6], np.swapaxes(new[1][0][0], 0, 1))

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import monitoring
 
-from ilvr_jax.inference.decode import DecodeSettings, generate
+from ilvr_jax.inference.batch import DecodeBatch
 from ilvr_jax.inference.engine import Engine, EngineInUse
-from ilvr_jax.inference.requests import Answer, Request
+from ilvr_jax.inference.requests import Request, RequestOutput
 from ilvr_jax.inference.sizes import EngineSettings, few_sizes, fit_settings, plan_chunks
 from ilvr_jax.method.layout import build_sample, collate, required_layout
 from ilvr_jax.models.qwen2_5_vl.images import EncodedImage
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
-from tests.decoding import MODEL, PARAMS
+from tests.decoding import MODEL, PARAMS, changed, make_request
 from tests.samples import CONFIG, FIRST_WORD, GEOMETRY, SPECIAL, VOCABULARY, prompt_of, random_image, random_sample
 from tests.vectors import of_kind
 
@@ -28,7 +28,7 @@ IMAGES = (((2, 3),), ((1, 1), (3, 2)), (), ((4, 1),), ((1, 2),))
 
 
 def make_engine(params=PARAMS, model=MODEL, special=SPECIAL, **changes) -> Engine:
-    return Engine(model, params, special, dataclasses.replace(SETTINGS, **changes))
+    return Engine(model, params, special, dataclasses.replace(SETTINGS, **{"batch_invariant": True} | changes))
 
 
 def make_prompt(seed: int, images=((2, 3),), words: int = 2):
@@ -44,7 +44,7 @@ def mixed_requests(count: int) -> list[Request]:
     """Return requests of every method and sampling, with prompts of several lengths."""
     rng = np.random.default_rng(0)
     return [
-        Request(
+        make_request(
             make_prompt(number, IMAGES[number % len(IMAGES)]),
             max_new_tokens=int(rng.integers(1, 25)),
             latent_size=int(rng.integers(1, 5)),
@@ -62,7 +62,7 @@ def mixed_requests(count: int) -> list[Request]:
     ]
 
 
-def same(first: Answer, second: Answer) -> None:
+def same(first: RequestOutput, second: RequestOutput) -> None:
     """Assert that two answers are the same to the last bit."""
     ignored = {"number": 0, "timings": None, "latent_vectors": None, "shared_tokens": 0}
     assert dataclasses.replace(first, **ignored) == dataclasses.replace(second, **ignored)
@@ -74,29 +74,22 @@ def engine():
     return make_engine(latent_vectors=True)
 
 
+def request_of(vector) -> Request:
+    return make_request(vector.sample(), vector.meta["max_new_tokens"], vector.meta["latent_size"])
+
+
 def test_published_tokens_alone_and_in_one_batch(request):
     """The conformance files have weights of their own: the batch is served under each, and that file compared."""
     vectors = of_kind(request.config.getoption("vectors"), "generate")
     for vector in vectors:
         group = [other for other in vectors if other.config == vector.config]
         geometry, special = vector.config.vision.geometry, vector.special
-        requests = [Request(other.sample(), other.meta["max_new_tokens"], other.meta["latent_size"]) for other in group]
+        requests = [request_of(other) for other in group]
         settings = fit_settings(requests, len(requests), geometry)
         engine = Engine(Qwen2_5VL(vector.config), vector.params(), special, settings)
         expected, number = vector["expect_tokens"], group.index(vector)
         for answer in (engine.answer(requests)[number], engine.answer([requests[number]])[0]):
             np.testing.assert_array_equal(answer.tokens[: len(expected)], expected)
-
-
-def test_it_decodes_as_the_loop_over_a_batch_does(engine):
-    for number, how in enumerate(({}, {"temperature": 0.8, "top_k": 20, "top_p": 0.95})):
-        prompt = make_prompt(number, IMAGES[number])
-        batch = collate([prompt], required_layout(prompt, GEOMETRY), SPECIAL, GEOMETRY)
-        seeds = np.array([7], np.uint32)
-        tokens, lengths = generate(MODEL, PARAMS, batch, seeds, DecodeSettings(24, 3, **how), SPECIAL)
-        (answer,) = engine.answer([Request(prompt, 24, 3, seed=7, **how)])
-        np.testing.assert_array_equal(answer.tokens, tokens[0, : lengths[0]])
-        assert answer.looks
 
 
 def test_an_answer_is_the_same_alone_and_among_fifteen_others():
@@ -146,20 +139,20 @@ def test_a_shared_prefix_is_taken_over_and_changes_nothing(end):
     alone, sharing = make_engine(share_prefixes=False), make_engine()
     long, short = prompt(60), prompt(32 + end)
     other_image = prompt(60, (first.images[0], random_image(np.random.default_rng(9), 1, 2)))
-    requests = [Request(sample, 20, 3) for sample in (long, short, long, other_image)]
+    requests = [make_request(sample, 20, 3) for sample in (long, short, long, other_image)]
     shared = (0, 16 * ((30 + end) // 16), 60, 0)
     for request, expected, tokens in zip(requests, alone.answer(requests), shared, strict=True):
         (answer,) = sharing.answer([request])
         same(answer, expected)
         assert answer.shared_tokens == tokens
-    samples = sharing.answer([Request(long, 20, 3, temperature=1.0, seed=seed) for seed in range(8)])
+    samples = sharing.answer([make_request(long, 20, 3, temperature=1.0, seed=seed) for seed in range(8)])
     assert all(answer.shared_tokens == 60 for answer in samples)
     assert len({answer.tokens for answer in samples}) > 1
 
 
 def test_methods_look_as_they_should(engine):
     requests = [
-        Request(make_prompt(seed), 24, 3, method=method, temperature=1.0, seed=seed, draw_look=draw_look)
+        make_request(make_prompt(seed), 24, 3, method=method, temperature=1.0, seed=seed, draw_look=draw_look)
         for method in ("latent", "text", "single", "pixels")
         for seed in range(6)
     ]
@@ -178,7 +171,7 @@ def test_methods_look_as_they_should(engine):
 
 def test_a_picture_is_seen_as_if_it_had_been_in_the_prompt():
     """Pixel-level: what follows a picture is what follows the same tokens given at once."""
-    request = Request(make_prompt(2), 20, 3, method="pixels", forced_tokens=(11, 12, SPECIAL.latent_start))
+    request = make_request(make_prompt(2), 20, 3, method="pixels", forced_tokens=(11, 12, SPECIAL.latent_start))
     request = dataclasses.replace(request, draw_look=draw_look)
     engine = make_engine(columns=160)
     (answer,) = engine.answer([request])
@@ -187,13 +180,15 @@ def test_a_picture_is_seen_as_if_it_had_been_in_the_prompt():
     tokens = [*request.prompt.tokens, 11, 12, SPECIAL.latent_start, *shown, SPECIAL.latent_end]
     whole = build_sample(np.array(tokens), (*request.prompt.images, picture), (), SPECIAL, 3)
     second = next((look.position for look in answer.looks[1:]), len(answer.tokens))
-    (expected,) = engine.answer([Request(whole, 17, 3)])
+    (expected,) = engine.answer([make_request(whole, 17, 3)])
     assert second > 3
     assert expected.tokens[: second - 3] == answer.tokens[3:second]
 
 
 def test_log_probabilities_are_the_models():
-    (answer,) = make_engine().answer([Request(make_prompt(0), 24, 3, log_probabilities=True, temperature=1.0, seed=3)])
+    (answer,) = make_engine().answer(
+        [make_request(make_prompt(0), 24, 3, log_probabilities=True, temperature=1.0, seed=3)]
+    )
     prompt, decoder = make_prompt(0), PARAMS["decoder"]
     first_look = answer.looks[0].position if answer.looks else len(answer.tokens)
     assert first_look > 1
@@ -212,7 +207,7 @@ def test_log_probabilities_are_the_models():
 def test_vectors_of_slots_are_the_hidden_states_before_them(engine):
     prompt = make_prompt(4)
     given_tokens = (11, SPECIAL.latent_start)
-    (answer,) = engine.answer([Request(prompt, 12, 3, forced_tokens=given_tokens, latent_vectors=True)])
+    (answer,) = engine.answer([make_request(prompt, 12, 3, forced_tokens=given_tokens, latent_vectors=True)])
     assert answer.latent_vectors.shape == (answer.slots, CONFIG.hidden_size) and answer.looks[0].position == 1
     tokens = np.concatenate([prompt.tokens, given_tokens])
     batch = collate([prompt], dataclasses.replace(required_layout(prompt, GEOMETRY)), SPECIAL, GEOMETRY)
@@ -231,7 +226,10 @@ def test_encoded_images_serve_as_well():
     features = np.asarray(MODEL.encode_images(PARAMS["vision"], batch.images))[0, 0, :6].reshape(2, 3, -1)
     encoded = dataclasses.replace(prompt, images=(EncodedImage(features),))
     engine = make_engine()
-    assert engine.answer([Request(encoded, 12, 3)])[0].tokens == engine.answer([Request(prompt, 12, 3)])[0].tokens
+    assert (
+        engine.answer([make_request(encoded, 12, 3)])[0].tokens
+        == engine.answer([make_request(prompt, 12, 3)])[0].tokens
+    )
 
 
 def test_tokens_are_streamed_as_they_come(engine):
@@ -242,16 +240,16 @@ def test_tokens_are_streamed_as_they_come(engine):
     assert max(len(tokens) for parts in streamed.values() for tokens in parts) <= 2
 
 
-GOOD = Request(make_prompt(0), 8, 3)
+GOOD = make_request(make_prompt(0), 8, 3)
 
 
-def changed(request: Request, **changes) -> Request:
+def with_prompt(request: Request, **changes) -> Request:
     """Return a request whose prompt is changed, by field."""
     return dataclasses.replace(request, prompt=dataclasses.replace(request.prompt, **changes))
 
 
 def with_image(image) -> Request:
-    return changed(GOOD, images=(image,))
+    return with_prompt(GOOD, images=(image,))
 
 
 PATCHES = GOOD.prompt.images[0]
@@ -268,31 +266,34 @@ NUMBERS = {
     "forced_tokens": ((11,) * 9, (VOCABULARY,), (-2,), "ab", 5, (1.5,)),
     "prompt": (None, "a question", np.zeros(3, np.int32)),
 }
-REFUSALS = [(dataclasses.replace(GOOD, **{name: value}), name) for name in NUMBERS for value in NUMBERS[name]] + [
+REFUSALS = [(changed(GOOD, **{name: value}), name) for name in NUMBERS for value in NUMBERS[name]] + [
     (
-        dataclasses.replace(GOOD, prompt=make_prompt(0, ((2, 3),) * 12)),
+        changed(GOOD, prompt=make_prompt(0, ((2, 3),) * 12)),
         "the prompt must have at most 88 tokens beside 8 new ones, got 105",
     ),
     (
-        dataclasses.replace(GOOD, prompt=make_prompt(0, ((5, 5),))),
+        changed(GOOD, prompt=make_prompt(0, ((5, 5),))),
         "an image must take at most 16 vision tokens, whole attention windows counted, got 36 for 5x5",
     ),
-    (dataclasses.replace(GOOD, max_new_tokens=25), "max_new_tokens must be a whole number from 1 to 24, got 25"),
-    (dataclasses.replace(GOOD, temperature=-1.0), "temperature must be 0 or a number from 1e-6 to 1e6, got -1.0"),
-    (dataclasses.replace(GOOD, method="pixels"), "draw_look must be a function"),
-    (dataclasses.replace(GOOD, method="single", forced_tokens=(11,)), "forced_tokens must be empty"),
-    (changed(GOOD, tokens=np.zeros(0, np.int32), positions=np.zeros((3, 0), np.int32)), "the prompt must have one"),
-    (changed(GOOD, tokens=GOOD.prompt.tokens.astype(float)), "the prompt must have one token or more"),
+    (changed(GOOD, max_new_tokens=25), "max_new_tokens must be a whole number from 1 to 24, got 25"),
+    (changed(GOOD, temperature=-1.0), "temperature must be from 0 to 1000000.0, got -1.0"),
+    (changed(GOOD, method="pixels"), "draw_look must be a function"),
+    (changed(GOOD, method="single", forced_tokens=(11,)), "forced_tokens must be empty"),
+    (with_prompt(GOOD, tokens=np.zeros(0, np.int32), positions=np.zeros((3, 0), np.int32)), "the prompt must have one"),
+    (with_prompt(GOOD, tokens=GOOD.prompt.tokens.astype(float)), "the prompt must have one token or more"),
     (
-        changed(GOOD, tokens=GOOD.prompt.tokens + VOCABULARY),
+        with_prompt(GOOD, tokens=GOOD.prompt.tokens + VOCABULARY),
         "a token of the prompt must be a whole number from",
     ),
-    (changed(GOOD, positions=GOOD.prompt.positions[:2]), "the prompt's positions must have shape (3, "),
-    (changed(GOOD, positions=GOOD.prompt.positions + 2**30), "the prompt's positions must be from 0"),
-    (changed(GOOD, images=None), "the prompt's images must be a tuple"),
-    (changed(GOOD, images=()), "the prompt must have an image_pad for each of 0 vision tokens, got 6"),
-    (changed(GOOD, images=(PATCHES, PATCHES)), "the prompt must have an image_pad for each of 12 vision tokens, got 6"),
-    (Request(random_sample(np.random.default_rng(0)), 8, 3), "the prompt must have no latent slots"),
+    (with_prompt(GOOD, positions=GOOD.prompt.positions[:2]), "the prompt's positions must have shape (3, "),
+    (with_prompt(GOOD, positions=GOOD.prompt.positions + 2**30), "the prompt's positions must be from 0"),
+    (with_prompt(GOOD, images=None), "the prompt's images must be a tuple"),
+    (with_prompt(GOOD, images=()), "the prompt must have an image_pad for each of 0 vision tokens, got 6"),
+    (
+        with_prompt(GOOD, images=(PATCHES, PATCHES)),
+        "the prompt must have an image_pad for each of 12 vision tokens, got 6",
+    ),
+    (make_request(random_sample(np.random.default_rng(0)), 8, 3), "the prompt must have no latent slots"),
     (with_image("map.png"), "an image must be a PatchedImage or EncodedImage"),
     (with_image(PATCHES._replace(height=3)), "the height of an image in patches must be even"),
     (with_image(PATCHES._replace(width=-6)), "the width of an image in patches must be a whole number"),
@@ -324,12 +325,12 @@ def test_what_cannot_be_served_is_answered_with_a_sentence_and_the_rest_as_witho
         assert len(answer.error) < 400 and " must " in answer.error
     for answer, expected in zip(answers[::2], engine.answer(others), strict=True):
         same(answer, expected)
-    assert make_engine().answer([dataclasses.replace(GOOD, latent_vectors=True)])[0].stop_reason == "refused"
+    assert make_engine().answer([changed(GOOD, latent_vectors=True)])[0].stop_reason == "refused"
 
 
 def test_sizes_are_chosen_from_the_requests_that_can_be_served():
     bad = [request for request, sentence in REFUSALS if sentence in ("max_new_tokens", "prompt") or request is None]
-    bad = [request for request in bad if getattr(request, "max_new_tokens", 0) != 25]
+    bad = [request for request in bad if not (request and request.sampling.max_new_tokens == 25)]
     assert fit_settings([*bad, GOOD], 4, GEOMETRY) == fit_settings([GOOD], 4, GEOMETRY)
 
 
@@ -339,7 +340,9 @@ def raise_error(tokens):
 
 @pytest.mark.parametrize("draw", [raise_error, lambda tokens: None, lambda tokens: PATCHES._replace(height=2)])
 def test_a_renderer_that_fails_ends_its_own_answer_alone(engine, draw):
-    looking = Request(make_prompt(0), 24, 3, method="pixels", forced_tokens=(11, SPECIAL.latent_start), draw_look=draw)
+    looking = make_request(
+        make_prompt(0), 24, 3, method="pixels", forced_tokens=(11, SPECIAL.latent_start), draw_look=draw
+    )
     others = mixed_requests(5)
     answers = engine.answer([others[0], looking, *others[1:]])
     failed = answers.pop(1)
@@ -404,11 +407,11 @@ def failing_requests(count):
 def interrupt(name: str):
     """Return a stand-in for a method that is interrupted between donating arrays and replacing them."""
 
-    def run(engine, *arguments):
-        jax.tree.map(lambda array: array.delete(), (engine._rows, engine._cache))
+    def run(batch, *arguments):
+        jax.tree.map(lambda array: array.delete(), (batch.state, batch._kv_cache))
         raise KeyboardInterrupt
 
-    return mock.patch.object(Engine, name, run)
+    return mock.patch.object(DecodeBatch, name, run)
 
 
 def test_an_engine_serves_again_after_it_was_left_in_the_middle(engine):
@@ -430,7 +433,7 @@ def test_an_engine_serves_again_after_it_was_left_in_the_middle(engine):
         engine.answer(requests)
 
     def interrupted():
-        with interrupt("_decode"):
+        with interrupt("decode"):
             engine.answer(requests)
 
     for way, error in (
@@ -450,11 +453,11 @@ def test_an_engine_serves_again_after_it_was_left_in_the_middle(engine):
 
 
 def test_a_picture_that_does_not_fit_ends_its_answer_and_no_other(engine):
-    looking = Request(make_prompt(0), 24, 3, method="pixels", forced_tokens=(11, SPECIAL.latent_start))
+    looking = make_request(make_prompt(0), 24, 3, method="pixels", forced_tokens=(11, SPECIAL.latent_start))
     wide = dataclasses.replace(looking, draw_look=lambda tokens: random_image(np.random.default_rng(0), 6, 6))
     many = dataclasses.replace(looking, draw_look=lambda tokens: random_image(np.random.default_rng(0), 4, 4))
     many = dataclasses.replace(many, forced_tokens=(SPECIAL.latent_start,) * 8)
-    text = Request(make_prompt(0), 24, 3, method="text")
+    text = make_request(make_prompt(0), 24, 3, method="text")
     expected, first, second = engine.answer([text, wide, many])
     assert first.stop_reason == "picture" and "got 36 for 6x6" in first.error and len(first.tokens) == 2
     assert second.stop_reason == "picture" and second.error == "picture 3 must take at most 18 tokens here, got 20"

@@ -4,19 +4,19 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from ilvr_jax.config.schema import LatentsConfig, StageConfig
-from ilvr_jax.inference.decode import DecodeSettings, generate
+from ilvr_jax.inference.engine import generate
 from ilvr_jax.method.layout import collate, merge_layouts, required_layout, sample_columns
 from ilvr_jax.method.objectives import alignment_loss, autonomy_loss
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.qwen2_5_vl.weights import tensor_name
 from ilvr_jax.training.state import create_state
 from ilvr_jax.training.step import make_train_step
+from tests.decoding import make_request
 from tests.vectors import Vector, of_kind, read
 
 FEATURES, LOSS, GRADIENT, TRAIN_LOSS, WEIGHT = 2e-4, 1e-4, 1e-3, 2e-3, 1e-4
@@ -121,10 +121,11 @@ def check_stage2(vector: Vector, row: int, columns, result) -> None:
     np.testing.assert_allclose(result.loss[row], vector["expect_loss"], atol=LOSS)
 
 
-def decoded(vector: Vector, batch) -> np.ndarray:
-    how = DecodeSettings(vector.meta["max_new_tokens"], vector.meta["latent_size"])
-    seeds = jnp.zeros(len(batch.tokens), jnp.uint32)
-    return np.asarray(generate(Qwen2_5VL(vector.config), vector.params(), batch, seeds, how, vector.special).tokens)
+def decoded(vector: Vector, others: list[Vector] = ()) -> np.ndarray:
+    """Return the tokens that are decoded for a file's prompt, in a batch with those of others."""
+    meta = vector.meta
+    requests = [make_request(each.sample(), meta["max_new_tokens"], meta["latent_size"]) for each in (vector, *others)]
+    return np.array(generate(Qwen2_5VL(vector.config), vector.params(), requests, vector.special)[0].tokens)
 
 
 def test_labels_and_positions_follow_from_the_tokens(request):
@@ -150,9 +151,8 @@ def test_stage2(vector):
 
 
 def test_generate(vector):
-    batch, _ = lay_out([vector])
     expected = vector["expect_tokens"]
-    np.testing.assert_array_equal(decoded(vector, batch)[0, : len(expected)], expected)
+    np.testing.assert_array_equal(decoded(vector)[: len(expected)], expected)
 
 
 def test_train(vector):
@@ -203,7 +203,8 @@ def test_files_of_one_kind_in_one_batch(kind, request):
         for row, vector in enumerate(group):
             if kind == "generate":
                 expected = vector["expect_tokens"]
-                np.testing.assert_array_equal(decoded(vector, batch)[row, : len(expected)], expected)
+                others = [other for other in group if other is not vector]
+                np.testing.assert_array_equal(decoded(vector, others)[: len(expected)], expected)
             elif kind == "stage2":
                 result, gradients = stage2(vector, batch, row)
                 check_stage2(vector, row, columns[row], result)

@@ -10,10 +10,10 @@ from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.inference.engine import Engine
-from ilvr_jax.inference.requests import Request
 from ilvr_jax.inference.sizes import fit_settings
 from ilvr_jax.training.loop import train
 from ilvr_jax.training.run import check_choices
+from tests.decoding import make_request
 from tests.samples import tiny_config
 
 
@@ -33,7 +33,7 @@ def test_a_run_with_pauses_trains_resumes_answers_and_is_not_exported(tmp_path):
     record = FrozenLakeSource(parse(config).data.frozen_lake, 0, 1)[0]
     prompt = build_prompt(record, trained.tokenizer, trained.special, trained.prompts)
     look = (trained.special.latent_start,)
-    request = Request(prompt, max_new_tokens=12, latent_size=3, forced_tokens=look)
+    request = make_request(prompt, 12, 3, forced_tokens=look)
     settings = fit_settings([request], 1, trained.model.geometry)
     answer = Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer).answer([request])[0]
     assert answer.slots >= 3

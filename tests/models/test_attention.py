@@ -7,7 +7,8 @@ import pytest
 
 from ilvr_jax.models.attention import (
     CACHE_BLOCK,
-    Cache,
+    QUERY_BLOCK,
+    KVCache,
     attention,
     cached_attention,
     causal_attention,
@@ -76,11 +77,11 @@ def test_a_step_with_splash_has_the_gradients_of_one_without(name):
     assert_same(gradients(name, batch, attention="splash"), gradients(name, batch))
 
 
-@pytest.mark.parametrize("queries", [1, 5])
-def test_attention_to_a_cache_is_that_to_its_columns_in_use(queries):
+@pytest.mark.parametrize(("queries", "block"), [(1, QUERY_BLOCK), (5, CACHE_BLOCK)])
+def test_attention_to_a_cache_is_that_to_its_columns_in_use(queries, block):
     """The cache has blocks that nobody uses, and rows that end within different ones."""
     rng = np.random.default_rng(0)
-    columns, lengths = 2 * CACHE_BLOCK + 9, np.array([0, 7, CACHE_BLOCK, 2 * CACHE_BLOCK + 1])
+    columns, lengths = 2 * block + 9, np.array([0, 7, block, 2 * block + 1])
 
     def normal(*shape):
         return rng.standard_normal(shape).astype(np.float32)
@@ -88,12 +89,16 @@ def test_attention_to_a_cache_is_that_to_its_columns_in_use(queries):
     query, key, value = normal(4, queries, 6, 8), normal(4, queries, 2, 8), normal(4, queries, 2, 8)
     past = [normal(4, columns, 2, 8), normal(4, columns, 2, 8)]
     here = np.tril(np.ones((1, queries, queries), bool))
-    keys_first = [part.swapaxes(1, 2) for part in past]
-    given = cached_attention(query, key, value, here, Cache(*keys_first, lengths))
+    layer, others = 2, rng.standard_normal((3, 2, 4, 2, columns, 8)).astype(np.float32)
+    others[layer] = [part.swapaxes(1, 2) for part in past]
+    stacked, split = (others[:, 0], others[:, 1]), (tuple(others[:, 0]), tuple(others[:, 1]))
+    given = cached_attention(query, key, value, here, KVCache(*stacked, lengths), layer)
+    apart = cached_attention(query, key, value, here, KVCache(*split, lengths), layer)
+    np.testing.assert_array_equal(apart, given)
     before = np.broadcast_to(np.arange(columns) < lengths[:, None, None], (4, queries, columns))
     mask = np.concatenate([before, np.broadcast_to(here, (4, queries, queries))], axis=2)
     np.testing.assert_allclose(given, attention(query, [past[0], key], [past[1], value], mask), atol=1e-5)
     for row in range(4):  # to the last bit, whatever the longest row is
         longer = np.where(np.arange(4) == row, lengths, columns)
-        other = cached_attention(query, key, value, here, Cache(*keys_first, longer))
+        other = cached_attention(query, key, value, here, KVCache(*stacked, longer), layer)
         np.testing.assert_array_equal(other[row], given[row])

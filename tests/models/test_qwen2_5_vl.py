@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ilvr_jax.inference.kv_cache import init_kv_cache, write_columns
 from ilvr_jax.method.layout import build_sample, collate, required_layout
 from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.qwen2_5_vl.config import model_config_from_hf
-from ilvr_jax.models.qwen2_5_vl.decoder import decode_by_layers, split_layers
+from ilvr_jax.models.qwen2_5_vl.decoder import split_layers
 from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.qwen2_5_vl.weights import params_from_state_dict
@@ -166,12 +167,16 @@ def test_scaled_positions_far_into_a_text_equal_pytorch_in_every_way_of_decoding
     packed, _ = model.decode(decoder, inputs, positions, np.ones((1, 12), bool))
     first, past = model.decode(decoder, inputs[:, :split], positions[..., :split], mask[:, :split, :split])
     then, _ = model.decode(decoder, inputs[:, split:], positions[..., split:], mask[:, split:], [past])
-    lay = [tuple(jnp.swapaxes(part[layer], 1, 2) for part in past) for layer in range(config.num_hidden_layers)]
-    present, lengths = mask[:, split:, split:], np.array([split])
-    layered, _ = decode_by_layers(
-        config, split_layers(decoder, False), inputs[:, split:], positions[..., split:], present, lay, lengths
-    )
-    for hidden in (whole, packed, np.concatenate([first, then], 1), np.concatenate([first, layered], 1)):
+    rest = inputs[:, split:], positions[..., split:], mask[:, split:, split:]
+    ways = [whole, packed, np.concatenate([first, then], 1)]
+    for outputs_first in (None, False, True):
+        layers = decoder if outputs_first is None else split_layers(decoder, outputs_first)
+        _, new = model.decode(layers, inputs[:, :split], positions[..., :split], mask[:, :split, :split])
+        cache = init_kv_cache(model, 1, 10, outputs_first is not None)
+        cache = write_columns(cache, new, np.array([0]), np.array([split]))._replace(lengths=np.array([split]))
+        cached, _ = model.decode(layers, *rest, cache)
+        ways.append(np.concatenate([first, cached], 1))
+    for hidden in ways:
         np.testing.assert_allclose(model.logits(decoder, hidden), expected, atol=3e-4)
 
 

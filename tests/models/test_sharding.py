@@ -19,6 +19,7 @@ from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.sharding import AXES, check_mesh, fill_rows, make_mesh, shardings
 from ilvr_jax.training.step import OBJECTIVES, accumulation_parts
 from tests.samples import CONFIG
+from tests.vectors import COPIES, of_kind
 
 REPOSITORY = Path(__file__).parents[2]
 ONE = {"slice": 1, "data": 1, "fsdp": 1, "tensor": 1}
@@ -57,6 +58,15 @@ def test_every_mesh_decodes_the_tokens_of_one_device(runs):
     assert len(runs["tokens"]) == 4 and len(np.unique(one)) > 10
     for mesh, tokens in runs["tokens"].items():
         np.testing.assert_array_equal(tokens, one, err_msg=mesh)
+
+
+def test_every_mesh_decodes_the_tokens_of_the_published_code(runs):
+    vectors = of_kind(COPIES, "generate")
+    assert len(runs["published"]) == 4
+    for mesh, answers in runs["published"].items():
+        for vector, tokens in zip(vectors, answers, strict=True):
+            expected = vector["expect_tokens"]
+            np.testing.assert_array_equal(tokens[: len(expected)], expected, err_msg=f"{vector.name} {mesh}")
 
 
 def test_the_communication_of_a_loop_is_counted_as_often_as_it_runs(runs):

@@ -1,5 +1,7 @@
 """Qwen2.5-VL's decoder: a causal transformer over embeddings, with explicit masks, positions and cache."""
 
+import dataclasses
+import functools
 import operator
 from collections.abc import Sequence
 
@@ -8,17 +10,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from ilvr_jax.models.attention import Cache, attention, cached_attention, causal_attention
+from ilvr_jax.models.attention import KVCache, attention, cached_attention, causal_attention
 from ilvr_jax.models.layers import GatedMLP, RMSNorm
 from ilvr_jax.models.lora import SUFFIX, linear
 from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
 from ilvr_jax.models.qwen2_5_vl.rotary import rope_magnitude, rotary_angles, rotate
 
-# Keys and values of some columns, each [layers, batch, columns, key_value_heads, head_dim].
-Heads = Float[Array, "layers batch columns heads head_dim"]
+# Keys and values of some columns, each [layers, batch, columns, key_value_heads, head_dim]; of SplitLayers, tuples.
+Heads = Float[Array, "layers batch columns heads head_dim"] | tuple[Array, ...]
 KeyValues = tuple[Heads, Heads]
-# Those of one layer, heads first.
-LayerKeyValues = tuple[Float[Array, "batch heads columns head_dim"], Float[Array, "batch heads columns head_dim"]]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=["outputs_first"])
+@dataclasses.dataclass(frozen=True)
+class SplitLayers:
+    """The parameters of a decoder's layers, each apart; with `outputs_first` every matrix is transposed.
+
+    A scan over stacked layers copies the weights of each before multiplying on a CPU, which for a single column takes
+    longer than the product.
+    """
+
+    layers: tuple[PyTree, ...]
+    outputs_first: bool
 
 
 def remat_policy(name: str):
@@ -39,7 +52,8 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         hidden: Float[Array, "batch time channels"],
-        past: Sequence[tuple[Array, Array]] | Cache,
+        past: Sequence[tuple[Array, Array]],
+        kv_cache: KVCache | None,
         angles: Float[Array, "batch time half"],
         mask: Bool[Array, "batch time"] | Bool[Array, "batch time keys"],
         number: Int[Array, ""],
@@ -62,10 +76,10 @@ class DecoderLayer(nn.Module):
         query = rotate(project("q_proj", config.num_attention_heads), angles, magnitude)
         key = rotate(project("k_proj", config.num_key_value_heads), angles, magnitude)
         value = project("v_proj", config.num_key_value_heads)
-        if mask.ndim == 2:
+        if kv_cache is not None:
+            mixed = cached_attention(query, key, value, mask, kv_cache, number)
+        elif mask.ndim == 2:
             mixed = causal_attention(query, key, value, mask, config.attention)
-        elif isinstance(past, Cache):
-            mixed = cached_attention(query, key, value, mask, past)
         else:
             keys, values = [*(part[0] for part in past), key], [*(part[1] for part in past), value]
             mixed = attention(query, keys, values, mask)
@@ -91,7 +105,7 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, 0, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast),
             length=config.num_hidden_layers,
         )(config)
         shape = (config.vocab_size, config.hidden_size)
@@ -114,24 +128,43 @@ class Decoder(nn.Module):
         inputs: Float[Array, "batch time channels"],
         positions: Int[Array, "batch 3 time"],
         mask: Bool[Array, "batch time"] | Bool[Array, "batch time keys"],
-        past: Sequence[KeyValues] = (),
+        past: Sequence[KeyValues] | KVCache = (),
         dropout_keys: Key[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time channels"], KeyValues]:
         """Return the hidden states after the last norm, and the keys and values of these columns.
 
-        Without a past, `mask` marks the columns that are not padding, and attention is causal. With one, it is the
-        attention mask: its keys are the columns of every part of `past`, in order, and then the present ones. Adapters
-        have dropout where there are `dropout_keys`.
+        Without a past, `mask` marks the columns that are not padding, and attention is causal. With parts of a past it
+        is the attention mask: its keys are the columns of every part, in order, and then the present ones. With a
+        KVCache it is the mask among the present columns. Adapters have dropout where there are `dropout_keys`.
         """
         config = self.config
         angles = rotary_angles(positions, config.mrope_section, config.rope_frequencies)
         numbers = jnp.arange(config.num_hidden_layers)
-        hidden, key_values = self.layers(inputs.astype(config.dtype), tuple(past), angles, mask, numbers, dropout_keys)
+        past, kv_cache = ((), past) if isinstance(past, KVCache) else (tuple(past), None)
+        hidden = inputs.astype(config.dtype)
+        layers = self.variables.get("params", {}).get("layers")
+        if isinstance(layers, SplitLayers):
+            hidden, key_values = self._run_split(layers, hidden, kv_cache, angles, mask)
+        else:
+            hidden, key_values = self.layers(hidden, past, kv_cache, angles, mask, numbers, dropout_keys)
         return self.norm(hidden), key_values
+
+    def _run_split(
+        self, split: SplitLayers, hidden: Array, kv_cache: KVCache | None, angles: Array, mask: Array
+    ) -> tuple[Array, KeyValues]:
+        """Run the layers one by one."""
+        key_values, layer = [], DecoderLayer(self.config, parent=None)
+        for number, params in enumerate(split.layers):
+            params = jax.tree.map(jnp.transpose, params) if split.outputs_first else params
+            hidden, new = layer.apply({"params": params}, hidden, (), kv_cache, angles, mask, number, None)
+            key_values.append(new)
+        return hidden, tuple(zip(*key_values, strict=True))
 
     def logits(self, hidden: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
         """Return float32 logits over the vocabulary."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        if hidden.ndim == 2:  # a token of each row: moved to the head
+            hidden = nn.with_logical_constraint(hidden, ("few_rows", "embed"))
         return jnp.einsum("...c,vc->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def last_projections(
@@ -150,40 +183,13 @@ class Decoder(nn.Module):
 
 
 def split_layers(decoder: PyTree, outputs_first: bool) -> PyTree:
-    """Return a copy of a decoder's parameters with those of each layer apart, for `decode_by_layers`.
+    """Return a copy of a decoder's parameters in which its layers are SplitLayers.
 
     With `outputs_first` matrices are [outputs, inputs]: on a CPU, products with several rows are faster so (by a sixth
     for 16), but with a single row the compiler would transpose them back every time.
     """
     count = len(decoder["layers"]["input_layernorm"]["weight"])
-    layers = [jax.tree.map(operator.itemgetter(number), decoder["layers"]) for number in range(count)]
-    others = {name: part for name, part in decoder.items() if name != "layers"}
-    if not outputs_first:
-        return others | {"split_layers": layers}
-    return others | {"transposed_layers": [jax.tree.map(jnp.transpose, layer) for layer in layers]}
-
-
-def decode_by_layers(
-    config: ModelConfig,
-    decoder: PyTree,
-    inputs: Float[Array, "batch time channels"],
-    positions: Int[Array, "batch 3 time"],
-    mask: Bool[Array, "batch time time"] | Bool[Array, "1 time time"],
-    past: Sequence[LayerKeyValues],
-    lengths: Int[Array, " batch"],
-) -> tuple[Float[Array, "batch time channels"], list[LayerKeyValues]]:
-    """Run `Decoder` with a past, from parameters of `split_layers` and a past per layer, heads first.
-
-    Each row attends to the first `lengths` columns of its past, and to the present ones under the mask. A scan over
-    stacked layers copies the weights of each before multiplying, which for a single column takes longer than the
-    product; and with heads first, attention reads keys and values in their order in memory.
-    """
-    angles = rotary_angles(positions, config.mrope_section, config.rope_frequencies)
-    hidden, key_values = inputs.astype(config.dtype), []
-    layers = decoder.get("split_layers") or jax.tree.map(jnp.transpose, decoder["transposed_layers"])
-    for number, (layer, layer_past) in enumerate(zip(layers, past, strict=True)):
-        call = DecoderLayer(config).apply
-        cache = Cache(*layer_past, lengths)
-        hidden, new = call({"params": layer}, hidden, cache, angles, mask, jnp.int32(number), None)
-        key_values.append(tuple(jnp.swapaxes(part, 1, 2) for part in new))
-    return RMSNorm(config.rms_norm_eps).apply({"params": decoder["norm"]}, hidden), key_values
+    layers = tuple(jax.tree.map(operator.itemgetter(number), decoder["layers"]) for number in range(count))
+    if outputs_first:
+        layers = jax.tree.map(jnp.transpose, layers)
+    return decoder | {"layers": SplitLayers(layers, outputs_first)}

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
+from ilvr_jax.models.attention import KVCache
 from ilvr_jax.models.lora import split_adapters
 from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
 from ilvr_jax.models.qwen2_5_vl.decoder import Decoder, KeyValues
@@ -86,7 +87,7 @@ class Qwen2_5VL:
         inputs: Float[Array, "rows columns channels"],
         positions: Int[Array, "rows 3 columns"],
         mask: Bool[Array, "rows columns"] | Bool[Array, "rows columns keys"],
-        past: Sequence[KeyValues] = (),
+        past: Sequence[KeyValues] | KVCache = (),
         dropout_keys: Key[Array, "rows columns"] | None = None,
     ) -> tuple[Float[Array, "rows columns channels"], KeyValues]:
         """Return final hidden states and these columns' keys and values; see `Decoder.__call__`."""
