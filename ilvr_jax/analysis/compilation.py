@@ -23,7 +23,7 @@ from ilvr_jax.config.experiments import config_errors
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.schema import RunConfig
 from ilvr_jax.data.sources import config_buckets
-from ilvr_jax.evaluation.maps import decode_settings
+from ilvr_jax.evaluation.evaluator import decode_settings
 from ilvr_jax.inference.decode import generate
 from ilvr_jax.method.layout import NO_IMAGE, Batch, Layout, collate
 from ilvr_jax.method.tokens import SpecialTokens

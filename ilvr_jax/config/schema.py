@@ -282,7 +282,7 @@ class EvalConfig:
         "the reading and scoring of answers, of tasks/__init__.py", "vsp_planning", resumable=True, added=True
     )
     data: str = setting(
-        "records in a format of the task; auto: the 200 real maps if data.source is frozen_lake, else none; empty: none",
+        "records in a format of the task; auto: the 200 real maps if data.source is frozen_lake; else, or empty: none",
         AUTO,
         resumable=True,
     )
