@@ -9,13 +9,13 @@ from pathlib import Path
 
 import jax
 import pytest
+from ilvr_jax.evaluation.maps import evaluate
 
 from ilvr_jax.checkpoints.runs import build_run_model
 from ilvr_jax.config.experiments import evaluation_file, load_config, parse
 from ilvr_jax.config.flags import override
 from ilvr_jax.data.sources import make_tokenizer, open_source
 from ilvr_jax.data.tokenizer import special_tokens
-from ilvr_jax.evaluation.maps import evaluate
 from ilvr_jax.inference.decode import generate
 from ilvr_jax.method.layout import Layout
 from ilvr_jax.models.sharding import one_device
