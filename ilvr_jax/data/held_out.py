@@ -55,6 +55,7 @@ def hold_out(source: Source, fraction: float) -> tuple[Subset, Subset]:
     """
     # The small number makes up for rounding, which would delay some records by one.
     is_held_out = np.diff(np.floor(np.arange(len(source) + 1) * fraction + 1e-9)) > 0
+    is_held_out[0] = False
     is_held_out[-1] |= not is_held_out.any()
     rest = Subset(source, np.flatnonzero(~is_held_out), getattr(source, "skipped", ()), getattr(source, "remarks", ()))
     return rest, Subset(source, np.flatnonzero(is_held_out))
