@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from ilvr_jax.config.experiments import evaluation_file
+from ilvr_jax.config.experiments import VSP_MAPS, evaluation_file
 from ilvr_jax.config.fields import BadConfig
-from ilvr_jax.config.schema import RunConfig
+from ilvr_jax.config.schema import AUTO, RunConfig
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import BadRecord
 from ilvr_jax.data.sources import open_parts
@@ -27,7 +27,8 @@ def open_records(config: RunConfig, held_out: Source | None = None) -> Evaluatio
     if path is not None:
         open_source = TASKS[config.eval.task].open_source
         source = open_source(path, None, config.data.on_bad_record, config.data.follow_links)
-        return EvaluationRecords(source, str(path))
+        # As in the config: the same from every folder.
+        return EvaluationRecords(source, VSP_MAPS if config.eval.data == AUTO else config.eval.data)
     if not fraction:
         return None
     return EvaluationRecords(held_out or open_parts(config)[1], f"{config.data.path}, of which {fraction} is held out")
