@@ -6,7 +6,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,8 +59,8 @@ class Evaluator:
     skipped: dict[tuple[Any, str], str] = dataclasses.field(default_factory=dict)  # reasons, by number and form
 
     def __post_init__(self):
-        for number, sentence in enumerate(getattr(self.source, "skipped", ())):
-            self._skip(("line", str(number)), sentence)
+        lines = enumerate(getattr(self.source, "skipped", ()))
+        self.skipped |= {("line", str(number)): sentence for number, sentence in lines}
 
     @property
     def source(self) -> Source:
@@ -75,8 +75,7 @@ class Evaluator:
     def _skip(self, key: tuple[Any, str], sentence: str) -> None:
         if key not in self.skipped:
             self.skipped[key] = sentence
-            if is_main():
-                print(f"skipped: {sentence}", file=sys.stderr)
+            _print_skipped(sentence)
 
     def settings(self, model: str | None) -> dict[str, Any]:
         """Return everything that an answer depends on, for the first line of the results; `model` is its digest.
@@ -208,8 +207,12 @@ class Evaluator:
             "seconds": round(answer.timings.total, 4),
         }
 
+    def counted(self, lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Return the lines of a results file that are about the records asked: others stem from a higher limit."""
+        return [line for line in lines if not self.limit or line["number"] < self.limit]
+
     def summary(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
-        """Return the figures of all answers in the lines of a results file, with the task's own."""
+        """Return the figures of the answers in lines of a results file, with the task's own."""
         summary = {**summarise(lines), "skipped": len(self.skipped), "seconds": round(seconds, 2)}
         if hasattr(self.module, "figures"):
             numbers = sorted({line["number"] for line in lines if not line["form"]})
@@ -239,6 +242,8 @@ def run_evaluation(
         stop_sentence(lambda: f"stopped; {path} holds {results.stop()} answers, and the same command resumes it"),
         Progress(path.with_suffix(".log") if is_main() else None, console) as progress,
     ):
+        for sentence in evaluator.skipped.values():
+            _print_skipped(sentence)
         for sentence in results.damaged:
             print(sentence, file=sys.stderr)
         seconds = evaluator.answer_all(results, progress, is_stopped)
@@ -246,8 +251,8 @@ def run_evaluation(
 
         def write() -> None:
             before = _summary_in_file(evaluator, path, settings["model"]) or {}
-            seconds_before = before.get("seconds", 0)
-            figures = evaluator.summary(list(results.lines.values()), seconds + seconds_before)
+            lines = evaluator.counted(results.lines.values())
+            figures = evaluator.summary(lines, seconds + before.get("seconds", 0))
             summary.update(settings, limit=evaluator.limit, **figures)
             if not is_stopped():
                 write_json(summary_path, summary)
@@ -265,7 +270,7 @@ def read_summary(evaluator: Evaluator, path: Path) -> dict[str, Any] | None:
     if summary is None or summary.get("limit") != evaluator.limit:
         return None
     try:
-        figures = summarise(read_lines(path, len(evaluator.source)))
+        figures = summarise(evaluator.counted(read_lines(path, len(evaluator.source))))
     except InputError:
         return None
     return summary if figures.items() <= summary.items() else None
@@ -279,6 +284,11 @@ def _summary_in_file(evaluator: Evaluator, path: Path, model: str | None = None)
         if settings.items() <= summary.items():
             return summary
     return None
+
+
+def _print_skipped(sentence: str) -> None:
+    if is_main():
+        print(f"skipped: {sentence}", file=sys.stderr)
 
 
 def summary_file(path: Path) -> Path:

@@ -31,7 +31,8 @@ def open_records(config: RunConfig, held_out: Source | None = None) -> Evaluatio
         return EvaluationRecords(source, VSP_MAPS if config.eval.data == AUTO else config.eval.data)
     if not fraction:
         return None
-    return EvaluationRecords(held_out or open_parts(config)[1], f"{config.data.path}, of which {fraction} is held out")
+    held_out = held_out or open_parts(config)[1]
+    return EvaluationRecords(held_out, f"the held-out part ({fraction:g}) of {config.data.path}")
 
 
 def check_records(config: RunConfig, records: EvaluationRecords) -> None:

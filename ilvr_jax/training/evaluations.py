@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from rich.console import Console
 
 from ilvr_jax.checkpoints.trained import TrainedModel
 from ilvr_jax.data.sources import prompt_settings
+from ilvr_jax.distributed import is_main, open_exchange
 from ilvr_jax.evaluation.evaluator import Evaluator, decode_settings, read_summary, results_file, run_evaluation
+from ilvr_jax.evaluation.results import read_lines
 from ilvr_jax.training.hooks import StepState
 from ilvr_jax.training.run import Run
 
@@ -74,14 +76,23 @@ def evaluate(
 
 
 def is_evaluated(run: Run, stage: str) -> bool:
-    """Return whether the evaluation after a stage is complete, with these settings; True if nothing is evaluated."""
-    return run.evaluation_records is None or stage_summary(run, stage) is not None
+    """Return whether the evaluation after a stage is complete, with these settings; True if nothing is evaluated.
+
+    Several processes decide alike, since the main one reads the files.
+    """
+    return run.evaluation_records is None or open_exchange()(is_main() and stage_summary(run, stage) is not None)[0]
 
 
 def stage_summary(run: Run, stage: str) -> dict[str, Any] | None:
     """Return the summary of the evaluation after a stage, None unless that is complete."""
     steps = run.config.stages[stage].steps
     return read_summary(make_evaluator(run, stage, steps, None), stage_results(run, stage, steps))
+
+
+def stage_answers(run: Run, stage: str) -> list[Mapping[str, Any]]:
+    """Return the lines of the evaluation after a stage."""
+    evaluator = make_evaluator(run, stage, run.config.stages[stage].steps, None)
+    return evaluator.counted(read_lines(stage_results(run, stage), len(evaluator.source)))
 
 
 def stage_results(run: Run, stage: str, step: int | None = None) -> Path:

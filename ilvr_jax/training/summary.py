@@ -10,12 +10,11 @@ from ilvr_jax.data.pipeline import skipped_records
 from ilvr_jax.distributed import is_main
 from ilvr_jax.errors import InputError
 from ilvr_jax.evaluation.evaluator import summary_file
-from ilvr_jax.evaluation.results import read_lines
 from ilvr_jax.files import read_object, write_json, written
 from ilvr_jax.reports.pictures import draw_solutions, read_solutions
 from ilvr_jax.reports.tables import accuracy_table, success_table
 from ilvr_jax.training.clock import Clock
-from ilvr_jax.training.evaluations import stage_results
+from ilvr_jax.training.evaluations import stage_answers, stage_results
 from ilvr_jax.training.run import Run
 from ilvr_jax.training.state import TrainState
 
@@ -72,10 +71,9 @@ def finish(run: Run) -> dict[str, Any]:
         is_maps = run.config.eval.task == MAPS
         run.progress.console.print((success_table if is_maps else accuracy_table)(evaluations))
         if is_maps and is_main():
-            source = run.evaluation_records.source
-            lines = read_lines(stage_results(run, list(stages)[-1]), len(source))
+            solutions = read_solutions(run.evaluation_records.source, stage_answers(run, list(stages)[-1]))
             with written(run.workdir / "solutions.png") as unfinished:
-                draw_solutions(read_solutions(source, lines), unfinished)
+                draw_solutions(solutions, unfinished)
     summary = {
         "workdir": str(run.workdir),
         "device": jax.devices()[0].device_kind,

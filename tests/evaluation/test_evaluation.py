@@ -180,6 +180,7 @@ def test_a_limit_asks_the_first_maps_and_a_higher_one_adds_the_rest(tokenizer, m
     summary = run_evaluation(whole, path)
     assert summary["questions"] == 3 and len(player.asked) == 6
     assert read_summary(whole, path) == summary and not read_summary(limited, path)
+    assert run_evaluation(limited, path)["questions"] == 2 and len(player.asked) == 6  # figures of the first two
 
 
 def test_an_evaluation_that_is_stopped_keeps_its_answers(tokenizer, monkeypatch, tmp_path):
