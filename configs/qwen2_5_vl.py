@@ -69,5 +69,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
     }
     config.stage1 = stage_config("alignment", **published)
     config.stage2 = stage_config("autonomy", helper_images="slots", **published)
-    config.eval.update(data="", question="", max_new_tokens=1024, batch_size=8)
+    # On every 50th record, which is not trained on; `--config.eval.data=FILE --config.eval.fraction=0` for a file.
+    config.eval.update(task="comt", data="", fraction=0.02, limit=200)
+    config.eval.update(question="", max_new_tokens=1024, batch_size=8)
     return config

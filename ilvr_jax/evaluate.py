@@ -1,6 +1,7 @@
 """python -m ilvr_jax.evaluate: how often a model answers the questions of a task correctly."""
 
 import argparse
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -13,17 +14,13 @@ from rich.table import Table
 
 from ilvr_jax.checkpoints.trained import TrainedModel, load_model
 from ilvr_jax.command import ArgumentParser, command, path_flag
-from ilvr_jax.config.experiments import evaluation_file
 from ilvr_jax.config.fields import BadConfig
-from ilvr_jax.data.pipeline import fingerprint
+from ilvr_jax.config.schema import RunConfig
 from ilvr_jax.errors import quote
-from ilvr_jax.evaluation.evaluator import Evaluator
-from ilvr_jax.evaluation.results import open_results
-from ilvr_jax.files import check_output, write_json
+from ilvr_jax.evaluation.evaluator import Evaluator, results_file, run_evaluation, summary_file
+from ilvr_jax.evaluation.records import EvaluationRecords, open_records
 from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, decoding_fields, flag_errors, usable_method
 from ilvr_jax.inference.sampling import check_whole
-from ilvr_jax.interrupts import stop_sentence
-from ilvr_jax.progress import Progress
 from ilvr_jax.tasks import TASKS
 
 MOST_SAMPLES, MOST_ROWS = 2**16, 2**16
@@ -37,7 +34,9 @@ LABELS = {  # of figures whose names in the summary need an explanation
     "success_where_holes_matter": "success, holes in the way",
     "success_on_detours": "success, detour needed",
     "hole_blind_success": "success of ignoring holes",
+    "hole_blind_by_level": "the same by level",
     "hole_blind_where_holes_matter": "the same, holes in the way",
+    "hole_blind_on_detours": "the same, detour needed",
     "unchanged_when_holes_painted_over": "same answer without holes",
 }
 
@@ -49,22 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trained = load_model(options.checkpoint, options.stage, options.dtype)
     options.method = usable_method(options, trained)
     evaluator = make_evaluator(options, trained)
-    settings = settings_of(options, evaluator)
     out = options.out or default_out(options, trained)
-    summary_path = out.with_suffix(".summary.json")
-    check_output(summary_path)
-    with (
-        open_results(out, settings, len(evaluator.source)) as results,
-        stop_sentence(lambda: f"stopped; {out} holds {results.stop()} answers, and the same command resumes it"),
-        Progress(out.with_suffix(".log")) as progress,
-    ):
-        for sentence in results.damaged:
-            print(sentence, file=sys.stderr)
-        seconds = evaluator.answer_all(results, progress)
-        figures = evaluator.summary(results, seconds)
-        Console().print(figures_table(f"{options.task}, method {options.method}", figures))
-        write_json(summary_path, settings | figures)
-    print(f"Answers written to {out}, figures to {summary_path}")
+    summary = run_evaluation(evaluator, out)
+    apart = {"limit", *evaluator.settings(None)}
+    figures = {name: value for name, value in summary.items() if name not in apart}
+    Console().print(figures_table(f"{options.task}, method {options.method}", figures))
+    print(f"Answers written to {out}, figures to {summary_file(out)}")
     return 1 if evaluator.skipped else 0
 
 
@@ -72,9 +61,9 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's flags; raise InputError, naming the flag, for a bad value of this command's own."""
     parser = ArgumentParser(prog="python -m ilvr_jax.evaluate", description=__doc__)
     parser.add_argument("checkpoint", help="a run's workdir, a Qwen2.5-VL (folder or hub name), or ADAPTER[@BASE]")
-    parser.add_argument("--task", choices=TASKS, required=True, help="decides how answers are read and scored")
+    parser.add_argument("--task", choices=TASKS, help="decides how answers are read and scored (default: the run's)")
     parser.add_argument(
-        "--data", type=path_flag, help="the records, in a format of the task (default: the run's eval.data)"
+        "--data", type=path_flag, help="the records, in a format of the task (default: those the run is evaluated on)"
     )
     parser.add_argument("--root", type=path_flag, help="folder that image paths start from (default: that of --data)")
     parser.add_argument(
@@ -92,11 +81,14 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--samples-per-question", type=int, default=1, help="answers per question; needs a temperature above 0"
     )
     parser.add_argument("--batch-size", type=int, default=16, help="answers decoded in parallel (default: 16)")
-    parser.add_argument("--limit", type=int, help="ask only the first LIMIT records")
+    parser.add_argument(
+        "--limit", type=int, help="ask only the first LIMIT records (default without --data: the run's)"
+    )
     parser.add_argument(
         "--out", type=path_flag, help="a .jsonl file for the answers; a file with some of them is completed"
     )
     add_decoding_flags(parser)
+    parser.set_defaults(seed=None)  # that of the run, or 0
     options = parser.parse_args(arguments)
     with flag_errors():
         for name, most in (("samples_per_question", MOST_SAMPLES), ("batch_size", MOST_ROWS)):
@@ -107,30 +99,37 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise BadConfig("--temperature must be above 0 for --samples-per-question above 1, or all samples are equal")
     if options.out is not None and options.out.suffix != ".jsonl":
         raise BadConfig(f"--out must be a file whose name ends with .jsonl, got {quote(str(options.out))}")
+    if options.root is not None and options.data is None:
+        raise BadConfig(f"--root must come with --data, got {quote(str(options.root))} alone")
     return options
 
 
 def make_evaluator(options: argparse.Namespace, trained: TrainedModel) -> Evaluator:
-    """Return the evaluator for the flags; raise InputError for a bad flag or records that cannot be read."""
-    task, config = TASKS[options.task], trained.config
+    """Return the evaluator for the flags, whose defaults for a run are its settings; raise InputError as `open_data`.
+
+    Sets the task, the seed and the limit of the flags to those that are used.
+    """
+    config = trained.config
+    if options.task is None:
+        if config is None:
+            raise BadConfig(f"--task must be one of {', '.join(TASKS)} for {options.checkpoint}, which is not a run")
+        options.task = config.eval.task
+    task = TASKS[options.task]
     if options.method == "pixels" and not hasattr(task, "draw_look"):
         drawing = ", ".join(name for name, module in TASKS.items() if hasattr(module, "draw_look"))
         raise BadConfig(f"--task must be one that draws pictures ({drawing}) for --method=pixels, got {options.task}")
+    if options.seed is None:
+        options.seed = config.seed if config else 0
+    if options.limit is None:
+        options.limit = config.eval.limit if config and options.data is None else 0
     decoding = decoding_fields(options, trained.prompts, trained.max_new_tokens)
-    data = options.data or (None if config is None else evaluation_file(config))
-    if data is None:
-        raise BadConfig(f"--data must be a file of records, since {options.checkpoint} has no eval.data")
-    follow_links = options.follow_links
-    if follow_links is None:
-        follow_links = config is None or config.data.follow_links
-    source = task.open_source(data, options.root, "skip", follow_links)
-    for remark in getattr(source, "remarks", ()):
+    records = open_data(options, config)
+    for remark in getattr(records.source, "remarks", ()):
         print(remark, file=sys.stderr)
     return Evaluator(
         trained,
         options.task,
-        data,
-        source,
+        records,
         decoding,
         functools.partial(check_sizes, options),
         question=options.question,
@@ -142,30 +141,31 @@ def make_evaluator(options: argparse.Namespace, trained: TrainedModel) -> Evalua
     )
 
 
-def settings_of(options: argparse.Namespace, evaluator: Evaluator) -> dict[str, Any]:
-    """Return everything that an answer depends on, for the first line of the results; the number of questions is not.
-
-    A results file is completed only with the same settings.
-    """
-    return {
-        "checkpoint": str(options.checkpoint),
-        "stage": evaluator.trained.stage,
-        "step": evaluator.trained.step,
-        "model": evaluator.trained.digest(),
-        "data": str(evaluator.data),
-        "root": None if options.root is None else str(options.root),
-        "records": fingerprint(evaluator.source),
-        **{name: getattr(options, name) for name in ("task", "dtype", "question", "instruction", "seed")},
-        **evaluator.decoding,
-    }
+def open_data(options: argparse.Namespace, config: RunConfig | None) -> EvaluationRecords:
+    """Return the records of --data, or else those of the run's config; raise InputError if there are none."""
+    follow_links = options.follow_links
+    if follow_links is None:
+        follow_links = config is None or config.data.follow_links
+    if options.data is not None:
+        source = TASKS[options.task].open_source(options.data, options.root, "skip", follow_links)
+        images = f", images in {options.root}" if options.root else ""
+        return EvaluationRecords(source, f"{options.data}{images}")
+    records = None
+    if config is not None:
+        data = dataclasses.replace(config.data, follow_links=follow_links)
+        section = dataclasses.replace(config.eval, task=options.task)
+        records = open_records(dataclasses.replace(config, data=data, eval=section))
+    if records is None:
+        raise BadConfig(f"--data must be a file of records, since {options.checkpoint} has none to be evaluated on")
+    return records
 
 
 def default_out(options: argparse.Namespace, trained: TrainedModel) -> Path:
     """Return the results file of an evaluation: in a run's workdir, or below the current folder for other models."""
-    name, folder = f"{options.task}-{options.method}.jsonl", Path(options.checkpoint)
+    folder = Path(options.checkpoint)
     if trained.config is not None:
-        return folder / "evaluations" / name
-    return Path("evaluations") / f"{folder.absolute().name}-{name}"
+        return results_file(folder, trained.config, trained.stage, trained.step, options.task, options.method)
+    return Path("evaluations") / f"{folder.absolute().name}-{options.task}-{options.method}.jsonl"
 
 
 def figures_table(title: str, figures: dict[str, Any]) -> Table:

@@ -75,8 +75,6 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise BadConfig('--method must not be "pixels", which only evaluate has, for tasks that draw pictures')
     if options.log_probabilities and not options.json:
         raise BadConfig("--log-probabilities must be combined with --json, whose object holds them")
-    if options.n > 1 and not options.temperature:
-        raise BadConfig("--temperature must be above 0 for --n above 1, or all answers are equal")
     if options.n > 1 and options.latents:
         raise BadConfig(f"--n must be 1 with --latents, a file for one answer, got {options.n}")
     if options.latents:

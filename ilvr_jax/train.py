@@ -12,6 +12,7 @@ from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.training.divergence import Diverged
 from ilvr_jax.training.interruption import Interrupted
 from ilvr_jax.training.loop import train
+from ilvr_jax.training.summary import MAPS
 
 STOPPED = "stopped outside a training step; the same command resumes from the newest checkpoint"
 
@@ -41,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     if summary["skipped_records"] or summary["skipped_lines"]:
         print(f"skipped: {summary['skipped_records']} records, {len(summary['skipped_lines'])} lines of the data file")
-    evaluated = any("evaluation" in stage for stage in summary["stages"].values())
-    results = ", evaluations, solutions.png" if evaluated else ""
+    tasks = {stage["evaluation"]["task"] for stage in summary["stages"].values() if "evaluation" in stage}
+    results = ", evaluations" * bool(tasks) + ", solutions.png" * (MAPS in tasks)
     print(f"Results written to {summary['workdir']}: checkpoints, metrics.jsonl, tensorboard{results}")
     return 0
 

@@ -67,7 +67,7 @@ def test_training_evaluating_asking_and_converting_from_another_folder(installed
     assert "warm_up: 2 steps" in command("ilvr-train", "--config=mine.py")
     maps = installed / "ilvr_jax" / "tests" / "data" / "vsp_planning"
     command("ilvr-evaluate", "runs/mine", "--task=vsp_planning", f"--data={maps / 'test.jsonl'}", "--limit=2")
-    assert (tmp_path / "runs" / "mine" / "evaluations" / "vsp_planning-latent.jsonl").is_file()
+    assert (tmp_path / "runs" / "mine" / "evaluations" / "warm_up-vsp_planning-latent.jsonl").is_file()
     image = next((maps / "images").glob("*.png"))
     assert "tokens" in command("ilvr-generate", "runs/mine", f"--image={image}", "Which way?")
     command("ilvr-convert", "to-hf", "runs/mine", "published")

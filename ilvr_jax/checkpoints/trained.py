@@ -2,11 +2,14 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree, UInt32
 from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.checkpoints.adapters import is_adapter
@@ -27,6 +30,7 @@ from ilvr_jax.models.tensor_files import BadCheckpoint
 
 SYSTEM = "You are a helpful assistant."  # the system message of Qwen2.5-VL's chat template
 MAX_NEW_TOKENS = 1024  # of an answer of a published checkpoint
+HASH_FACTORS = (np.uint32(0x9E3779B1), np.uint32(0x85EBCA77))  # odd, with bits that are spread (xxHash's primes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +49,43 @@ class TrainedModel:
     step: int | None = None
 
     def digest(self) -> str:
-        """Return a digest of everything that answers depend on: parameters, tokenizer, shape and prompt settings."""
+        """Return a digest of everything that answers depend on: parameters, tokenizer, shape and prompt settings.
+
+        Of several processes that hold the parameters together, all must call it.
+        """
         digest = hashlib.sha256(repr((self.model.config, self.special, self.prompts)).encode())
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
-            digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-            digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+        leaves = jax.tree_util.tree_leaves_with_path(self.params)
+        for (path, leaf), values in zip(leaves, weighted_sums([leaf for _, leaf in leaves]), strict=True):
+            digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {values}".encode())
         return digest.hexdigest()[:16]
+
+
+def weighted_sums(arrays: Sequence[Array]) -> list[list[int]]:
+    """Return two sums of each array's bits, as whole numbers with odd weights modulo 2**32.
+
+    They are computed where the arrays are, and are the same for every sharding and in every process.
+    """
+    sharding = getattr(arrays[0], "sharding", None) if arrays else None
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    return np.asarray(jax.jit(_all_sums, out_shardings=everywhere)(arrays)).tolist()
+
+
+def _all_sums(arrays: Sequence[Array]) -> UInt32[Array, "arrays 2"]:
+    return jnp.array([_sums(array) for array in arrays], jnp.uint32)
+
+
+def _sums(array: Array) -> UInt32[Array, " 2"]:
+    """Return the two sums of an array; the weight of a place is a hash of its indices."""
+    bits = array if array.dtype == bool else jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+    bits, sums = bits.astype(jnp.uint32), []
+    for factor in HASH_FACTORS:
+        place = jnp.full(bits.shape, factor, jnp.uint32)
+        for axis in range(bits.ndim):
+            place = (place ^ jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)) * factor
+            place ^= place >> 15
+        sums.append((bits * (place | 1)).sum(dtype=jnp.uint32))
+    return jnp.stack(sums)
 
 
 def load_model(checkpoint: str, stage: str | None = None, dtype: str | None = None) -> TrainedModel:

@@ -112,10 +112,10 @@ def by_key(config: RunConfig) -> dict[str, Any]:
 
 
 def evaluation_file(config: RunConfig) -> Path | None:
-    """Return the file of `eval.data`, None if stages are not evaluated."""
+    """Return the file of `eval.data`, None without one: then records are held out, or nothing is evaluated."""
     path = config.eval.data
     if path == AUTO:
-        path = VSP_MAPS if config.data.source == "frozen_lake" else ""
+        path = VSP_MAPS if config.data.source == "frozen_lake" and not config.eval.fraction else ""
     return resolve_path(path) if path else None
 
 

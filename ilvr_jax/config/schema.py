@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from ilvr_jax.config.fields import setting
+from ilvr_jax.errors import quote
 
 AUTO = "auto"  # of eval.data
 DTYPES = ("float32", "bfloat16", "float16")
@@ -278,21 +279,24 @@ class StageConfig:
 class SamplingParams:
     """How tokens are sampled: of a request, and in the `eval` section of a run."""
 
-    max_new_tokens: int = setting("slots and markers included", 1024, least=1, most=MOST_NEW_TOKENS)
-    temperature: float = setting("0 is greedy", 0.0, least=0, most=1e6)
-    top_k: int = setting("the most tokens to sample from; 0: all", 0, least=0)
-    top_p: float = setting("the probability mass that they cover", 1.0, above=0, most=1)
-    early_end: bool = setting("the model may end a look early", False)
-    min_new_tokens: int = setting("an answer does not end before", 0, least=0, most=MOST_NEW_TOKENS, added=True)
+    max_new_tokens: int = setting("slots and markers included", 1024, least=1, most=MOST_NEW_TOKENS, resumable=True)
+    temperature: float = setting("0 is greedy", 0.0, least=0, most=1e6, resumable=True)
+    top_k: int = setting("the most tokens to sample from; 0: all", 0, least=0, resumable=True)
+    top_p: float = setting("the probability mass that they cover", 1.0, above=0, most=1, resumable=True)
+    early_end: bool = setting("the model may end a look early", False, resumable=True)
+    min_new_tokens: int = setting(
+        "an answer does not end before", 0, least=0, most=MOST_NEW_TOKENS, resumable=True, added=True
+    )
     repetition_penalty: float = setting(
         "divides the logits of tokens in the prompt or answer, as in transformers; 1: none",
         1.0,
         least=0.01,
         most=100,
+        resumable=True,
         added=True,
     )
-    stop: tuple[str, ...] = setting("an answer ends before the first of these strings", (), added=True)
-    n: int = setting("samples of each prompt", 1, least=1, most=MOST_SAMPLES, added=True)
+    stop: tuple[str, ...] = setting("an answer ends before the first of these strings", (), resumable=True, added=True)
+    n: int = setting("answers to each prompt", 1, least=1, most=MOST_SAMPLES, resumable=True, added=True)
 
     def conflicts(self) -> Conflicts:
         # The limits keep scaled logits and the thresholds of cumulative probabilities inside float32.
@@ -304,18 +308,50 @@ class SamplingParams:
             yield "min_new_tokens", f"at most max_new_tokens ({self.max_new_tokens})"
         if "" in self.stop:
             yield "stop", "strings of one letter or more"
+        if self.n > 1 and not self.temperature:
+            yield "n", "1 with temperature 0, at which all answers are equal"
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(SamplingParams):
-    """The evaluation after each stage."""
+    """The evaluation after each stage, and inside it."""
 
-    data: str = setting(
-        "records with map_desc; auto: the 200 real maps if data.source is frozen_lake, else none; empty: none", AUTO
+    task: str = setting(
+        "the reading and scoring of answers, of tasks/__init__.py", "vsp_planning", resumable=True, added=True
     )
-    question: str = setting("replaces the records' own; empty: their own", "Find the shortest safe path.")
-    max_new_tokens: int = setting("slots and markers included", 128, least=1, most=MOST_NEW_TOKENS)
-    batch_size: int = setting("records at a time", 50, least=1)
+    data: str = setting(
+        "records in a format of the task; auto: the 200 real maps if data.source is frozen_lake; else, or empty: none",
+        AUTO,
+        resumable=True,
+    )
+    # Not resumable: a stage trains on the rest.
+    fraction: float = setting(
+        "share of the training records that is held out, and evaluated on in place of eval.data",
+        0.0,
+        least=0,
+        below=1,
+        added=True,
+    )
+    limit: int = setting("the most records; 0: all", 0, least=0, resumable=True, added=True)
+    every: int = setting(
+        "steps between two evaluations inside a stage; 0: only after it", 0, least=0, resumable=True, added=True
+    )
+    question: str = setting(
+        "replaces the records' own; empty: their own", "Find the shortest safe path.", resumable=True
+    )
+    max_new_tokens: int = setting("slots and markers included", 128, least=1, most=MOST_NEW_TOKENS, resumable=True)
+    batch_size: int = setting("records at a time", 50, least=1, resumable=True)
+
+    def conflicts(self) -> Conflicts:
+        yield from super().conflicts()
+        if self.fraction and self.data not in ("", AUTO):
+            yield "fraction", f"0 with eval.data {quote(self.data)}, which is evaluated on alone"
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The parameters of one answer."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingParams)}
+        return SamplingParams(**values | {"n": 1})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +365,7 @@ class RunConfig:
     tokenizer: str = setting("a folder; empty: made from the records' texts", "")
     data: DataConfig = setting("the records", DataConfig())
     latents: LatentsConfig = setting("the method", LatentsConfig())
-    eval: EvalConfig = setting("the evaluation after each stage", EvalConfig(), resumable=True)
+    eval: EvalConfig = setting("the evaluation after each stage", EvalConfig())
     log_every: int = setting("steps between two log lines", 10, least=1, resumable=True)
     checkpoint_every: int = setting("steps between two checkpoints", 200, least=1, resumable=True)
     checkpoint_keep: int = setting("checkpoints that are kept per stage", 2, least=1, resumable=True)

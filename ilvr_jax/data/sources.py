@@ -12,6 +12,7 @@ from ilvr_jax.config.schema import DataConfig, RunConfig
 from ilvr_jax.data.examples import ExampleSettings
 from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
+from ilvr_jax.data.held_out import hold_out
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import BadRecord, Record
 from ilvr_jax.data.tokenizer import load_tokenizer, record_texts, train_tokenizer
@@ -35,6 +36,23 @@ def open_source(data: DataConfig, seed: int) -> Source:
         raise BadConfig(f"`data.path` must be a file of the format {data.source}, got none")
     root = resolve_path(data.root) if data.root else None
     return opener(resolve_path(data.path), root, data.on_bad_record, follow_links=data.follow_links)
+
+
+def open_parts(config: RunConfig) -> tuple[Source, Source | None]:
+    """Return the records that a run trains on, and those that `eval.fraction` holds out of them, None without any.
+
+    Raises as `open_source` does, and BadConfig for records that cannot be divided.
+    """
+    source, fraction = open_source(config.data, config.seed), config.eval.fraction
+    if not fraction:
+        return source, None
+    if config.data.source == "frozen_lake":
+        raise BadConfig(
+            f"`eval.fraction` must be 0 with data.source frozen_lake, whose maps recur, got {fraction}; set eval.data"
+        )
+    if len(source) < 2:
+        raise BadConfig(f"`eval.fraction` must be 0 for a single record, got {fraction}")
+    return hold_out(source, fraction)
 
 
 def make_tokenizer(config: RunConfig, source: Source) -> PreTrainedTokenizerFast:

@@ -1,27 +1,35 @@
 """Evaluation of one task: a model answers the questions of a file of records, and the answers are scored."""
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from ilvr_jax.checkpoints.trained import TrainedModel
-from ilvr_jax.config.fields import BadConfig
+from ilvr_jax.config.fields import BadConfig, rule_of
+from ilvr_jax.config.schema import RunConfig, SamplingParams
 from ilvr_jax.data.examples import build_prompt, read_image
-from ilvr_jax.data.pipeline import Source
+from ilvr_jax.data.pipeline import Source, fingerprint
 from ilvr_jax.data.records import BadRecord, Record
+from ilvr_jax.distributed import in_main, is_main, open_exchange
 from ilvr_jax.errors import InputError
-from ilvr_jax.evaluation.results import Key, Results, summarise
+from ilvr_jax.evaluation.records import EvaluationRecords
+from ilvr_jax.evaluation.results import Key, KnownAnswers, Results, read_lines, share_results, summarise
+from ilvr_jax.files import check_output, read_object, write_json
 from ilvr_jax.inference.engine import Engine
-from ilvr_jax.inference.requests import Answer, Picture, Request
+from ilvr_jax.inference.requests import Picture, Request, RequestOutput
 from ilvr_jax.inference.sizes import fit_settings
 from ilvr_jax.inference.transcript import split_at_looks
+from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.method.layout import Sample
 from ilvr_jax.progress import Progress
 from ilvr_jax.tasks import TASKS
@@ -38,21 +46,25 @@ class Evaluator:
 
     trained: TrainedModel
     task: str  # one of TASKS
-    data: Path  # the file or folder of the records, for messages
-    source: Source  # the records, as the task's `open_source` returns them
-    decoding: Mapping[str, Any]  # fields of Request: `method`, `latent_size`, `max_new_tokens`, sampling
-    check_prompt: Callable[[Sample], None]  # raises InputError for a prompt that is too large
+    records: EvaluationRecords
+    decoding: Mapping[str, Any]  # fields of Request: `method`, `latent_size`, `sampling`
+    check_prompt: Callable[[Sample], None] = lambda prompt: None  # raises InputError for a prompt that is too large
     question: str | None = None  # in place of every record's own; None: the run's, if it has one; empty: the record's
     instruction: str = ""  # text after every question
     samples: int = 1  # answers per question; controls are asked once
     rows: int = 16  # answers decoded in parallel
-    limit: int | None = None  # only the first records are asked
+    limit: int = 0  # only the first records are asked; 0: all
     seed: int = 0
     skipped: dict[tuple[Any, str], str] = dataclasses.field(default_factory=dict)  # reasons, by number and form
 
     def __post_init__(self):
-        for number, sentence in enumerate(getattr(self.source, "skipped", ())):
-            self._skip(("line", str(number)), sentence)
+        lines = enumerate(getattr(self.source, "skipped", ()))
+        self.skipped |= {("line", str(number)): sentence for number, sentence in lines}
+
+    @property
+    def source(self) -> Source:
+        """The records by number."""
+        return self.records.source
 
     @property
     def module(self) -> ModuleType:
@@ -62,12 +74,31 @@ class Evaluator:
     def _skip(self, key: tuple[Any, str], sentence: str) -> None:
         if key not in self.skipped:
             self.skipped[key] = sentence
-            print(f"skipped: {sentence}", file=sys.stderr)
+            _print_skipped(sentence)
 
-    def answer_all(self, results: Results, progress: Progress) -> float:
+    def settings(self, model: str | None) -> dict[str, Any]:
+        """Return everything that an answer depends on, for the first line of the results; `model` is its digest.
+
+        A results file is completed only with the same settings; the number of questions is none of them.
+        """
+        return {
+            "stage": self.trained.stage,
+            "step": self.trained.step,
+            "model": model,
+            "data": self.records.name,
+            "records": fingerprint(self.source),
+            **{name: getattr(self, name) for name in ("task", "question", "instruction", "seed")},
+            **{name: self.decoding[name] for name in ("method", "latent_size")},
+            **_sampling_settings(self.decoding["sampling"]),
+        }
+
+    def answer_all(
+        self, results: Results | KnownAnswers, progress: Progress, is_stopped: Callable[[], bool] = lambda: False
+    ) -> float:
         """Ask the questions that have no answer in the results and add theirs; return the seconds that it took.
 
-        Raises InputError if no record can be asked and the results hold no answer either.
+        Once `is_stopped()`, which is asked after each answer, it returns early. Raises InputError if no record can be
+        asked and the results hold no answer either.
         """
         started = time.monotonic()
         keys = [key for key, _ in self.keys()]
@@ -79,7 +110,7 @@ class Evaluator:
         if first_request is None and answered:  # what remains was skipped before as well
             return 0.0
         if first_request is None:
-            raise BadConfig(f"{self.data} must have records that can be asked, got none")
+            raise BadConfig(f"{self.records.name} must have records that can be asked, got none")
         trained = self.trained
         settings = fit_settings(itertools.chain([first_request], requests), self.rows, trained.model.geometry)
         engine = Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer)
@@ -93,13 +124,15 @@ class Evaluator:
         with progress.stage(self.task, answered, len(keys)):
             progress.log(f"{answered} of {len(keys)} answers exist; the rest are decoded {settings.rows} at a time")
             new = 0
-            for answer in engine.serve(asked_requests()):
-                key, record = asked[answer.number]
-                if answer.stop_reason == "refused":
-                    self._skip((key.number, key.form), f"{record.name}: {answer.error}")
+            for output in engine.serve(asked_requests()):
+                key, record = asked[output.number]
+                if output.stop_reason == "refused":
+                    self._skip((key.number, key.form), f"{record.name}: {output.error}")
                     continue
-                results.add(self.line(key, record, answer))
+                in_main(functools.partial(self._add, results, key, record, output))
                 progress.advance()
+                if is_stopped():
+                    break
                 now, new = time.monotonic(), new + 1
                 if new == 1:  # the rate is measured from here on, without compilation
                     first = reported = now
@@ -153,29 +186,125 @@ class Evaluator:
         """Return the text of tokens without looks."""
         return "".join(split_at_looks(tokens, self.trained.tokenizer, self.trained.special)[0])
 
-    def line(self, key: Key, record: Record, answer: Answer) -> dict[str, Any]:
+    def _add(self, results: Results, key: Key, record: Record, output: RequestOutput) -> None:
+        results.add(self.line(key, record, output))
+
+    def line(self, key: Key, record: Record, output: RequestOutput) -> dict[str, Any]:
         """Return the line of the results file for an answer, scored."""
-        final_answer = self.module.find_answer(self._text(answer.tokens), record)
+        final_answer = self.module.find_answer(self._text(output.tokens), record)
         return {
             **key._asdict(),
             "record": record.name,
             "answer": None if final_answer is None else self.module.canonical(final_answer),
             "right": final_answer is not None and self.module.is_right(record, final_answer),
-            "text": answer.text,
-            "tokens": len(answer.tokens),
-            "looks": len(answer.looks),
-            "slots": answer.slots,
-            "picture_tokens": sum(look.picture_tokens for look in answer.looks),
-            "stop_reason": answer.stop_reason,
-            "error": answer.error,
-            "seconds": round(answer.timings.total, 4),
+            "text": output.text,
+            "tokens": len(output.tokens),
+            "looks": len(output.looks),
+            "slots": output.slots,
+            "picture_tokens": sum(look.picture_tokens for look in output.looks),
+            "stop_reason": output.stop_reason,
+            "error": output.error,
+            "seconds": round(output.timings.total, 4),
         }
 
-    def summary(self, results: Results, seconds: float) -> dict[str, Any]:
-        """Return the figures of all answers in the results, with the task's own."""
-        lines = list(results.lines.values())
+    def counted(self, lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Return the lines of a results file that are about the records asked: others stem from a higher limit."""
+        return [line for line in lines if not self.limit or line["number"] < self.limit]
+
+    def summary(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
+        """Return the figures of the answers in lines of a results file, with the task's own."""
         summary = {**summarise(lines), "skipped": len(self.skipped), "seconds": round(seconds, 2)}
         if hasattr(self.module, "figures"):
             numbers = sorted({line["number"] for line in lines if not line["form"]})
             summary |= self.module.figures({number: self.source[number] for number in numbers}, lines)
         return summary
+
+
+def run_evaluation(
+    evaluator: Evaluator,
+    path: Path,
+    console: Console | None = None,
+    is_stopped: Callable[[], bool] = lambda: False,
+    replace: bool = False,
+) -> dict[str, Any]:
+    """Complete the results file at `path`, write summary and log beside it, and return the summary.
+
+    With `replace`, answers of other settings or of another model are deleted first; otherwise they raise BadResults.
+    The summary has the settings and the figures; its `seconds` add up over calls. If the evaluation `is_stopped()`, its
+    figures are of the answers until then, and are not written. Of several processes all call it, and the main one
+    writes.
+    """
+    settings = evaluator.settings(evaluator.trained.digest())
+    summary_path = summary_file(path)
+    in_main(lambda: check_output(summary_path))
+    with (
+        share_results(path, settings, len(evaluator.source), replace) as results,
+        stop_sentence(lambda: f"stopped; {path} holds {results.stop()} answers, and the same command resumes it"),
+        Progress(path.with_suffix(".log") if is_main() else None, console) as progress,
+    ):
+        for sentence in evaluator.skipped.values():
+            _print_skipped(sentence)
+        for sentence in results.damaged:
+            print(sentence, file=sys.stderr)
+        seconds = evaluator.answer_all(results, progress, is_stopped)
+        summary: dict[str, Any] = {}
+
+        def write() -> None:
+            before = _summary_in_file(evaluator, path, settings["model"]) or {}
+            lines = evaluator.counted(results.lines.values())
+            figures = evaluator.summary(lines, seconds + before.get("seconds", 0))
+            summary.update(settings, limit=evaluator.limit, **figures)
+            if not is_stopped():
+                write_json(summary_path, summary)
+
+        in_main(write)
+        return open_exchange()(summary)[0]
+
+
+def read_summary(evaluator: Evaluator, path: Path) -> dict[str, Any] | None:
+    """Return the summary of a complete evaluation with these settings, of any model; None without one.
+
+    None as well if the answers, in the file at `path`, are damaged or others.
+    """
+    summary = _summary_in_file(evaluator, path)
+    if summary is None or summary.get("limit") != evaluator.limit:
+        return None
+    try:
+        figures = summarise(evaluator.counted(read_lines(path, len(evaluator.source))))
+    except InputError:
+        return None
+    return summary if figures.items() <= summary.items() else None
+
+
+def _summary_in_file(evaluator: Evaluator, path: Path, model: str | None = None) -> dict[str, Any] | None:
+    """Return the summary beside a results file if it has the evaluator's settings; without `model` of any model."""
+    with contextlib.suppress(InputError):
+        summary = read_object(summary_file(path))
+        settings = evaluator.settings(model or summary.get("model"))
+        if settings.items() <= summary.items():
+            return summary
+    return None
+
+
+def _print_skipped(sentence: str) -> None:
+    if is_main():
+        print(f"skipped: {sentence}", file=sys.stderr)
+
+
+def summary_file(path: Path) -> Path:
+    """Return the file of the summary of the answers at `path`."""
+    return path.with_suffix(".summary.json")
+
+
+def results_file(workdir: Path, config: RunConfig, stage: str, step: int, task: str, method: str = "latent") -> Path:
+    """Return the file in a run's workdir for the answers of a stage after a step; at its end the step is not named."""
+    place = stage if step == config.stages[stage].steps else f"{stage}-step{step}"
+    return workdir / "evaluations" / f"{place}-{task}-{method}.jsonl"
+
+
+def _sampling_settings(sampling: SamplingParams) -> dict[str, Any]:
+    """Return the parameters as JSON values, without those of later versions that have their defaults."""
+    fields = {field.name: field for field in dataclasses.fields(sampling)}
+    values = {name: getattr(sampling, name) for name in fields}
+    kept = {name for name, field in fields.items() if not rule_of(field).added or values[name] != field.default}
+    return {name: list(value) if name == "stop" else value for name, value in values.items() if name in kept}

@@ -13,9 +13,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from ilvr_jax.distributed import in_main, open_exchange
 from ilvr_jax.errors import InputError, listed, one_line, quote
 from ilvr_jax.evaluation.scores import majority, pass_at_k, wilson_interval
-from ilvr_jax.files import check_output, lock, named_errors, write_text
+from ilvr_jax.files import check_output, lock, named_errors, read_text, write_text
 
 FIELDS = {
     "number": int,  # the record's in its source
@@ -33,6 +34,7 @@ FIELDS = {
     "seconds": (int, float),
 }
 COUNT_LIMIT = 2**31  # counts are below it
+UNREADABLE = ValueError, LookupError, TypeError, RecursionError  # raised for damaged lines
 
 
 class BadResults(InputError):
@@ -45,6 +47,25 @@ class Key(NamedTuple):
     number: int
     form: str
     sample: int
+
+
+def read_line(line: str | bytes, records: int) -> tuple[Key, dict[str, Any]]:
+    """Return the answer in a line, about one of so many records, and its key; raises one of UNREADABLE."""
+    fields = json.loads(line)
+    for name, kind in FIELDS.items():
+        value = fields[name]
+        below = records if name == "number" else COUNT_LIMIT
+        if not (type(value) is int and 0 <= value < below if kind is int else isinstance(value, kind)):
+            raise ValueError(f"got {name} {quote(value)}")
+    return Key(fields["number"], fields["form"], fields["sample"]), fields
+
+
+def read_lines(path: Path, records: int) -> list[dict[str, Any]]:
+    """Return the answers in a results file about so many records; raises InputError if it is missing or damaged."""
+    try:
+        return [read_line(line, records)[1] for line in read_text(path).splitlines()[1:]]
+    except UNREADABLE as error:
+        raise BadResults(f"{path} must hold answers, but a line cannot be read ({one_line(str(error))})") from error
 
 
 class Results:
@@ -78,7 +99,7 @@ class Results:
         first, *others = content.splitlines()
         try:
             in_file = dict(json.loads(first)["settings"])
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise BadResults(
                 f"{self.path} line 1 must hold the settings of an evaluation, but cannot be read ({error}); choose "
                 "another --out or delete the file"
@@ -96,19 +117,10 @@ class Results:
             )
         for number, line in enumerate(others, start=2):
             try:
-                fields = json.loads(line)
-                wrong = [name for name, kind in FIELDS.items() if not self._fits(name, fields[name], kind)]
-                if wrong:
-                    raise ValueError(f"got {wrong[0]} {quote(fields[wrong[0]])}")
-                self.lines.setdefault(Key(fields["number"], fields["form"], fields["sample"]), fields)
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                self.lines.setdefault(*read_line(line, self._records))
+            except UNREADABLE as error:
                 problem = one_line(f"{self.path} line {number} cannot be read ({type(error).__name__}: {error})")
                 self.damaged.append(f"{problem}; its question is asked again")
-
-    def _fits(self, name: str, value: Any, kind: type | tuple[type, ...]) -> bool:
-        if kind is int:
-            return type(value) is int and 0 <= value < (self._records if name == "number" else COUNT_LIMIT)
-        return isinstance(value, kind)
 
     def add(self, line: dict[str, Any]) -> None:
         """Append an answer; a line that does not fit on the disk leaves the file unchanged."""
@@ -134,16 +146,46 @@ class Results:
 
 
 @contextlib.contextmanager
-def open_results(path: Path, settings: Mapping[str, Any], records: int) -> Iterator[Results]:
-    """Open a results file for one writer.
+def open_results(path: Path, settings: Mapping[str, Any], records: int, replace: bool = False) -> Iterator[Results]:
+    """Open a results file for one writer; with `replace`, a file that cannot be completed is deleted first.
 
     Raises InUse, naming the process that writes it, if there is another; BadResults and OSError as `Results` does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     check_output(path)
     lock_path = path.with_name(f".{path.name[:200]}.lock")
-    with lock(lock_path, str(path)), contextlib.closing(Results(path, settings, records)) as results:
-        yield results
+    with lock(lock_path, str(path)):
+        try:
+            results = Results(path, settings, records)
+        except BadResults:
+            if not replace:
+                raise
+            path.unlink()
+            results = Results(path, settings, records)
+        with contextlib.closing(results):
+            yield results
+
+
+class KnownAnswers:
+    """The part of Results for processes that do not write: `lines` has the keys in the file when it was opened."""
+
+    def __init__(self, keys: Iterable[Sequence[Any]]):
+        self.lines, self.damaged = {Key(*key): {} for key in keys}, []
+
+    def stop(self) -> int:
+        return len(self.lines)
+
+
+@contextlib.contextmanager
+def share_results(
+    path: Path, settings: Mapping[str, Any], records: int, replace: bool = False
+) -> Iterator[Results | KnownAnswers]:
+    """Open a results file in the main process, as `open_results` does, and its keys in the others; all may raise."""
+    opened: list[Results] = []
+    with contextlib.ExitStack() as stack:
+        in_main(lambda: opened.append(stack.enter_context(open_results(path, settings, records, replace))))
+        keys = open_exchange()([list(key) for results in opened for key in results.lines])[0]
+        yield opened[0] if opened else KnownAnswers(keys)
 
 
 def summarise(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """Pictures of results: maps with the decoded moves and the places of looks drawn on them."""
 
+import dataclasses
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,8 +17,9 @@ from matplotlib.patheffects import withStroke
 
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.data.frozen_lake.source import Cell
-from ilvr_jax.evaluation.maps import MapAnswer
-from ilvr_jax.tasks.vsp_planning import Outcome, holes_matter, is_detour, walk
+from ilvr_jax.data.pipeline import Source
+from ilvr_jax.data.records import MapDesc
+from ilvr_jax.tasks.vsp_planning import Outcome, holes_matter, is_detour, play, stated_moves, walk
 
 COLUMNS = 4
 CELL_PIXELS = 64
@@ -28,9 +32,45 @@ TITLES = {
 }
 # Offsets (x, y) of a cell's eyes from its middle, in cells: the corners, since moves run through the middle.
 CORNERS = ((-0.27, -0.32), (0.27, -0.32), (-0.27, 0.32), (0.27, 0.32))
+LOOK = re.compile(r"‹looking: \d+ [a-z ]+›")  # as `inference.transcript.show_look` marks a look in a text
 
 
-def draw_solutions(answers: Sequence[MapAnswer], path: Path, count: int = 12, wrong: int = 4) -> None:
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """The moves that an answer gives for a map, and those written in words before each of its looks."""
+
+    map_desc: MapDesc
+    moves: str | None  # letters of UDLR; None if no moves could be read
+    moves_before_looks: tuple[str, ...]
+
+    @property
+    def outcome(self) -> Outcome:
+        return play(self.map_desc, self.moves)
+
+    @property
+    def success(self) -> bool:
+        return self.outcome == Outcome.GOAL
+
+    @property
+    def level(self) -> int:
+        return len(self.map_desc)
+
+
+def read_solutions(source: Source, lines: Iterable[Mapping[str, Any]]) -> list[Solution]:
+    """Return the first solution of each map, from the lines of a results file about the records of a source."""
+    return [
+        Solution(source[line["number"]].map_desc, line["answer"], moves_before_looks(line["text"]))
+        for line in lines
+        if not line["form"] and not line["sample"]
+    ]
+
+
+def moves_before_looks(text: str) -> tuple[str, ...]:
+    """Return the moves in words before each look of a decoded text."""
+    return tuple(stated_moves(LOOK.sub("", text[: look.start()])) for look in LOOK.finditer(text))
+
+
+def draw_solutions(answers: Sequence[Solution], path: Path, count: int = 12, wrong: int = 4) -> None:
     """Draw up to `count` maps with the decoded moves, up to `wrong` of them wrong, as a PNG file.
 
     Maps that need a detour or have holes in the way come first, from all levels. An eye marks each look, in the cell
@@ -57,7 +97,7 @@ def draw_solutions(answers: Sequence[MapAnswer], path: Path, count: int = 12, wr
     figure.savefig(path, format="png")
 
 
-def choose_answers(answers: Sequence[MapAnswer], count: int, wrong: int) -> list[MapAnswer]:
+def choose_answers(answers: Sequence[Solution], count: int, wrong: int) -> list[Solution]:
     """Return up to `count` answers, sorted by level; at most `wrong` are wrong, unless too few are right."""
     solved = _varied([answer for answer in answers if answer.success])
     failed = _varied([answer for answer in answers if not answer.success])
@@ -66,7 +106,7 @@ def choose_answers(answers: Sequence[MapAnswer], count: int, wrong: int) -> list
     return sorted(chosen, key=lambda answer: (answer.level, not answer.success))
 
 
-def _varied(answers: Sequence[MapAnswer]) -> list[MapAnswer]:
+def _varied(answers: Sequence[Solution]) -> list[Solution]:
     """Sort answers so that levels alternate and each level's maps that need a detour come first."""
     levels = defaultdict(list)
     for answer in answers:
@@ -77,7 +117,7 @@ def _varied(answers: Sequence[MapAnswer]) -> list[MapAnswer]:
     return [answer for turn in turns for answer in turn if answer is not None]
 
 
-def draw_answer(panel: Axes, answer: MapAnswer) -> None:
+def draw_answer(panel: Axes, answer: Solution) -> None:
     """Draw one map with its moves and an eye for each look."""
     colour = RIGHT if answer.success else WRONG
     panel.imshow(draw_map(answer.map_desc, CELL_PIXELS))

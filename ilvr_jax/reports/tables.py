@@ -1,4 +1,4 @@
-"""The table of success on maps, from the summaries of evaluations (JSON)."""
+"""Tables of evaluations, from their summaries (JSON)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,10 +18,30 @@ CAPTION = (
 def success_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return the table of evaluations on the same maps, the hole-blind policy in its first row.
 
-    `evaluations` are results of `Evaluation.summary()` by the name for their row, such as the stage's.
+    `evaluations` are summaries of the task vsp_planning by the name for their row, such as the stage's.
     """
-    header, rows = success_rows(evaluations)
-    table = Table(caption=CAPTION, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    return _table(*success_rows(evaluations), caption=CAPTION)
+
+
+def accuracy_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return the table of evaluations of any task, by the name for their row."""
+    return _table(*accuracy_rows(evaluations), caption=None)
+
+
+def accuracy_rows(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of the table of accuracies as text."""
+    header = ["", "questions", "accuracy", "95 % interval", "no answer", "cut off", "looks", "slots", "time"]
+    rows = []
+    for name, summary in evaluations.items():
+        interval = "–".join(_rates(summary.get("accuracy_interval", ())))
+        counts = [str(summary[key]) for key in ("unparsed", "cut_off", "looks", "slots")]
+        accuracy = [str(summary["questions"]), *_rates([summary.get("accuracy")]), interval]
+        rows.append([name, *accuracy, *counts, f"{summary['seconds']:.0f} s"])
+    return header, rows
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None) -> Table:
+    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for number, name in enumerate(header):
         table.add_column(name.replace(" ", "\n"), justify="right" if number else "left", vertical="bottom")
     for row in rows:
@@ -37,13 +57,13 @@ def success_rows(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[list[str
     rows = []
     for name, summary in evaluations.items():
         if not rows:
-            rates = [summary["hole_blind_rate"], *(summary["hole_blind_by_level"].get(level) for level in levels)]
+            rates = [summary["hole_blind_success"], *(summary["hole_blind_by_level"].get(level) for level in levels)]
             rates += [summary["hole_blind_where_holes_matter"], summary["hole_blind_on_detours"], 1.0]
             rows.append([HOLE_BLIND, *_rates(rates), "–", "–", "–"])
-        rates = [summary["success_rate"], *(summary["success_by_level"].get(level) for level in levels)]
+        rates = [summary.get("accuracy"), *(summary["success_by_level"].get(level) for level in levels)]
         rates += [summary["success_where_holes_matter"], summary["success_on_detours"]]
         rates += [summary["unchanged_when_holes_painted_over"]]
-        counts = [str(summary["unparsed"]), str(summary["latent_segments"]), f"{summary['seconds']:.0f} s"]
+        counts = [str(summary["unparsed"]), str(summary["looks"]), f"{summary['seconds']:.0f} s"]
         rows.append([name, *_rates(rates), *counts])
     return header, rows
 

@@ -228,7 +228,9 @@ def figures(records: Mapping[int, Record], lines: Sequence[Mapping[str, Any]]) -
         "success_where_holes_matter": success.where_holes_matter,
         "success_on_detours": success.on_detours,
         "hole_blind_success": hole_blind.overall,
+        "hole_blind_by_level": {str(level): rate for level, rate in hole_blind.by_level.items()},
         "hole_blind_where_holes_matter": hole_blind.where_holes_matter,
+        "hole_blind_on_detours": hole_blind.on_detours,
         "unchanged_when_holes_painted_over": fmean(first[n] == painted[n] for n in both) if both else None,
     }
 

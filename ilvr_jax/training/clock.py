@@ -24,7 +24,7 @@ class Clock:
 
     @property
     def goodput(self) -> float:
-        """The share of the stage's time, up to the last lap, in steps: not compiling, saving or waiting for data."""
+        """The share of the stage's time, up to the last lap, in steps: not compiling, saving, evaluating or waiting."""
         return self._seconds_in_steps / self.seconds if self.seconds else 0.0
 
     @contextlib.contextmanager
@@ -33,6 +33,13 @@ class Clock:
         began = time.monotonic()
         yield
         self._saved += time.monotonic() - began
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Exclude the time of the block from the rate and from goodput."""
+        began = time.monotonic()
+        yield
+        self._apart += time.monotonic() - began
 
     @contextlib.contextmanager
     def waiting_for_data(self, running: Mapping[str, jax.Array]) -> Iterator[None]:

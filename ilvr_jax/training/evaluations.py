@@ -1,50 +1,100 @@
-"""The evaluation of a stage at its end: evaluations/<stage>.json, the answers and the settings beside it."""
+"""The evaluations of a run: after each stage and inside it, with the files of `python -m ilvr_jax.evaluate`."""
 
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import PyTree
+from rich.console import Console
 
-from ilvr_jax.config.experiments import evaluation_file
-from ilvr_jax.data.pipeline import fingerprint
-from ilvr_jax.distributed import is_main
-from ilvr_jax.errors import InputError
-from ilvr_jax.evaluation.maps import evaluate, read_evaluation
-from ilvr_jax.files import read_object, write_json
+from ilvr_jax.checkpoints.trained import TrainedModel
+from ilvr_jax.data.sources import prompt_settings
+from ilvr_jax.distributed import is_main, open_exchange
+from ilvr_jax.evaluation.evaluator import Evaluator, read_summary, results_file, run_evaluation
+from ilvr_jax.evaluation.results import read_lines
+from ilvr_jax.training.hooks import StepState
 from ilvr_jax.training.run import Run
 
 
-def evaluate_stage(run: Run, name: str, params: PyTree) -> None:
-    """Write evaluations/<stage>.json and the answers beside it, unless they exist and follow from the same settings."""
-    if is_evaluated(run, name):
-        return
-    path = run.workdir / "evaluations" / f"{name}.json"
-    run.progress.log(f"{name}: evaluating on {len(run.evaluation_source)} maps of {evaluation_file(run.config)}")
-    evaluation = evaluate(
-        run.config, run.evaluation_source, run.model, params, run.tokenizer, run.special, run.progress.console, run.mesh
+def make_evaluator(run: Run, stage: str, step: int, params: PyTree | None) -> Evaluator:
+    """Return the evaluator of a stage's parameters after a step; without them it asks nothing."""
+    config = run.config
+    prompts = prompt_settings(config, run.model.geometry)
+    trained = TrainedModel(
+        run.model,
+        params,
+        run.tokenizer,
+        run.special,
+        prompts,
+        config.eval.max_new_tokens,
+        True,
+        config,
+        stage,
+        step,
     )
-    if is_main():
-        evaluation.write(path)
-        write_json(path.with_suffix(".settings.json"), evaluation_settings(run, name))
-    summary = evaluation.summary()
-    run.progress.log(
-        f"{name}: success {summary['success_rate']:.3f}, decoded {summary['latent_segments']} latent segments with "
-        f"{summary['latent_slots']} slots, in {summary['seconds']:.0f} s"
+    return Evaluator(
+        trained,
+        config.eval.task,
+        run.evaluation_records,
+        {"method": "latent", "latent_size": config.latents.latent_size, "sampling": config.eval.sampling},
+        samples=config.eval.n,
+        rows=config.eval.batch_size,
+        limit=config.eval.limit,
+        seed=config.seed,
     )
 
 
-def is_evaluated(run: Run, name: str) -> bool:
-    """Return whether a stage's evaluation is complete and follows from these settings; True without evaluation data."""
-    if run.evaluation_source is None:
-        return True
-    path = run.workdir / "evaluations" / f"{name}.json"
-    try:
-        settings = read_object(path.with_suffix(".settings.json"))
-    except InputError:
-        return False
-    return settings == evaluation_settings(run, name) and read_evaluation(path, run.evaluation_source) is not None
+def evaluate_stage(run: Run, stage: str, params: PyTree) -> None:
+    """Evaluate the parameters of a finished stage, unless that is complete."""
+    if not is_evaluated(run, stage):
+        evaluate(run, stage, run.config.stages[stage].steps, params, run.progress.console)
 
 
-def evaluation_settings(run: Run, name: str) -> dict[str, Any]:
-    """Return what a stage's evaluation depends on: `eval`, the fingerprint of its records and the stage's steps."""
-    source = {"records": fingerprint(run.evaluation_source), "step": run.config.stages[name].steps}
-    return vars(run.config.eval) | source
+def evaluate_step(now: StepState, is_stopped: Callable[[], bool]) -> None:
+    """Evaluate the parameters after a step inside a stage; those after the last are left to `evaluate_stage`."""
+    if now.step < now.steps and not now.stopping:
+        # A console shows one bar at a time, and has that of the stage.
+        evaluate(now.run, now.stage, now.step, now.train_state.params, Console(quiet=True), is_stopped)
+
+
+def evaluate(
+    run: Run, stage: str, step: int, params: PyTree, console: Console, is_stopped: Callable[[], bool] = lambda: False
+) -> None:
+    """Complete the evaluation of a stage's parameters after a step, and log its figures.
+
+    Answers in its file that other parameters gave, or to other records, are replaced.
+    """
+    evaluator, path = make_evaluator(run, stage, step, params), stage_results(run, stage, step)
+    run.progress.log(f"{stage}, step {step}: evaluating on {evaluator.records.name}")
+    summary = run_evaluation(evaluator, path, console, is_stopped, replace=True)
+    if not is_stopped():
+        run.progress.log(
+            f"{stage}, step {step}: accuracy {summary.get('accuracy', math.nan):.3f} on {summary['questions']} "
+            f"questions, with {summary['looks']} looks and {summary['slots']} slots, in {summary['seconds']:.0f} s"
+        )
+
+
+def is_evaluated(run: Run, stage: str) -> bool:
+    """Return whether the evaluation after a stage is complete, with these settings; True if nothing is evaluated.
+
+    Several processes decide alike, since the main one reads the files.
+    """
+    return run.evaluation_records is None or open_exchange()(is_main() and stage_summary(run, stage) is not None)[0]
+
+
+def stage_summary(run: Run, stage: str) -> dict[str, Any] | None:
+    """Return the summary of the evaluation after a stage, None unless that is complete."""
+    steps = run.config.stages[stage].steps
+    return read_summary(make_evaluator(run, stage, steps, None), stage_results(run, stage, steps))
+
+
+def stage_answers(run: Run, stage: str) -> list[Mapping[str, Any]]:
+    """Return the lines of the evaluation after a stage."""
+    evaluator = make_evaluator(run, stage, run.config.stages[stage].steps, None)
+    return evaluator.counted(read_lines(stage_results(run, stage), len(evaluator.source)))
+
+
+def stage_results(run: Run, stage: str, step: int | None = None) -> Path:
+    """Return the results file of a stage after a step, by default its last."""
+    return results_file(run.workdir, run.config, stage, step or run.config.stages[stage].steps, run.config.eval.task)

@@ -19,11 +19,12 @@ from ilvr_jax.config.workdir import is_checkpoint
 from ilvr_jax.data.frozen_lake.source import NoMap
 from ilvr_jax.data.pipeline import is_place
 from ilvr_jax.distributed import is_main, locked_workdir, wait_for_all
+from ilvr_jax.evaluation.evaluator import summary_file
 from ilvr_jax.models.sharding import place_rows
 from ilvr_jax.training.batches import open_iterator, place_to_resume
 from ilvr_jax.training.clock import Clock
 from ilvr_jax.training.divergence import SkippedUpdates
-from ilvr_jax.training.evaluations import evaluate_stage, is_evaluated
+from ilvr_jax.training.evaluations import evaluate_stage, evaluate_step, is_evaluated, stage_results
 from ilvr_jax.training.hooks import Hook, StepState, check_update, log_metrics, save_checkpoint
 from ilvr_jax.training.interruption import Interrupted, StopRequest, stop_request
 from ilvr_jax.training.metrics import Metrics
@@ -39,8 +40,8 @@ def train(config: RunConfig, workdir: Path, console: Console | None = None) -> d
     """Run the stages of the config, in order, and return the summary of the run.
 
     Everything is written under `workdir`: config.json, tokenizer/, checkpoints/<stage>/, metrics.jsonl,
-    tensorboard/<stage>/, train.log, evaluations/<stage>.json, summary.json and solutions.png. The same call skips
-    finished stages and resumes from the newest checkpoint, and gives the same numbers as an uninterrupted run.
+    tensorboard/<stage>/, train.log, evaluations/, summary.json and solutions.png. The same call skips finished stages
+    and resumes from the newest checkpoint, and gives the same numbers as an uninterrupted run.
 
     Raises BadConfig, BadRecord, DiskFull and Diverged, NoCheckpoint if existing checkpoints cannot be read or belong to
     another model, InUse while another run writes to the workdir, and Interrupted after a signal, once all is saved.
@@ -116,9 +117,9 @@ def restore_stage(
 
 
 def delete_results(run: Run, name: str) -> None:
-    """Delete the summary and evaluations of a stage that is to be trained: they describe other parameters."""
+    """Delete the summary of a stage that is to be trained and its last evaluation's: both are of other parameters."""
     if is_main():
-        for path in (stage_summary_file(run.workdir, name), *(run.workdir / "evaluations").glob(f"{name}.*")):
+        for path in (stage_summary_file(run.workdir, name), summary_file(stage_results(run, name))):
             path.unlink(missing_ok=True)
 
 
@@ -159,6 +160,16 @@ def run_steps(
             Hook("log", config.log_every, functools.partial(log_metrics, metrics=metrics, clock=clock)),
             Hook("save", config.checkpoint_every, save, on_stop=True),
         ]
+        if run.evaluation_records is not None and config.eval.every:
+
+            def evaluate(now: StepState) -> None:
+                with clock.evaluating():
+                    evaluate_step(now, is_stopped=lambda: stop.signal_number is not None)
+
+            # Saved first, so that an evaluation that is stopped or killed is completed when the run resumes.
+            hooks += [Hook("save", config.eval.every, save), Hook("evaluate", config.eval.every, evaluate)]
+            if first and first % config.eval.every == 0:
+                evaluate(StepState(run, name, first, stage.steps, state, {}, {}, stopping=False))
         step, values, stopping = first, {}, False
         for step in range(first + 1, stage.steps + 1):
             watchdog.start_step(step)
@@ -174,6 +185,10 @@ def run_steps(
             for hook in hooks:
                 if hook.is_due(now):
                     hook.run(now)
+            if not stopping and stop.signal_number is not None:  # it came during a hook
+                stopping = True
+                check(now)
+                save(now)
             if stopping:
                 break
         checkpoints.wait()

@@ -12,6 +12,7 @@ from ilvr_jax.config.fields import BadConfig, choose
 from ilvr_jax.config.schema import RunConfig
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.errors import quote
+from ilvr_jax.evaluation.records import EvaluationRecords
 from ilvr_jax.method.objectives import OBJECTIVES
 from ilvr_jax.method.selection import SELECTORS
 from ilvr_jax.method.slots import SLOT_INPUTS
@@ -19,6 +20,7 @@ from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models import BACKBONES
 from ilvr_jax.models.base import Model
 from ilvr_jax.progress import Progress
+from ilvr_jax.tasks import TASKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Run:
     config: RunConfig
     workdir: Path
     source: Source
-    evaluation_source: Source | None
+    evaluation_records: EvaluationRecords | None
     tokenizer: PreTrainedTokenizerFast
     special: SpecialTokens
     model: Model
@@ -42,6 +44,7 @@ def check_choices(config: RunConfig) -> None:
     choose(SELECTORS, config.latents.selection, "latents.selection")
     choose(SLOT_INPUTS, config.model.slot_input, "model.slot_input")
     choose(BACKBONES, config.model.backbone, "model.backbone")
+    choose(TASKS, config.eval.task, "eval.task")
     for name, stage in config.stages.items():
         objective = choose(OBJECTIVES, stage.objective, f"{name}.objective")
         accepted, given = objective.helper_images, f"objective {stage.objective}, got {quote(stage.helper_images)}"

@@ -22,16 +22,14 @@ from ilvr_jax.checkpoints.runs import (
     stages_with_checkpoints,
 )
 from ilvr_jax.checkpoints.weights import load_params
-from ilvr_jax.config.experiments import config_errors, evaluation_file
+from ilvr_jax.config.experiments import config_errors
 from ilvr_jax.config.schema import AUTO, RunConfig, StageConfig
 from ilvr_jax.config.workdir import check_resumable, has_begun, read_config, write_config
-from ilvr_jax.data.ilvr import IlvrSource
 from ilvr_jax.data.pipeline import Source
-from ilvr_jax.data.records import BadRecord
-from ilvr_jax.data.sources import make_tokenizer, open_source
+from ilvr_jax.data.sources import make_tokenizer, open_parts
 from ilvr_jax.data.tokenizer import load_tokenizer
 from ilvr_jax.distributed import is_main, wait_for_all
-from ilvr_jax.evaluation.maps import decode_settings
+from ilvr_jax.evaluation.records import EvaluationRecords, check_records, open_records
 from ilvr_jax.method import slots
 from ilvr_jax.models.base import Model
 from ilvr_jax.models.sharding import check_mesh, divisor, make_mesh, on_mesh, places
@@ -49,7 +47,8 @@ def open_run(config: RunConfig, workdir: Path, console: Console | None) -> Itera
     Whatever does not fit is raised before anything is written into the workdir.
     """
     check_choices(config)
-    source, evaluation_source = open_source(config.data, config.seed), open_evaluation_source(config)
+    source, held_out = open_parts(config)
+    evaluation_records = open_evaluation_records(config, held_out)
     config = with_steps(config, len(source), workdir)
     check_resumable(config, workdir)
     with config_errors("model", BadCheckpoint):
@@ -75,7 +74,7 @@ def open_run(config: RunConfig, workdir: Path, console: Console | None) -> Itera
     wait_for_all("the workdir is written")
     log = workdir / "train.log" if is_main() else None
     with Progress(log, console or Console(quiet=not is_main())) as progress, on_mesh(mesh):
-        run = Run(config, workdir, source, evaluation_source, tokenizer, special, model, mesh, steps, progress)
+        run = Run(config, workdir, source, evaluation_records, tokenizer, special, model, mesh, steps, progress)
         log_remarks(run)
         yield run, params
 
@@ -99,13 +98,13 @@ def write_descriptions(
 
 def log_remarks(run: Run) -> None:
     """Log the remarks of the run's sources, and that stages are not evaluated if `eval.data` found no maps."""
-    for source in (run.source, run.evaluation_source):
+    for source in (run.source, run.evaluation_records and run.evaluation_records.source):
         for sentence in getattr(source, "remarks", ()):
             run.progress.log(sentence)
-    if run.evaluation_source is None and run.config.eval.data == AUTO:
+    if run.evaluation_records is None and run.config.eval.data == AUTO:
         run.progress.log(
-            f"stages are not evaluated, since data.source is {run.config.data.source}: set eval.data to a file of "
-            "maps, or run python -m ilvr_jax.evaluate afterwards"
+            f"stages are not evaluated, since data.source is {run.config.data.source}: set eval.task, and eval.data to "
+            "a file of its records or eval.fraction to a share of the training records"
         )
 
 
@@ -128,21 +127,12 @@ def with_steps(config: RunConfig, records: int, workdir: Path) -> RunConfig:
     return dataclasses.replace(config, stages=stages)
 
 
-def open_evaluation_source(config: RunConfig) -> Source | None:
-    """Return the records that stages are evaluated on, None without any; raises BadRecord for one without a map."""
-    with config_errors("eval"):
-        decode_settings(config)
-    path = evaluation_file(config)
-    if path is None:
-        return None
-    source = IlvrSource(path, for_evaluation=True, follow_links=config.data.follow_links)
-    for record in map(source.__getitem__, range(len(source))):
-        if record.map_desc is None:
-            raise BadRecord(
-                f"{record.name}: must have a map_desc, since records of `eval.data` are played as maps; set eval.data "
-                "to nothing and evaluate other tasks after training, with python -m ilvr_jax.evaluate"
-            )
-    return source
+def open_evaluation_records(config: RunConfig, held_out: Source | None) -> EvaluationRecords | None:
+    """Return the records to evaluate on, checked, None without any; raises BadConfig for what does not fit."""
+    records = open_records(config, held_out)
+    if records is not None:
+        check_records(config, records)
+    return records
 
 
 def make_step(config: RunConfig, name: str, model: Model, mesh: Mesh) -> tuple[optax.GradientTransformation, Callable]:

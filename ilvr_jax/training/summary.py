@@ -1,4 +1,4 @@
-"""The results of a run: stages/<stage>.json, summary.json, solutions.png and the table of success."""
+"""The results of a run: stages/<stage>.json, summary.json, solutions.png and the table of evaluations."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,16 @@ import jax
 from ilvr_jax.data.pipeline import skipped_records
 from ilvr_jax.distributed import is_main
 from ilvr_jax.errors import InputError
-from ilvr_jax.evaluation.maps import read_answers
+from ilvr_jax.evaluation.evaluator import summary_file
 from ilvr_jax.files import read_object, write_json, written
-from ilvr_jax.reports.pictures import draw_solutions
-from ilvr_jax.reports.tables import success_table
+from ilvr_jax.reports.pictures import draw_solutions, read_solutions
+from ilvr_jax.reports.tables import accuracy_table, success_table
 from ilvr_jax.training.clock import Clock
+from ilvr_jax.training.evaluations import stage_answers, stage_results
 from ilvr_jax.training.run import Run
 from ilvr_jax.training.state import TrainState
 
+MAPS = "vsp_planning"  # the task whose answers are drawn
 FIELDS = {  # of a stage's summary that is read again
     "steps": int,
     "seconds": int | float,
@@ -55,19 +57,23 @@ def write_stage_summary(run: Run, name: str, state: TrainState, clock: Clock, it
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """Print the table of success by stage, draw the picture, and return the summary, written to summary.json."""
+    """Print the table of evaluations by stage, draw the picture of maps, and return the summary of the run.
+
+    The summary is written to summary.json, the picture to solutions.png.
+    """
     stages: dict[str, Any] = {}
     for name in run.config.stages:
         stages[name] = read_stage_summary(run.workdir, name) or {"steps": run.config.stages[name].steps}
-        if run.evaluation_source is not None:
-            stages[name]["evaluation"] = read_object(run.workdir / "evaluations" / f"{name}.json")
-    evaluations = {name: stage["evaluation"] for name, stage in stages.items() if "evaluation" in stage}
-    if evaluations:
-        run.progress.console.print(success_table(evaluations))
-        last = run.workdir / "evaluations" / f"{list(evaluations)[-1]}.json"
-        if is_main():
+        if run.evaluation_records is not None:
+            stages[name]["evaluation"] = read_object(summary_file(stage_results(run, name)))
+    if run.evaluation_records is not None:
+        evaluations = {name: stage["evaluation"] for name, stage in stages.items()}
+        is_maps = run.config.eval.task == MAPS
+        run.progress.console.print((success_table if is_maps else accuracy_table)(evaluations))
+        if is_maps and is_main():
+            solutions = read_solutions(run.evaluation_records.source, stage_answers(run, list(stages)[-1]))
             with written(run.workdir / "solutions.png") as unfinished:
-                draw_solutions(read_answers(last), unfinished)
+                draw_solutions(solutions, unfinished)
     summary = {
         "workdir": str(run.workdir),
         "device": jax.devices()[0].device_kind,

@@ -113,7 +113,7 @@ def test_a_published_checkpoint_without_latent_tokens_answers_in_plain_text_with
         (["--repetition-penalty=0"], "--repetition-penalty must be from 0.01 to 100, got 0.0"),
         (["--stop="], "--stop must be strings of one letter or more, got ('',)"),
         (["--n=0", "--json"], "--n must be from 1 to 65536, got 0"),
-        (["--n=2"], "--temperature must be above 0 for --n above 1, or all answers are equal"),
+        (["--n=2"], "--n must be 1 with temperature 0, at which all answers are equal, got 2"),
         (["--n=2", "--temperature=1", "--latents=x.npy"], "--n must be 1 with --latents, a file for one answer, got 2"),
         (["--longest-prompt=10"], "the prompt must have at most 10 tokens (--longest-prompt), got 25"),
         (["--longest-prompt=0"], "--longest-prompt must be a whole number from 1"),

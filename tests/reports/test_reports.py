@@ -9,14 +9,26 @@ from rich.console import Console
 
 from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.data.frozen_lake.source import FrozenLakeSource, shortest_path
-from ilvr_jax.evaluation.maps import Evaluation, MapAnswer
-from ilvr_jax.reports.pictures import CELL_PIXELS, EYE, RIGHT, WRONG, choose_answers, draw_answer, draw_solutions
-from ilvr_jax.reports.tables import success_rows, success_table
-from ilvr_jax.tasks.vsp_planning import holes_matter, is_detour, play
+from ilvr_jax.data.records import Record
+from ilvr_jax.evaluation.results import summarise
+from ilvr_jax.inference.transcript import show_look
+from ilvr_jax.reports.pictures import (
+    CELL_PIXELS,
+    EYE,
+    RIGHT,
+    WRONG,
+    Solution,
+    choose_answers,
+    draw_answer,
+    draw_solutions,
+    moves_before_looks,
+)
+from ilvr_jax.reports.tables import accuracy_rows, accuracy_table, success_rows, success_table
+from ilvr_jax.tasks.vsp_planning import PAINTED, figures, holes_matter, is_detour, play
 
 
-def answer_of(map_desc, moves, looks=(), unholed=None, name=""):
-    return MapAnswer(name, map_desc, "", moves, unholed, play(map_desc, moves), (4,) * len(looks), looks)
+def answer_of(map_desc, moves, looks=()):
+    return Solution(map_desc, moves, looks)
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +40,21 @@ def maps():
 FREE, BLOCKED = ((1, 0, 2), (0, 0, 0), (0, 0, 0)), ((1, -1, 2), (0, 0, 0), (0, 0, 0))
 
 
+def line_of(number, map_desc, moves, looks=0, form=""):
+    right, counts = play(map_desc, moves) == "goal", {"picture_tokens": 0, "tokens": 9, "looks": looks}
+    key = {"number": number, "form": form, "sample": 0}
+    return {**key, "answer": moves, "right": right, "stop_reason": "end", "slots": 4 * looks, **counts}
+
+
+def summary_of_lines(maps, lines, seconds):
+    records = {number: Record("?", (), (), map_desc=map_desc) for number, map_desc in enumerate(maps)}
+    return {**summarise(lines), **figures(records, lines), "seconds": seconds}
+
+
 def summary_of(moves):
-    return Evaluation((answer_of(FREE, "RR", ("R",), "RR"), answer_of(BLOCKED, moves, (), "RR")), 12.4).summary()
+    lines = [line_of(0, FREE, "RR", looks=1), line_of(1, BLOCKED, moves)]
+    lines += [line_of(number, FREE, "RR", form=PAINTED) for number in range(2)]
+    return summary_of_lines((FREE, BLOCKED), lines, 12.4)
 
 
 def test_the_table_puts_stages_under_the_hole_blind_policy():
@@ -51,7 +76,7 @@ def test_the_table_puts_stages_under_the_hole_blind_policy():
 
 
 def test_groups_without_maps_are_dashes():
-    summary = Evaluation((answer_of(FREE, None),), 0.0).summary()
+    summary = summary_of_lines((FREE,), [line_of(0, FREE, None)], 0.0)
     assert success_rows({"stage1": summary})[1][-1] == ["stage1", "0.00", "0.00", "–", "–", "–", "1", "0", "0 s"]
 
 
@@ -59,11 +84,37 @@ def test_the_table_fits_a_narrow_terminal():
     summary = summary_of("RR")
     for key in ("success_by_level", "hole_blind_by_level"):
         summary[key] = {str(level): 0.5 for level in (3, 4, 5, 6)}
-    summary |= {"latent_segments": 12345, "seconds": 123.0}
+    summary |= {"looks": 12345, "seconds": 123.0}
     console = Console(width=80, record=True, file=open("/dev/null", "w"))
     console.print(success_table({"warm_up": summary}))
     text = console.export_text()
     assert "…" not in text and "12345" in text and "123 s" in text
+
+
+def test_other_tasks_have_a_table_of_accuracy():
+    summary = summary_of("RR") | {"cut_off": 1}
+    header, rows = accuracy_rows({"stage1": summary, "stage2": summarise([]) | {"seconds": 3}})
+    assert dict(zip(header, rows[0], strict=True)) == {
+        "": "stage1",
+        "questions": "2",
+        "accuracy": "0.50",
+        "95 % interval": "0.09–0.91",
+        "no answer": "0",
+        "cut off": "1",
+        "looks": "1",
+        "slots": "4",
+        "time": "12 s",
+    }
+    assert rows[1] == ["stage2", "0", "–", "", "0", "0", "0", "0", "3 s"]
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    console.print(accuracy_table({"warm_up": summary}))
+    assert "0.09–0.91" in console.export_text()
+
+
+def test_moves_before_a_look_are_those_in_words():
+    text = f"up{show_look(4)} then left{show_look(0, 9)} up-down{show_look(12)}right"
+    assert moves_before_looks(text) == ("U", "UL", "ULUD")
+    assert moves_before_looks("up, down") == ()
 
 
 def hardest_first(hardness, taken):

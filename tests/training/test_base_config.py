@@ -15,13 +15,15 @@ from ilvr_jax.config.experiments import evaluation_file, load_config, parse
 from ilvr_jax.config.flags import override
 from ilvr_jax.data.sources import make_tokenizer, open_source
 from ilvr_jax.data.tokenizer import special_tokens
-from ilvr_jax.evaluation.maps import evaluate
-from ilvr_jax.inference.decode import generate
+from ilvr_jax.inference.decode import decode_steps, prefill
+from ilvr_jax.inference.sizes import GROUPS, MAX_SIZES
 from ilvr_jax.method.layout import Layout
 from ilvr_jax.models.sharding import one_device
+from ilvr_jax.progress import Progress
 from ilvr_jax.training.batches import open_iterator
+from ilvr_jax.training.evaluations import evaluate_stage, stage_summary
 from ilvr_jax.training.run import Run
-from ilvr_jax.training.setup import make_step, open_evaluation_source
+from ilvr_jax.training.setup import make_step, open_evaluation_records
 from ilvr_jax.training.state import init_train_state
 from tests.paths import REPOSITORY
 
@@ -54,9 +56,9 @@ def open_run(path: Path, workdir: Path) -> Run:
     model = build_run_model(config, workdir, tokenizer)
     mesh = one_device()
     steps = {name: make_step(config, name, model, mesh) for name in config.stages}
-    evaluation_source = open_evaluation_source(config)
-    special = special_tokens(tokenizer)
-    return Run(config, workdir, source, evaluation_source, tokenizer, special, model, mesh, steps, progress=None)
+    records = open_evaluation_records(config, None)
+    special, progress = special_tokens(tokenizer), Progress(None)
+    return Run(config, workdir, source, records, tokenizer, special, model, mesh, steps, progress)
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +105,10 @@ def test_each_step_compiles_once_a_bucket(run, stage):
 
 
 def test_evaluation_compiles_decoding_once(run):
-    before = generate._cache_size()
-    params = run.model.init(jax.random.key(0))
-    evaluate(run.config, run.evaluation_source, run.model, params, run.tokenizer, run.special)
-    assert generate._cache_size() - before == 1
+    before = decode_steps._cache_size(), prefill._cache_size()
+    evaluate_stage(run, "stage2", run.model.init(jax.random.key(0)))
+    assert stage_summary(run, "stage2")["questions"] == 200
+    assert decode_steps._cache_size() - before[0] == 1 and prefill._cache_size() - before[1] <= MAX_SIZES * len(GROUPS)
 
 
 def test_the_maps_of_the_evaluation_are_left_out_of_the_training_data(run):

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import re
 import resource
 import sys
 import time
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ilvr_jax.train import main
 from ilvr_jax.training.metrics import read_metrics
-from tests.samples import tiny_config
+from tests.samples import export_maps, tiny_config
 
 STAGES, STEPS, KILLS = ("stage1", "stage2"), 20, 10
 
@@ -27,7 +28,7 @@ def tiny() -> ConfigDict:
     return config
 
 
-def run(folder: Path, name: str, file_size: int | None) -> None:
+def run(folder: Path, name: str, file_size: int | None, flags: tuple[str, ...]) -> None:
     """Run the training command in this process and ends it with the command's status."""
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -35,7 +36,7 @@ def run(folder: Path, name: str, file_size: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     with (folder / f"{name}.err").open("a") as errors:
         sys.stderr = errors
-        status = main([f"--config={folder / 'tiny.py'}", f"--workdir={folder / name}"])
+        status = main([f"--config={folder / 'tiny.py'}", f"--workdir={folder / name}", *flags])
     raise SystemExit(status)
 
 
@@ -49,8 +50,8 @@ class Trainer:
         text = f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({tiny().to_dict()})\n"
         (folder / "tiny.py").write_text(text)
 
-    def start(self, name: str, file_size: int | None = None) -> multiprocessing.Process:
-        process = self.context.Process(target=run, args=(self.folder, name, file_size), daemon=True)
+    def start(self, name: str, file_size: int | None = None, flags: tuple[str, ...] = ()) -> multiprocessing.Process:
+        process = self.context.Process(target=run, args=(self.folder, name, file_size, flags), daemon=True)
         process.start()
         return process
 
@@ -104,6 +105,44 @@ def test_ten_kills_change_no_loss(trainer, whole):
     process.join()
     assert process.exitcode == 0, trainer.errors("killed")
     assert losses(workdir) == whole
+
+
+def test_kills_during_evaluations_keep_their_answers(trainer, whole):
+    """SIGKILL inside a stage's evaluation and in the one at its end; both are completed by the next process."""
+    maps = export_maps(trainer.folder / "maps", 30)
+    flags = (f"--config.eval.data={maps}", "--config.eval.every=12", "--config.eval.batch_size=1")
+    flags += ("--config.eval.max_new_tokens=64",)  # so that an evaluation takes a while
+    process = trainer.start("evaluated", flags=flags)
+    process.join()
+    assert process.exitcode == 0, trainer.errors("evaluated")
+    workdir, theirs = (trainer.folder / name / "evaluations" for name in ("torn", "evaluated"))
+    places = [f"{place}-vsp_planning-latent.jsonl" for place in ("stage1-step12", "stage1", "stage2-step12", "stage2")]
+    for place in places[:3]:
+        path = workdir / place
+        process = trainer.start("torn", flags=flags)
+        wait_until(lambda path=path: path.exists() and path.read_bytes().count(b"\n") > 5, process)
+        process.kill()
+        process.join()
+        assert process.exitcode == -9, trainer.errors("torn")
+        kept = path.read_bytes().rpartition(b"\n")[0]
+        process = trainer.start("torn", flags=flags)
+        wait_until(lambda path=path: path.with_suffix(".summary.json").exists(), process)
+        process.kill()
+        process.join()
+        assert 5 <= kept.count(b"\n") < 60, kept.count(b"\n")
+        assert path.read_bytes().startswith(kept)
+    process = trainer.start("torn", flags=flags)
+    process.join()
+    assert process.exitcode == 0, trainer.errors("torn")
+    for place in places:
+        ours, others = (answers(folder / place) for folder in (workdir, theirs))
+        assert ours == others and len(ours) == 1 + 60
+    assert losses(trainer.folder / "torn") == whole
+
+
+def answers(path):
+    """Return the lines of a results file in a fixed order, without the answers' times."""
+    return sorted(re.sub(r'"seconds": [\d.e-]+', "", line) for line in path.read_text().splitlines())
 
 
 def test_sigterm_saves_within_a_step_and_a_full_disk_leaves_it(trainer, whole):

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from ilvr_jax import convert
+from ilvr_jax import convert, evaluate
 from ilvr_jax.checkpoints.export import write_adapter
 from ilvr_jax.checkpoints.runs import build_run_model, restore_run
 from ilvr_jax.checkpoints.trained import load_model
@@ -50,6 +50,7 @@ def tiny_run(checkpoint, examples, lora):
     for name in STAGES:
         config[name].update(epochs=0, steps=STEPS, batch_size=2, accumulation=2, learning_rate=1e-2, warmup_steps=2)
     config.update(log_every=1, checkpoint_every=4)
+    config.eval.max_new_tokens = 8
     return config
 
 
@@ -116,6 +117,16 @@ def check_falling(workdir):
 def test_losses_fall_in_both_stages(finished):
     _, workdir = finished
     check_falling(workdir)
+
+
+def test_the_record_held_out_is_evaluated_on_as_by_the_command(finished):
+    """The model of training is the one that is loaded: one digest of parameters, tokenizer and settings."""
+    _, workdir = finished
+    files = {path: path.read_bytes() for path in (workdir / "evaluations").iterdir()}
+    assert len(files) == 3 * len(STAGES)
+    for stage in STAGES:
+        assert evaluate.main([str(workdir), f"--stage={stage}"]) == 0
+    assert {path: path.read_bytes() for path in (workdir / "evaluations").iterdir()} == files
 
 
 def stop_after(stage, step, config, workdir):

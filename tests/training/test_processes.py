@@ -111,8 +111,13 @@ def test_two_processes_have_the_losses_of_one_and_one_of_them_writes(one, two):
     workdir, printed = two
     assert curve(one).shape == (12, 2)
     np.testing.assert_allclose(curve(workdir), curve(one), atol=1e-4)
-    assert "Results written to" in printed[0] and "success" in printed[0]
+    assert "Results written to" in printed[0] and "accuracy" in printed[0]
     assert "stage1" not in printed[1]
+    names = [sorted(path.name for path in (run / "evaluations").iterdir()) for run in (one, workdir)]
+    assert names[0] == names[1] and len(names[0]) == 3 * 2
+    for stage in ("stage1", "stage2"):
+        answers = (workdir / "evaluations" / f"{stage}-vsp_planning-latent.jsonl").read_text().splitlines()
+        assert len(answers) == 1 + 2 * 12  # with and without holes
     assert "stage1: encoded" in printed[0] and "stage2: encoded 0 images" in printed[0]
     answers = [folder / "evaluations" / "stage2.samples.jsonl" for folder in (one, workdir)]
     assert answers[0].read_text() == answers[1].read_text()

@@ -19,7 +19,6 @@ from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.config.workdir import check_resumable, write_config
 from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
-from ilvr_jax.data.records import BadRecord
 from ilvr_jax.files import locked_folder
 from ilvr_jax.method.layout import Layout, padded_tokens
 from ilvr_jax.progress import Progress
@@ -31,7 +30,7 @@ from ilvr_jax.training.evaluations import is_evaluated
 from ilvr_jax.training.interruption import Interrupted
 from ilvr_jax.training.loop import train
 from ilvr_jax.training.metrics import read_metrics
-from ilvr_jax.training.setup import make_step, open_evaluation_source, with_steps
+from ilvr_jax.training.setup import make_step, open_evaluation_records, with_steps
 from tests.samples import POISON, export_maps, poison_objective, tiny_config
 
 BASE = Path(__file__).parents[2] / "configs" / "base.py"
@@ -76,9 +75,10 @@ def test_every_stage_runs_and_leaves_its_results(finished, config):
     assert {line["stage"] for line in lines if "similarity" in line} == {"stage1"}
     for name in STAGES:
         assert summary["stages"][name]["compilations"] == 1
-        evaluation = json.loads((workdir / "evaluations" / f"{name}.json").read_text())
+        evaluation = json.loads((workdir / "evaluations" / f"{name}-vsp_planning-latent.summary.json").read_text())
         assert evaluation == summary["stages"][name]["evaluation"]
-        assert 0 <= evaluation["success_rate"] <= 1
+        assert 0 <= evaluation["accuracy"] <= 1 and evaluation["questions"] == 4
+        assert (evaluation["stage"], evaluation["step"]) == (name, STEPS)
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert (workdir / "solutions.png").read_bytes().startswith(b"\x89PNG")
     assert f"stage2 {STEPS}/{STEPS}" in (workdir / "train.log").read_text()
@@ -95,12 +95,10 @@ def test_parts_that_a_stage_does_not_train_stay_as_they_are(finished):
 
 def test_a_finished_run_is_not_run_again(finished, config):
     workdir, summary = finished
-    before = (workdir / "metrics.jsonl").read_bytes(), (workdir / "evaluations" / "stage1.json").stat().st_mtime_ns
+    files = (workdir / "metrics.jsonl", *(workdir / "evaluations").iterdir())
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
     again = train(parse(config), workdir)
-    assert before == (
-        (workdir / "metrics.jsonl").read_bytes(),
-        (workdir / "evaluations" / "stage1.json").stat().st_mtime_ns,
-    )
+    assert before == [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
     assert again == summary
 
 
@@ -161,12 +159,13 @@ def test_a_run_stopped_at_the_last_step_of_a_stage_keeps_its_figures(config, tmp
     stop_at(4)
     evaluations = workdir / "evaluations"
     evaluations.mkdir(parents=True)
-    for name in ("warm_up.json", "warm_up.settings.json", "warm_up_2.json"):
-        (evaluations / name).write_text("{}")
+    for name in ("warm_up", "warm_up_2", "warm_up-step4"):
+        (evaluations / f"{name}-vsp_planning-latent.summary.json").write_text("{}")
     with pytest.raises(Interrupted, match="after step 4 of 6"):
         train(parse(config), workdir)
     assert not (workdir / "stages" / "warm_up.json").exists()
-    assert [path.name for path in evaluations.iterdir()] == ["warm_up_2.json"]
+    others = ["warm_up-step4-vsp_planning-latent.summary.json", "warm_up_2-vsp_planning-latent.summary.json"]
+    assert sorted(path.name for path in evaluations.iterdir()) == others
     stop_at(STEPS)
     with pytest.raises(Interrupted, match="after step 6 of 6") as stopped:
         train(parse(config), workdir)
@@ -223,16 +222,21 @@ def test_runs_on_files_are_evaluated_on_maps_that_eval_data_names_alone(config, 
     config = config.copy_and_resolve_references()
     config.data.update(source=source, path="train.jsonl")
     config.eval.data = str(export_maps(tmp_path)) if data == "maps" else data
-    evaluated_on = open_evaluation_source(config)
-    assert (evaluated_on and len(evaluated_on)) == count
-    assert (evaluation_file(config) is None) == (count is None)
+    evaluated_on = open_evaluation_records(parse(config), None)
+    assert (evaluated_on and len(evaluated_on.source)) == count
+    assert (evaluation_file(parse(config)) is None) == (count is None)
 
 
-def test_a_record_of_eval_data_without_map_is_named(config):
+def test_records_that_the_task_cannot_score_are_named_before_training(config, tmp_path):
     config = config.copy_and_resolve_references()
     config.eval.data = "tests/data/mirage/sample.jsonl"
-    with pytest.raises(BadRecord, match="^sample.jsonl line 1: must have a map_desc, since records of `eval.data` are"):
-        open_evaluation_source(config)
+    with pytest.raises(BadConfig) as error:
+        train(parse(config), tmp_path / "run")
+    sentence = "`eval.task` must be a task for the records of tests/data/mirage/sample.jsonl, got vsp_planning (sample"
+    assert str(error.value).startswith(sentence) and 'line 1: must have a "map_desc"' in str(error.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    config.eval.task = "vsp_reasoning"
+    assert len(open_evaluation_records(parse(config), None).source) == 3
 
 
 def test_skipped_updates_are_logged_and_counted(config, tmp_path, monkeypatch):
@@ -339,25 +343,24 @@ def test_a_stage_is_evaluated_again_on_other_records_or_after_other_steps(copied
     config.eval.data = str(tmp_path / "other.jsonl")
 
     def current(name):
-        source = open_evaluation_source(parse(config))
-        return is_evaluated(types.SimpleNamespace(config=parse(config), workdir=copied, evaluation_source=source), name)
+        records = open_evaluation_records(parse(config), None)
+        run = types.SimpleNamespace(config=parse(config), workdir=copied, evaluation_records=records, **parts)
+        return is_evaluated(run, name)
 
+    restored = restore_run(copied)
+    parts = {"model": restored.model, "tokenizer": restored.tokenizer, "special": restored.special}
     Path(config.eval.data).write_text("".join(lines[:3]))
     assert not current("warm_up")
     summary = train(parse(config), copied)
-    assert [stage["evaluation"]["samples"] for stage in summary["stages"].values()] == [3, 3, 3]
+    assert [stage["evaluation"]["questions"] for stage in summary["stages"].values()] == [3, 3, 3]
     assert all(map(current, STAGES))
     Path(config.eval.data).write_text("".join(lines[2::-1]))
     assert not any(map(current, STAGES))
     Path(config.eval.data).write_text("".join(lines[:3]))
     config.warm_up.steps += 1
     assert [current(name) for name in STAGES] == [False, True, True]
-    path = copied / "evaluations" / "stage1.settings.json"
-    for key in ("records", "step"):  # that older runs did not write
-        written = path.read_text()
-        path.write_text(json.dumps({other: value for other, value in json.loads(written).items() if other != key}))
-        assert not current("stage1")
-        path.write_text(written)
+    config.eval.limit = 2
+    assert not any(map(current, STAGES))
 
 
 def damage(workdir, stage, step):
@@ -423,14 +426,15 @@ DAMAGES = {
     "folder": lambda path: (path.unlink(), path.mkdir()),
     "FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
 }
-NEWEST = "checkpoints/stage2/6"
+NEWEST, ANSWERS = "checkpoints/stage2/6", "vsp_planning-latent"
 REBUILT = [  # files that are written again, or no longer needed
     ("stages/stage2.json", "deleted"),
     ("stages/warm_up.json", "list"),
-    ("evaluations/stage2.json", "deleted"),
-    ("evaluations/stage2.samples.jsonl", "cut"),
-    ("evaluations/stage2.settings.json", "garbage"),
-    ("evaluations/warm_up.json", "object"),
+    (f"evaluations/stage2-{ANSWERS}.summary.json", "deleted"),
+    (f"evaluations/stage2-{ANSWERS}.jsonl", "cut"),
+    (f"evaluations/stage2-{ANSWERS}.jsonl", "garbage"),
+    (f"evaluations/stage1-{ANSWERS}.jsonl", "deleted"),
+    (f"evaluations/warm_up-{ANSWERS}.summary.json", "object"),
     ("metrics.jsonl", "list"),
     ("summary.json", "garbage"),
     ("tokenizer/tokenizer_config.json", "deleted"),
@@ -445,7 +449,8 @@ REFUSED = [
     ("tokenizer/tokenizer.json", "deleted"),
     ("tokenizer/tokenizer.json", "cut"),
     ("stages/stage2.json", "folder"),
-    ("evaluations/stage2.json", "FIFO"),
+    (f"evaluations/stage2-{ANSWERS}.jsonl", "FIFO"),
+    (f"evaluations/stage2-{ANSWERS}.summary.json", "FIFO"),
     ("train.log", "FIFO"),
     ("solutions.png", "folder"),
     (f"{NEWEST}/_CHECKPOINT_METADATA", "emptied"),
@@ -494,6 +499,8 @@ def test_a_config_that_lacks_a_section_is_named(copied, change, capsys):
 def test_the_config_of_an_older_run_is_read(copied):
     fields = json.loads((copied / "config.json").read_text())
     del fields["data"]["accept_change"], fields["data"]["follow_links"]
+    for key in ("task", "fraction", "limit", "every"):
+        del fields["eval"][key]
     (copied / "config.json").write_text(json.dumps(fields))
     assert load_model(str(copied)).step == STEPS
 
@@ -529,6 +536,13 @@ def config_file(config, tmp_path):
         ),
         (["--config.data.source=files"], "`data.source` must be one of frozen_lake, ilvr, mirage"),
         (["--config.eval.data=absent.jsonl"], "absent.jsonl must be a file of records, but cannot be read"),
+        (["--config.eval.task=mazes"], "`eval.task` must be one of vsp_planning, vsp_reasoning, comt, zebra_cot, got"),
+        (["--config.eval.fraction=1.0"], "`eval.fraction` must be at least 0 and below 1, got 1.0"),
+        (["--config.eval.fraction=0.1"], "`eval.fraction` must be 0 with eval.data '"),
+        (
+            ["--config.eval.fraction=0.1", "--config.eval.data="],
+            "`eval.fraction` must be 0 with data.source frozen_lake, whose maps recur, got 0.1; set eval.data",
+        ),
         (["--config.eval.max_new_tokens=0"], "`eval.max_new_tokens` must be from 1 to 131072, got 0"),
         (["--config.latents.coverage=0"], "`latents.coverage` must be above 0 and at most 1, got 0.0"),
         (["--config.model.dtype=floot32"], "`model.dtype` must be one of float32"),
