@@ -11,7 +11,7 @@ from PIL import Image
 
 from ilvr_jax.checkpoints.trained import TrainedModel
 from ilvr_jax.config.fields import BadConfig
-from ilvr_jax.config.schema import DataConfig, EvalConfig, FrozenLakeConfig, RunConfig
+from ilvr_jax.config.schema import DataConfig, EvalConfig, FrozenLakeConfig, RunConfig, SamplingParams
 from ilvr_jax.data.examples import ExampleSettings
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.data.frozen_lake.source import FrozenLakeSource, shortest_path
@@ -70,7 +70,7 @@ def evaluator_of(player, records, **changes):
     model = types.SimpleNamespace(geometry=GEOMETRY, config="a model")
     prompts = ExampleSettings(latent_size=2)
     trained = TrainedModel(model, {}, player.tokenizer, player.special, prompts, 64, looks=True)
-    decoding = {"method": "latent", "max_new_tokens": 64, "latent_size": 2}
+    decoding = {"method": "latent", "latent_size": 2, "sampling": SamplingParams(64)}
     return Evaluator(trained, "vsp_planning", EvaluationRecords(records, "maps"), decoding, **changes)
 
 
