@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from ilvr_jax.config.experiments import VSP_MAPS
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.evaluate import main
 from ilvr_jax.evaluation.results import BadResults, Key, Results, summarise
@@ -173,6 +174,28 @@ def test_a_published_checkpoint_is_evaluated_in_plain_text(data, tmp_path, capsy
     assert "has no latent tokens; it is decoded as plain text" in capsys.readouterr().err
     assert json.loads(out.read_text().splitlines()[0])["settings"]["method"] == "text"
     assert len(answers(out)) == 2
+
+
+def test_a_run_has_defaults_of_its_own(tmp_path, capsys):
+    workdir = untrained_run(tmp_path / "run")
+    fields = json.loads((workdir / "config.json").read_text())
+    fields["seed"], fields["eval"]["limit"] = 7, 2
+    (workdir / "config.json").write_text(json.dumps(fields))
+    assert main([str(workdir), "--max-new-tokens=6"]) == 0
+    out = workdir / "evaluations" / "stage1-step5-vsp_planning-latent.jsonl"
+    settings = json.loads(out.read_text().splitlines()[0])["settings"]
+    assert (settings["seed"], settings["task"], settings["data"]) == (7, "vsp_planning", VSP_MAPS)
+    assert len(answers(out)) == 2 * 2
+    fields["eval"]["data"] = ""
+    (workdir / "config.json").write_text(json.dumps(fields))
+    capsys.readouterr()
+    assert main([str(workdir)]) == 2
+    assert f"--data must be a file of records, since {workdir} has none" in capsys.readouterr().err
+    assert main([str(workdir), "--root=images"]) == 2
+    assert "--root must come with --data, got 'images' alone" in capsys.readouterr().err
+    save_published(tmp_path / "published", dtype="float32", texts=["Which way?"])
+    assert main([str(tmp_path / "published"), f"--data={VSP_MAPS}"]) == 2
+    assert "--task must be one of vsp_planning, vsp_reasoning, comt, zebra_cot for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,16 @@ def test_a_run_on_any_data_is_evaluated_on_records_held_out_of_it(tmp_path, monk
     assert evaluate.main([str(tmp_path / "run")]) == 0 and path.read_bytes() == before
 
 
+def test_a_task_of_other_records_is_refused_before_training(tmp_path):
+    config, workdir = on_zebra_cot(zebra_cot_file(tmp_path), "vsp_planning"), tmp_path / "run"
+    with pytest.raises(BadConfig) as error:
+        train(parse(config), workdir)
+    data = f"the held-out part (0.25) of {tmp_path / 'rows.parquet'}"
+    sentence = f"`eval.task` must be a task for the records of {data}, got vsp_planning (rows.parquet row 3: must"
+    assert str(error.value).startswith(sentence)
+    assert not (workdir / "config.json").exists()
+
+
 def test_a_run_resumes_only_with_the_same_part_held_out(tmp_path):
     config = on_zebra_cot(zebra_cot_file(tmp_path))
     write_config(parse(config), tmp_path)
