@@ -23,7 +23,16 @@ from ilvr_jax.inference.requests import RequestOutput  # noqa: E402
 from ilvr_jax.inference.sizes import fit_settings  # noqa: E402
 from ilvr_jax.method.objectives import cross_entropy  # noqa: E402
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL  # noqa: E402
-from ilvr_jax.models.sharding import AXES, divisor, make_mesh, on_mesh, place_rows, placed_like, shardings  # noqa: E402
+from ilvr_jax.models.sharding import (  # noqa: E402
+    AXES,
+    divisor,
+    make_mesh,
+    on_mesh,
+    place_rows,
+    placed_like,
+    shardings,
+    to_mesh,
+)
 from ilvr_jax.training.optimizer import make_optimizer  # noqa: E402
 from ilvr_jax.training.state import abstract_train_state, init_train_state  # noqa: E402
 from ilvr_jax.training.step import OBJECTIVES, make_train_step  # noqa: E402
@@ -107,7 +116,7 @@ def published_tokens(mesh: Mesh, vectors: list[Vector]) -> np.ndarray:
         requests = [make_request(other.sample(), *sizes) for other in (vector, *group)]
         params = vector.params()
         with on_mesh(mesh):
-            params = jax.device_put(params, shardings(params, mesh))
+            params = jax.tree.map(to_mesh, jax.device_get(params), shardings(params, mesh))
             found.append(generate(Qwen2_5VL(vector.config), params, requests, vector.special)[0])
     return padded(found)
 

@@ -117,7 +117,11 @@ def _with(row: NamedTuple, **values: float) -> NamedTuple:
 @functools.partial(jax.jit, donate_argnames="state")
 def insert(state: DecodeState, row: Int[Array, ""], content: DecodeState) -> DecodeState:
     """Return the state with one row replaced by `content`."""
-    return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, axis=0), state, content)
+
+    def put(old: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, row, axis=0)
+
+    return replicate(jax.tree.map(put, state, content))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "special"), donate_argnames=("kv_cache", "last_hidden"))
@@ -155,7 +159,7 @@ def prefill(
     written = jnp.where(counts > 0, jnp.arange(room) if rows is None else rows, room)
     lengths = kv_cache.lengths.at[written].set(starts + counts, mode="drop")
     last_hidden = last_hidden.at[written].set(last.astype(last_hidden.dtype), mode="drop")
-    return kv_cache._replace(lengths=lengths), replicate(last_hidden)
+    return kv_cache._replace(lengths=replicate(lengths)), replicate(last_hidden)
 
 
 @functools.partial(jax.jit, donate_argnames=("kv_cache", "last_hidden"))
@@ -222,10 +226,10 @@ def decode_steps(
             hidden_states=jnp.where(running[:, None], hidden_states[:, 0], state.hidden_states),
             position=state.position + running,
         )
-        return step + 1, kv_cache, replicate(_write_tokens(model, decoder, state, running, special))
+        return step + 1, kv_cache, _write_tokens(model, decoder, state, running, special)
 
     _, kv_cache, state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), kv_cache, state))
-    return kv_cache, state
+    return kv_cache._replace(lengths=replicate(kv_cache.lengths)), replicate(state)
 
 
 def next_inputs(

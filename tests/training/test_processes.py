@@ -1,6 +1,7 @@
 """Several processes as one run: the losses of one process, and checkpoints that cross over."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from ilvr_jax.files import locked_folder
 from ilvr_jax.train import main
 from ilvr_jax.training.metrics import read_metrics
 from tests.samples import export_maps
+from tests.vectors import COPIES, of_kind
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = """
@@ -119,8 +121,32 @@ def test_two_processes_have_the_losses_of_one_and_one_of_them_writes(one, two):
         answers = (workdir / "evaluations" / f"{stage}-vsp_planning-latent.jsonl").read_text().splitlines()
         assert len(answers) == 1 + 2 * 12  # with and without holes
     assert "stage1: encoded" in printed[0] and "stage2: encoded 0 images" in printed[0]
-    answers = [folder / "evaluations" / "stage2.samples.jsonl" for folder in (one, workdir)]
-    assert answers[0].read_text() == answers[1].read_text()
+    assert answers_of(one) == answers_of(workdir)
+
+
+def answers_of(workdir: Path) -> dict[tuple[int, str], str]:
+    """Return the text of each answer after the last stage."""
+    lines = (workdir / "evaluations" / "stage2-vsp_planning-latent.jsonl").read_text().splitlines()[1:]
+    return {(line["number"], line["form"]): line["text"] for line in map(json.loads, lines)}
+
+
+def test_two_processes_decode_the_tokens_of_the_published_code(tmp_path):
+    command = [sys.executable, "-m", "tests.decoding_processes", str(tmp_path / "tokens")]
+    port, vectors = str(free_port()), of_kind(COPIES, "generate")[:2]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    started = [
+        subprocess.Popen([*command, str(process), port], cwd=REPOSITORY, env=environment) for process in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=240) for process in started] == [0, 0]
+    finally:  # processes that wait for each other would never end
+        for process in started:
+            process.kill()
+    for process in range(2):
+        for vector, tokens in zip(vectors, np.load(tmp_path / f"tokens.{process}.npy"), strict=True):
+            expected = vector["expect_tokens"]
+            np.testing.assert_array_equal(tokens[: len(expected)], expected)
 
 
 @pytest.mark.parametrize(("begun_by", "ended_by"), [(1, 2), (2, 1)])
