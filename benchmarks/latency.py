@@ -41,8 +41,9 @@ from benchmarks.latency_cases import (
 from benchmarks.latency_report import NOTES, draw, show, show_seconds, write_markdown
 from benchmarks.machine import Parser, device_line, measure_peaks, positive, refuse
 from ilvr_jax.analysis.flops import Cost, Peaks, decoder_cost, published_description, vision_cost
+from ilvr_jax.config.schema import SamplingParams
 from ilvr_jax.inference.engine import Engine
-from ilvr_jax.inference.requests import Answer, Request
+from ilvr_jax.inference.requests import Request, RequestOutput
 from ilvr_jax.inference.sizes import fit_settings
 from ilvr_jax.method.layout import Sample, build_sample
 from ilvr_jax.models.qwen2_5_vl.config import ModelConfig, model_config_from_hf
@@ -164,8 +165,8 @@ def make_requests(case: Case, method: str, pictures: Pictures) -> list[Request]:
     return [
         Request(
             prompts[number % len(prompts)],
-            max_new_tokens=len(tokens),
-            latent_size=case.slots,
+            SamplingParams(max_new_tokens=len(tokens)),
+            case.slots,
             method=method,
             draw_look=pictures if method == "pixels" else None,
             forced_tokens=forced,
@@ -174,7 +175,7 @@ def make_requests(case: Case, method: str, pictures: Pictures) -> list[Request]:
     ]
 
 
-def check_answer(answer: Answer, case: Case, method: str) -> None:
+def check_answer(answer: RequestOutput, case: Case, method: str) -> None:
     """Raise RuntimeError if an answer does not have the tokens and looks of the case."""
     looks = {"latent": case.looks, "pixels": case.looks, "single": 1, "text": 0}[method]
     written = len(answer.tokens), len(answer.looks), answer.stop_reason
@@ -199,8 +200,8 @@ def measure(model: Qwen2_5VL, params: PyTree, case: Case, method: str, repeats: 
         seconds = time.perf_counter() - start
         for answer in answers:
             check_answer(answer, case, method)
-        prompts = sum(answer.timings.first_token for answer in answers)
-        pictures_shown = sum(answer.timings.pictures for answer in answers)
+        prompts = max(answer.timings.first_token for answer in answers)  # prompts and pictures are prefilled together
+        pictures_shown = max(answer.timings.pictures for answer in answers)
         per_step = (seconds - prompts - pictures_shown) / steps.steps
         text, looks = per_step * len(steps.text), per_step * len(steps.slots) + pictures_shown
         runs.append(figures(prompts, text, looks, steps, method, case))

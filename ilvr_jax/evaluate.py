@@ -19,7 +19,7 @@ from ilvr_jax.config.schema import RunConfig
 from ilvr_jax.errors import quote
 from ilvr_jax.evaluation.evaluator import Evaluator, results_file, run_evaluation, summary_file
 from ilvr_jax.evaluation.records import EvaluationRecords, open_records
-from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, decoding_fields, flag_errors, usable_method
+from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, decoding_fields, flag_errors, set_defaults
 from ilvr_jax.inference.sampling import check_whole
 from ilvr_jax.tasks import TASKS
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 1 some records skipped, 2 bad input, 130 stopped."""
     options = read_flags(arguments)
     trained = load_model(options.checkpoint, options.stage, options.dtype)
-    options.method = usable_method(options, trained)
+    set_defaults(options, trained)
     evaluator = make_evaluator(options, trained)
     out = options.out or default_out(options, trained)
     summary = run_evaluation(evaluator, out)
@@ -88,7 +88,6 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=path_flag, help="a .jsonl file for the answers; a file with some of them is completed"
     )
     add_decoding_flags(parser)
-    parser.set_defaults(seed=None)  # that of the run, or 0
     options = parser.parse_args(arguments)
     with flag_errors():
         for name, most in (("samples_per_question", MOST_SAMPLES), ("batch_size", MOST_ROWS)):
@@ -107,7 +106,7 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 def make_evaluator(options: argparse.Namespace, trained: TrainedModel) -> Evaluator:
     """Return the evaluator for the flags, whose defaults for a run are its settings; raise InputError as `open_data`.
 
-    Sets the task, the seed and the limit of the flags to those that are used.
+    Sets the task and the limit of the flags to those that are used.
     """
     config = trained.config
     if options.task is None:
@@ -118,8 +117,6 @@ def make_evaluator(options: argparse.Namespace, trained: TrainedModel) -> Evalua
     if options.method == "pixels" and not hasattr(task, "draw_look"):
         drawing = ", ".join(name for name, module in TASKS.items() if hasattr(module, "draw_look"))
         raise BadConfig(f"--task must be one that draws pictures ({drawing}) for --method=pixels, got {options.task}")
-    if options.seed is None:
-        options.seed = config.seed if config else 0
     if options.limit is None:
         options.limit = config.eval.limit if config and options.data is None else 0
     decoding = decoding_fields(options, trained.prompts, trained.max_new_tokens)

@@ -17,7 +17,7 @@ from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.records import Record
 from ilvr_jax.errors import quote
 from ilvr_jax.files import check_output, named_errors, written
-from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, decoding_fields, usable_method
+from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, decoding_fields, set_defaults
 from ilvr_jax.inference.engine import Engine
 from ilvr_jax.inference.requests import Request, RequestOutput
 from ilvr_jax.inference.sizes import fit_settings
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 1 not written, 2 bad input, 130 stopped."""
     options = read_flags(arguments)
     trained = load_model(options.checkpoint, options.stage, options.dtype)
-    options.method = usable_method(options, trained)
+    set_defaults(options, trained)
     engine, request = prepare(options, trained)
     # What may belong to a stop string, or to several answers, is printed when it is complete.
     printer = None if options.json or options.stop or options.n > 1 else Printer(trained)

@@ -39,7 +39,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, action="append", default=[], help=f"{meaning}; repeat the flag for more")
         else:
             parser.add_argument(flag, type=field.type, default=field.default, help=f"{meaning} (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    parser.add_argument("--seed", type=int, help="of sampling (default: the run's, or 0)")
     parser.add_argument(
         "--longest-prompt",
         type=int,
@@ -54,12 +54,16 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def usable_method(options: argparse.Namespace, trained: TrainedModel) -> str:
-    """Return the method to decode with: "text" for a model without latent tokens, which is printed on stderr."""
-    if trained.looks or options.method == "text":
-        return options.method
-    print(f"{options.checkpoint} has no latent tokens; it is decoded as plain text", file=sys.stderr)
-    return "text"
+def set_defaults(options: argparse.Namespace, trained: TrainedModel) -> None:
+    """Set the seed to the run's, or 0, if it was not given, and the method of a model without latent tokens to "text".
+
+    The method is then printed on stderr.
+    """
+    if options.seed is None:
+        options.seed = trained.config.seed if trained.config else 0
+    if not trained.looks and options.method != "text":
+        options.method = "text"
+        print(f"{options.checkpoint} has no latent tokens; it is decoded as plain text", file=sys.stderr)
 
 
 def decoding_fields(options: argparse.Namespace, prompts: ExampleSettings, max_new_tokens: int) -> dict[str, Any]:

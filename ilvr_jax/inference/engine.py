@@ -269,9 +269,7 @@ class Engine:
             if on_tokens:
                 self._stream(count, on_tokens)
             looking = [row for row in self._rows_in_use() if status[row] == Status.LOOKING and row not in ended]
-            for row in looking:
-                if reason := self._show_picture(row, count[row]):
-                    ended[row] = reason
+            ended |= self._show_pictures(looking, count)
             for row in sorted(ended):
                 output = self._read_output(row, int(count[row]), ended[row])
                 self._free(row)
@@ -303,14 +301,33 @@ class Engine:
                 on_tokens(running.number, tokens[row, running.streamed : count[row]].tolist())
                 running.streamed = int(count[row])
 
-    def _show_picture(self, row: int, count: int) -> str | None:
-        """Prefill the picture that a row waits for, between latent markers, and resume the row.
+    def _show_pictures(self, rows: Sequence[int], count: Int[np.ndarray, " rows"]) -> dict[int, str]:
+        """Prefill the pictures that rows wait for, between latent markers, and resume the rows.
 
-        Return None, or why the answer ends instead: "picture" if there is no room for it, "refused" if there is none.
+        Return why answers end instead, by row: "picture" if there is no room for it, "refused" if there is none.
         """
-        running, special, began = self._running[row], self._special, time.monotonic()
+        began, parts, ended = time.monotonic(), {}, {}
+        for row in rows:
+            part = self._draw_picture(row, int(count[row]))
+            (ended if isinstance(part, str) else parts)[row] = part
+        if not parts:
+            return ended
+        self._batch.prefill(parts.values())
+        ends = {row: (part.first + len(part.tokens), int(part.position_ids.max()) + 1) for row, part in parts.items()}
+        self._batch.start(ends, after_picture=True)
+        seconds = time.monotonic() - began
+        for row, part in parts.items():
+            running = self._running[row]
+            running.length += len(part.tokens) - 1
+            running.pictures.append(part.images[0][0].vision_tokens)
+            running.picture_seconds += seconds
+        return ended
+
+    def _draw_picture(self, row: int, count: int) -> Prefill | str:
+        """Return the columns of the picture that a row waits for, or the reason that its answer ends instead."""
+        running, special = self._running[row], self._special
         written, position = (np.asarray(array)[row] for array in (self._batch.state.tokens, self._batch.state.position))
-        length = running.length + int(count) - 1  # the marker has no column of its own yet
+        length = running.length + count - 1  # the marker has no column of its own yet
         try:
             image = running.request.draw_look(written[:count].tolist())
             check_picture(image, self._model.config)
@@ -333,12 +350,7 @@ class Engine:
             return "picture"
         positions = self._model.geometry.position_ids(tokens, [grid], special.image_pad) + position
         chunks = plan_chunks(len(tokens), self.settings.chunks)
-        self._batch.prefill([Prefill(row, tokens, positions, [(image, 2)], chunks, first=length, is_picture=True)])
-        self._batch.start({row: (length + len(tokens), int(positions.max()) + 1)}, after_picture=True)
-        running.length += len(tokens) - 1
-        running.pictures.append(image.vision_tokens)
-        running.picture_seconds += time.monotonic() - began
-        return None
+        return Prefill(row, tokens, positions, [(image, 2)], chunks, first=length, is_picture=True)
 
     def _read_output(self, row: int, count: int, reason: str) -> RequestOutput:
         running, special = self._running[row], self._special
