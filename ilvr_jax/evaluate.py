@@ -12,14 +12,21 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ilvr_jax.checkpoints.trained import TrainedModel, load_model
+from ilvr_jax.checkpoints.trained import TrainedModel
 from ilvr_jax.command import ArgumentParser, command, path_flag
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.schema import RunConfig
 from ilvr_jax.errors import quote
 from ilvr_jax.evaluation.evaluator import Evaluator, results_file, run_evaluation, summary_file
 from ilvr_jax.evaluation.records import EvaluationRecords, open_records
-from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, decoding_fields, flag_errors, set_defaults
+from ilvr_jax.generation_flags import (
+    add_decoding_flags,
+    check_sizes,
+    decoding_fields,
+    flag_errors,
+    load_on_mesh,
+    set_defaults,
+)
 from ilvr_jax.inference.sampling import check_whole
 from ilvr_jax.tasks import TASKS
 
@@ -45,11 +52,11 @@ LABELS = {  # of figures whose names in the summary need an explanation
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 1 some records skipped, 2 bad input, 130 stopped."""
     options = read_flags(arguments)
-    trained = load_model(options.checkpoint, options.stage, options.dtype)
-    set_defaults(options, trained)
-    evaluator = make_evaluator(options, trained)
-    out = options.out or default_out(options, trained)
-    summary = run_evaluation(evaluator, out)
+    with load_on_mesh(options) as trained:
+        set_defaults(options, trained)
+        evaluator = make_evaluator(options, trained)
+        out = options.out or default_out(options, trained)
+        summary = run_evaluation(evaluator, out)
     apart = {"limit", *evaluator.settings(None)}
     figures = {name: value for name, value in summary.items() if name not in apart}
     Console().print(figures_table(f"{options.task}, method {options.method}", figures))

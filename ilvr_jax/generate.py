@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ilvr_jax.checkpoints.trained import TrainedModel, load_model
+from ilvr_jax.checkpoints.trained import TrainedModel
 from ilvr_jax.command import ArgumentParser, command, path_flag
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.data.examples import build_prompt
 from ilvr_jax.data.records import Record
 from ilvr_jax.errors import quote
 from ilvr_jax.files import check_output, named_errors, written
-from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, decoding_fields, set_defaults
+from ilvr_jax.generation_flags import add_decoding_flags, check_sizes, decoding_fields, load_on_mesh, set_defaults
 from ilvr_jax.inference.engine import Engine
 from ilvr_jax.inference.requests import Request, RequestOutput
 from ilvr_jax.inference.sizes import fit_settings
@@ -31,8 +31,14 @@ MOST_ROWS = 16  # answers decoded in parallel
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 1 not written, 2 bad input, 130 stopped."""
     options = read_flags(arguments)
-    trained = load_model(options.checkpoint, options.stage, options.dtype)
-    set_defaults(options, trained)
+    with load_on_mesh(options) as trained:
+        set_defaults(options, trained)
+        answer(options, trained)
+    return 0
+
+
+def answer(options: argparse.Namespace, trained: TrainedModel) -> None:
+    """Answer the question and print the outputs."""
     engine, request = prepare(options, trained)
     # What may belong to a stop string, or to several answers, is printed when it is complete.
     printer = None if options.json or options.stop or options.n > 1 else Printer(trained)
@@ -48,7 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if latents:
                 with named_errors(options.latents), latents.open("wb") as file:
                     np.save(file, np.asarray(output.latent_vectors, np.float32))
-    return 0
 
 
 def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -3,18 +3,23 @@
 import argparse
 import contextlib
 import dataclasses
+import math
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from ilvr_jax.checkpoints.trained import TrainedModel
+import jax
+
+from ilvr_jax.checkpoints.trained import TrainedModel, load_model
 from ilvr_jax.config.fields import rule_of
 from ilvr_jax.config.schema import DTYPES, SamplingParams
 from ilvr_jax.data.examples import ExampleSettings
-from ilvr_jax.errors import InputError
+from ilvr_jax.errors import InputError, quote
 from ilvr_jax.inference.requests import METHODS
 from ilvr_jax.inference.sampling import check_sampling, check_whole
 from ilvr_jax.method.layout import Sample
+from ilvr_jax.models.sharding import AXES, check_mesh, make_mesh, on_mesh
 
 LONGEST_PROMPT = 8192  # tokens
 LARGEST_IMAGE = 4096  # vision tokens
@@ -25,6 +30,9 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     methods = "; ".join(f"{name}: {description}" for name, description in METHODS.items())
     parser.add_argument("--stage", help="of a run, whose checkpoint is used (default: the last that has one)")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: the checkpoint's own)")
+    parser.add_argument(
+        "--mesh", type=mesh_flag, help="sizes of config.mesh, such as fsdp=2,tensor=4, to use several devices"
+    )
     parser.add_argument("--method", choices=METHODS, default="latent", help=f"of looking (default: latent); {methods}")
     parser.add_argument("--latent-size", type=int, help="slots per look (default: the run's, or 8)")
     for field in dataclasses.fields(SamplingParams):
@@ -52,6 +60,46 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         default=LARGEST_IMAGE,
         help=f"most vision tokens (default: {LARGEST_IMAGE})",
     )
+
+
+def mesh_flag(text: str) -> dict[str, int]:
+    """Return the sizes of a mesh from a flag; raise ArgumentTypeError if it cannot be read."""
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or not re.fullmatch("-?[0-9]{1,9}", size):
+            known = f"axis=size, each axis one of {', '.join(AXES)}"
+            raise argparse.ArgumentTypeError(f"must be {known}, with commas between them, got {quote(text)}")
+        sizes[axis] = int(size)
+    return sizes
+
+
+@contextlib.contextmanager
+def load_on_mesh(options: argparse.Namespace) -> Iterator[TrainedModel]:
+    """Load the checkpoint of the flags, and yield it on the mesh of --mesh, if given.
+
+    Raises InputError as `load_model` does, and if the mesh does not fit the devices or the model.
+    """
+    if options.mesh is None:
+        yield load_model(options.checkpoint, options.stage, options.dtype)
+        return
+    used, devices = math.prod(options.mesh.values()), jax.devices()
+    with mesh_errors():
+        mesh = make_mesh(options.mesh, devices[:used] if 0 < used < len(devices) else devices)
+    with on_mesh(mesh):
+        trained = load_model(options.checkpoint, options.stage, options.dtype, mesh)
+        with mesh_errors():
+            check_mesh(mesh, trained.model.config)
+        yield trained
+
+
+@contextlib.contextmanager
+def mesh_errors() -> Iterator[None]:
+    """Raise the ValueErrors of meshes as InputErrors that name the flag."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"--mesh must fit: {error}") from error
 
 
 def set_defaults(options: argparse.Namespace, trained: TrainedModel) -> None:

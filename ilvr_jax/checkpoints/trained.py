@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree, UInt32
 from transformers import PreTrainedTokenizerFast
 
@@ -88,10 +88,13 @@ def _sums(array: Array) -> UInt32[Array, " 2"]:
     return jnp.stack(sums)
 
 
-def load_model(checkpoint: str, stage: str | None = None, dtype: str | None = None) -> TrainedModel:
+def load_model(
+    checkpoint: str, stage: str | None = None, dtype: str | None = None, mesh: Mesh | None = None
+) -> TrainedModel:
     """Load the model of a workdir, by default after its last stage, or of a published checkpoint.
 
-    `dtype` is that of parameters and activations, by default the run's or the checkpoint's own. Raises BadConfig,
+    `dtype` is that of parameters and activations, by default the run's or the checkpoint's own; the mesh is by default
+    one device. Raises BadConfig,
     NoCheckpoint or BadCheckpoint if it cannot be loaded.
     """
     if not checkpoint:  # as a path it would be the current folder
@@ -102,7 +105,7 @@ def load_model(checkpoint: str, stage: str | None = None, dtype: str | None = No
         if dtype:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
         stage = choose_stage(folder, config, stage)
-        step, model, *parts = restore_run(folder, config, stage)
+        step, model, *parts = restore_run(folder, config, stage, mesh)
         prompts = prompt_settings(config, model.geometry)
         return TrainedModel(model, *parts, prompts, config.eval.max_new_tokens, True, config, stage, step)
     if stage is not None:
@@ -113,7 +116,8 @@ def load_model(checkpoint: str, stage: str | None = None, dtype: str | None = No
     if any((pretrained.folder / name).is_file() for name in IMAGE_PROCESSOR):
         processor = image_processor_settings(pretrained.folder)
         bounds = {key: processor[key] for key in ("min_pixels", "max_pixels")}
-    model, params = pretrained.backbone.model(config), load_params(pretrained, config, config.dtype, jax.random.key(0))
+    model = pretrained.backbone.model(config)
+    params = load_params(pretrained, config, config.dtype, jax.random.key(0), mesh)
     return TrainedModel(
         model,
         params,

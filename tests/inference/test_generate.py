@@ -1,5 +1,6 @@
 """python -m ilvr_jax.generate: its output for runs, published checkpoints and bad input."""
 
+import contextlib
 import json
 import os
 import re
@@ -201,3 +202,47 @@ def test_a_run_from_nothing_is_exported_with_the_end_of_its_chat(run, tmp_path):
     assert (generation.eos_token_id, generation.pad_token_id) == ([end], pad)
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out").get_text_config()
     assert (config.eos_token_id, config.bos_token_id, tokenizer.eos_token_id) == (end, pad, end)
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("fsdp", "must be axis=size, each axis one of slice, data, fsdp, tensor, with commas between them, got 'fsdp'"),
+        ("fsdp=3", "--mesh must fit: the number of devices must be 3 for slice 1, data 1, fsdp 3, tensor 1, got "),
+        ("tensor=0", "--mesh must fit: sizes must be whole numbers from 1, or -1 for the rest, got slice 1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_named(run, picture, capsys, flag, sentence):
+    with contextlib.suppress(SystemExit):
+        assert main([str(run), f"--image={picture}", f"--mesh={flag}"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+def test_several_devices_give_the_answer_of_one(run, picture):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-m", "ilvr_jax.generate", str(run), f"--image={picture}", "--json"]
+    outputs = []
+    for flags in ([], ["--mesh=fsdp=2,tensor=2"]):
+        done = subprocess.run([*command, *flags], capture_output=True, cwd=REPOSITORY, env=environment, text=True)
+        assert done.returncode == 0, done.stderr
+        outputs.append(json.loads(done.stdout)["tokens"])
+    assert outputs[0] == outputs[1]
+    refused = subprocess.run([*command, "--mesh=tensor=3"], capture_output=True, cwd=REPOSITORY, env=environment)
+    assert (
+        refused.returncode == 2 and b"tensor must divide the model's num_attention" in refused.stderr
+    )
+
+
+def test_several_answers_and_stop_strings(run, picture, capsys):
+    flags = [run, f"--image={picture}", "--json"]
+    sampled = [*flags, "--n=3", "--temperature=1.5", "--seed=4"]
+    answers = [json.loads(line) for line in printed(capsys, *sampled).splitlines()]
+    assert [answer["sample"] for answer in answers] == [0, 1, 2]
+    assert len({tuple(answer["tokens"]) for answer in answers}) > 1
+    (alone,) = [json.loads(line) for line in printed(capsys, *flags, "--temperature=1.5", "--seed=4").splitlines()]
+    assert alone["tokens"] == answers[0]["tokens"]
+    whole = json.loads(printed(capsys, *flags, "--method=text"))["text"]
+    stop = whole[len(whole) // 2 :][:2]
+    out = printed(capsys, run, f"--image={picture}", "--method=text", f"--stop={stop}")
+    assert out.startswith(whole[: whole.index(stop)] + "\n")
