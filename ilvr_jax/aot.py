@@ -181,7 +181,7 @@ def show(report: Report, topology: str, console: Console) -> None:
     table.add_section()
     table.add_row(f"of {report.chip.memory / GIB:.0f} GiB", f"{report.used / GIB:.2f}")
     console.print(table)
-    sent = "; ".join(f"{call.count} {call.kind}, {call.bytes / GIB:.2f} GiB" for call in report.collectives or ())
+    sent = "; ".join(f"{call.count} {call.kind}, {call.bytes / GIB:.3g} GiB" for call in report.collectives or ())
     if report.collectives is None:
         sent = "unknown, since this jaxlib cannot read the program that libtpu compiled"
     at_peak = report.flops / report.chips / report.chip.flops

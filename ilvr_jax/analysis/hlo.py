@@ -77,6 +77,8 @@ def memory_reads(program: str, other_trips: int = 1) -> int:
             used = OPERAND.findall(line[operation.end() :].split(")")[0])
             if f" parameter({number})" in line or (operation[2] == "bitcast" and aliases & {*used}):
                 aliases.add(result[1])
+                if line.lstrip().startswith("ROOT"):
+                    return size
             for place, operand in enumerate(used):
                 if operand not in aliases or operation[2] == "bitcast":
                     continue

@@ -71,7 +71,7 @@ def load_params(
         from_adapter = adapter is not None and adapter.has_table(name)
         if rows := pretrained.missing if from_adapter else pretrained.added:
             table = params["decoder"].pop(name)
-            params["decoder"][name] = with_latent_rows(table, rows, config.vocab_size)
+            params["decoder"][name] = with_latent_rows(table, rows, config.vocab_size, pretrained.dtype)
     if config.lora.rank:
         params["adapters"] = jax.jit(lambda key: model.init(key)["adapters"])(key)
         if continues:
@@ -95,16 +95,17 @@ def fit_adapter(adapter: PeftAdapter, model: Model, base_rows: int) -> PeftAdapt
 
 
 def with_latent_rows(
-    table: Float[Array, "rows channels"], added: Sequence[int], vocabulary: int
+    table: Float[Array, "rows channels"], added: Sequence[int], vocabulary: int, dtype: str
 ) -> Float[Array, "vocabulary channels"]:
     """Return an embedding with `vocabulary` rows, where those of the `added` tokens are the mean of all rows before.
 
-    Donates the buffer of `table`.
+    The mean is rounded to `dtype`, the checkpoint's own, so that the rows do not depend on the dtype that it is loaded
+    in. Donates the buffer of `table`.
     """
     first = min(added)
     # In blocks, since a CPU converts all of a bfloat16 array to float32 to sum it.
     blocks = (table[start : min(start + MEAN_ROWS, first)] for start in range(0, first, MEAN_ROWS))
-    mean = sum(block.sum(0, dtype=jnp.float32) for block in blocks) / first
+    mean = (sum(block.sum(0, dtype=jnp.float32) for block in blocks) / first).astype(dtype)
     if vocabulary > len(table):
         table = jnp.pad(table, ((0, vocabulary - len(table)), (0, 0)))
     for row in added:

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ilvr_jax import aot
-from ilvr_jax.analysis.compilation import config_model, open_topology
+from ilvr_jax.analysis.compilation import compile_decoding, config_model, open_topology
 from ilvr_jax.analysis.flops import SHAPES, decoder_flops, train_flops, vision_flops
 from ilvr_jax.config.experiments import load_config, parse
 from ilvr_jax.method.layout import Layout
@@ -149,3 +149,17 @@ def test_attention_of_a_published_size_keeps_no_scores(topology, columns):
         lowered = jax.jit(jax.grad(total, (0, 1, 2))).lower(query, key, key, valid)
     scores = 14 * 4 * columns**2
     assert lowered.compile().memory_analysis().temp_size_in_bytes < scores / 4
+
+
+@needs_libtpu
+@pytest.mark.parametrize("mesh", [{"fsdp": 4, "tensor": 4}, {"fsdp": 16}])
+def test_a_step_of_decoding_reads_weights_and_cache_once_and_gathers_no_weights(mesh):
+    config = load_config(f"{PUBLISHED}:7b-stage1")
+    config.mesh.update(data=1, **mesh)
+    config.eval.batch_size = 16
+    config = parse(config)
+    chip, devices = open_topology("v5e:4x4")
+    _, step = compile_decoding(config, "few_looks", config_model(config), chip, devices)
+    assert step.traffic < step.reads < 1.15 * step.traffic  # of the weights and the whole cache
+    sent = sum(call.bytes for call in step.collectives)
+    assert sent < 0.05 * step.memory["weights"]  # activations; the weights of a layer are 3.5 % of all, on each chip

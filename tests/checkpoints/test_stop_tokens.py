@@ -82,11 +82,15 @@ def test_answers_end_where_transformers_ends_them(published, tmp_path, capsys, g
 
 
 @pytest.mark.parametrize(
-    "sampling",
-    [{"min_new_tokens": 8}, {"repetition_penalty": 3.0}, {"repetition_penalty": 0.7, "min_new_tokens": 6}],
+    ("ends", "sampling"),
+    [
+        ([5, 316, 14], {"min_new_tokens": 8}),
+        ([300], {"repetition_penalty": 1.3}),
+        ([5, 316, 14], {"repetition_penalty": 0.7, "min_new_tokens": 6}),
+    ],
 )
-def test_penalties_and_least_lengths_are_those_of_transformers(published, tmp_path, sampling):
-    folder = with_ids(published, tmp_path / "model", [5, 316, 14], 162)
+def test_penalties_and_least_lengths_are_those_of_transformers(published, tmp_path, ends, sampling):
+    folder = with_ids(published, tmp_path / "model", ends, 162)
     _, plain, _ = answer_of(folder)
     _, answer, prompt = answer_of(folder, **sampling)
     assert list(answer.tokens) == transformers_answer(folder, prompt, **sampling)
