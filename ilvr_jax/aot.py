@@ -186,7 +186,7 @@ def show(report: Report, topology: str, console: Console) -> None:
         sent = "unknown, since this jaxlib cannot read the program that libtpu compiled"
     at_peak = report.flops / report.chips / report.chip.flops
     at_bandwidth = report.traffic / report.chip.bandwidth
-    moved = "weights, cache and optimizer read and written"
+    moved = "weights, optimizer and cache read and written"
     if report.reads is not None:
         moved = f"the program reads {report.reads / GIB:.2f} GiB per chip; weights and cache in use"
     console.print(

@@ -120,10 +120,10 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def in_main(act: Callable[[], None]) -> None:
+def in_main(act: Callable[[], None], exchange: Callable[[Any], list[Any]] | None = None) -> None:
     """Call a function in the main process; if it raises InputError or OSError there, the others raise InputError.
 
-    They would otherwise wait for it in vain.
+    They would otherwise wait for it in vain. `exchange` is from `open_exchange`, for many calls.
     """
     failure = None
     if is_main():
@@ -131,7 +131,7 @@ def in_main(act: Callable[[], None]) -> None:
             act()
         except (InputError, OSError) as error:
             failure = error
-    problem = open_exchange()(str(failure) if failure else None)[0]
+    problem = (exchange or open_exchange())(str(failure) if failure else None)[0]
     if failure:
         raise failure
     if problem:

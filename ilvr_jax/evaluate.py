@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         evaluator = make_evaluator(options, trained)
         out = options.out or default_out(options, trained)
         summary = run_evaluation(evaluator, out)
-    apart = {"limit", *evaluator.settings(None)}
+    apart = {"limit", "samples", *evaluator.settings(None)}
     figures = {name: value for name, value in summary.items() if name not in apart}
     Console().print(figures_table(f"{options.task}, method {options.method}", figures))
     print(f"Answers written to {out}, figures to {summary_file(out)}")
@@ -85,11 +85,13 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--instruction", default="", help="text after every question, for models that were not trained on the task"
     )
     parser.add_argument(
-        "--samples-per-question", type=int, default=1, help="answers per question; needs a temperature above 0"
+        "--samples-per-question",
+        type=int,
+        help="answers per question, for a temperature above 0 (default: the run's eval.n, or 1)",
     )
     parser.add_argument("--batch-size", type=int, default=16, help="answers decoded in parallel (default: 16)")
     parser.add_argument(
-        "--limit", type=int, help="ask only the first LIMIT records (default without --data: the run's)"
+        "--limit", type=int, help="ask only the first LIMIT records; 0: all (default without --data: the run's)"
     )
     parser.add_argument(
         "--out", type=path_flag, help="a .jsonl file for the answers; a file with some of them is completed"
@@ -98,11 +100,10 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     with flag_errors():
         for name, most in (("samples_per_question", MOST_SAMPLES), ("batch_size", MOST_ROWS)):
-            check_whole(name, getattr(options, name), 1, most)
+            if getattr(options, name) is not None:
+                check_whole(name, getattr(options, name), 1, most)
         if options.limit is not None:
-            check_whole("limit", options.limit, 1)
-    if options.samples_per_question > 1 and not options.temperature:
-        raise BadConfig("--temperature must be above 0 for --samples-per-question above 1, or all samples are equal")
+            check_whole("limit", options.limit)
     if options.out is not None and options.out.suffix != ".jsonl":
         raise BadConfig(f"--out must be a file whose name ends with .jsonl, got {quote(str(options.out))}")
     if options.root is not None and options.data is None:
@@ -126,7 +127,11 @@ def make_evaluator(options: argparse.Namespace, trained: TrainedModel) -> Evalua
         raise BadConfig(f"--task must be one that draws pictures ({drawing}) for --method=pixels, got {options.task}")
     if options.limit is None:
         options.limit = config.eval.limit if config and options.data is None else 0
-    decoding = decoding_fields(options, trained.prompts, trained.max_new_tokens)
+    if options.samples_per_question is None:
+        options.samples_per_question = config.eval.n if config else 1
+    if options.samples_per_question > 1 and not options.temperature:
+        raise BadConfig("--temperature must be above 0 for --samples-per-question above 1, or all samples are equal")
+    decoding = decoding_fields(options)
     records = open_data(options, config)
     for remark in getattr(records.source, "remarks", ()):
         print(remark, file=sys.stderr)

@@ -70,7 +70,9 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per answer, each on a line, and nothing else"
     )
-    parser.add_argument("--log-probabilities", action="store_true", help="of tokens, in the JSON object")
+    parser.add_argument(
+        "--log-probabilities", action="store_true", help="add the tokens' log-probabilities to the JSON object"
+    )
     parser.add_argument(
         "--latents", type=path_flag, help="a .npy file for the vectors of the slots: float32 [slots, channels]"
     )
@@ -90,7 +92,7 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 def prepare(options: argparse.Namespace, trained: TrainedModel) -> tuple[Engine, Request]:
     """Return an engine that fits the question, and its request; raise BadConfig or BadRecord if it is invalid."""
     prompts = trained.prompts
-    decoding = decoding_fields(options, prompts, trained.max_new_tokens)
+    decoding = decoding_fields(options)
     question = options.question if options.question is not None else prompts.question
     if question is None:
         raise BadConfig(f"the question must be given, since {options.checkpoint} has none of its own")
@@ -171,8 +173,10 @@ def print_end(output: RequestOutput) -> None:
 def as_dict(output: RequestOutput, samples: int) -> dict[str, Any]:
     """Return an answer, one of `samples`, as the JSON object that --json prints."""
     fields = dataclasses.asdict(output)
-    for name in ("number", "name", "latent_vectors", "error", "shared_tokens", *["sample"] * (samples == 1)):
+    for name in ("number", "name", "plain_text", "latent_vectors", "error", "shared_tokens"):
         del fields[name]
+    if samples == 1:
+        del fields["sample"]
     if fields["log_probabilities"] is None:
         del fields["log_probabilities"]
     return {"answer": find_final_answer(output.text), **fields}

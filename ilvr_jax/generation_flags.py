@@ -14,7 +14,6 @@ import jax
 from ilvr_jax.checkpoints.trained import TrainedModel, load_model
 from ilvr_jax.config.fields import rule_of
 from ilvr_jax.config.schema import DTYPES, SamplingParams
-from ilvr_jax.data.examples import ExampleSettings
 from ilvr_jax.errors import InputError, quote
 from ilvr_jax.inference.requests import METHODS
 from ilvr_jax.inference.sampling import check_sampling, check_whole
@@ -39,14 +38,14 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         flag, meaning = f"--{field.name.replace('_', '-')}", rule_of(field).meaning
         if field.name == "n":  # evaluate has --samples-per-question
             continue
-        if field.name == "max_new_tokens":
-            parser.add_argument(flag, type=int, help=f"{meaning} (default: the run's, or {field.default})")
-        elif field.type is bool:
-            parser.add_argument(flag, action="store_true", help=meaning)
+        if field.type is bool:
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, help=f"{meaning} (default: the run's, or no)"
+            )
         elif field.name == "stop":
-            parser.add_argument(flag, action="append", default=[], help=f"{meaning}; repeat the flag for more")
+            parser.add_argument(flag, action="append", help=f"{meaning}; repeat the flag for more (default: the run's)")
         else:
-            parser.add_argument(flag, type=field.type, default=field.default, help=f"{meaning} (default: %(default)s)")
+            parser.add_argument(flag, type=field.type, help=f"{meaning} (default: the run's, or {field.default})")
     parser.add_argument("--seed", type=int, help="of sampling (default: the run's, or 0)")
     parser.add_argument(
         "--longest-prompt",
@@ -67,8 +66,8 @@ def mesh_flag(text: str) -> dict[str, int]:
     sizes = dict.fromkeys(AXES, 1)
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in AXES or not re.fullmatch("-?[0-9]{1,9}", size):
-            known = f"axis=size, each axis one of {', '.join(AXES)}"
+        if axis not in AXES or not re.fullmatch("-?[0-9]{1,9}", size) or text.count(f"{axis}=") > 1:
+            known = f"axis=size, each axis at most once of {', '.join(AXES)}"
             raise argparse.ArgumentTypeError(f"must be {known}, with commas between them, got {quote(text)}")
         sizes[axis] = int(size)
     return sizes
@@ -103,35 +102,32 @@ def mesh_errors() -> Iterator[None]:
 
 
 def set_defaults(options: argparse.Namespace, trained: TrainedModel) -> None:
-    """Set the seed to the run's, or 0, if it was not given, and the method of a model without latent tokens to "text".
+    """Set the flags that were not given to the run's values, and the method of a model without latent tokens to "text".
 
     The method is then printed on stderr.
     """
-    if options.seed is None:
-        options.seed = trained.config.seed if trained.config else 0
+    run, sampling = trained.config, trained.config.eval if trained.config else SamplingParams()
+    defaults = {field.name: getattr(sampling, field.name) for field in dataclasses.fields(SamplingParams)}
+    defaults |= {"seed": run.seed if run else 0, "latent_size": trained.prompts.latent_size}
+    for name, value in defaults.items():
+        if getattr(options, name, value) is None:
+            setattr(options, name, value)
     if not trained.looks and options.method != "text":
         options.method = "text"
         print(f"{options.checkpoint} has no latent tokens; it is decoded as plain text", file=sys.stderr)
 
 
-def decoding_fields(options: argparse.Namespace, prompts: ExampleSettings, max_new_tokens: int) -> dict[str, Any]:
-    """Return the fields of a Request that flags set, without `seed`; flags that are not given have the model's values.
-
-    Raises InputError, naming the flag, for a bad value.
-    """
+def decoding_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of a Request that flags set, but for `seed`; raise InputError, naming its flag, for a bad value."""
     names = {field.name for field in dataclasses.fields(SamplingParams)} & vars(options).keys()
-    values = {name: getattr(options, name) for name in names}
-    if options.max_new_tokens is None:
-        values["max_new_tokens"] = max_new_tokens
+    values = {name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
     with flag_errors():
-        for name in ("longest_prompt", "largest_image"):
+        for name in ("longest_prompt", "largest_image", "latent_size"):
             check_whole(name, getattr(options, name), 1)
         check_whole("seed", options.seed, 0, 2**32 - 1)
-        latent_size = prompts.latent_size if options.latent_size is None else options.latent_size
-        check_whole("latent_size", latent_size, 1)
-        sampling = SamplingParams(**values | {"stop": tuple(options.stop)})
+        sampling = SamplingParams(**values)
         check_sampling(sampling)
-    return {"method": options.method, "latent_size": latent_size, "sampling": sampling}
+    return {"method": options.method, "latent_size": options.latent_size, "sampling": sampling}
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def collectives(program: str) -> list[Collective]:
                 channel = CHANNEL.search(line)
                 calls[channel[1] if channel else line] = (kind, times, _largest(operation[1]))
             condition = CONDITION.search(line)
-            trips = _trips(computations[condition[1]]) if condition else 1
+            trips = (_known_trips(computations[condition[1]]) if condition else None) or 1  # 1: a lower bound
             for group in CALLED.findall(line):
                 for called in re.findall(r"%([\w.\-]+)", group):
                     visit(called, times * trips)
@@ -117,11 +117,6 @@ def memory_reads(program: str, other_trips: int = 1) -> int:
 def _main_memory(shape: str) -> int:
     """Return the bytes of an array in main memory; 0 for a tuple, and for an array in the chip's fast memory."""
     return 0 if shape.startswith("(") or "S(" in shape else _largest(shape)
-
-
-def _trips(condition: list[str]) -> int:
-    """Return the iterations of a loop that counts from 0 to a constant; 1 for any other loop, a lower bound."""
-    return _known_trips(condition) or 1
 
 
 def _known_trips(condition: list[str]) -> int | None:

@@ -29,7 +29,6 @@ from ilvr_jax.models.base import Model
 from ilvr_jax.models.tensor_files import BadCheckpoint
 
 SYSTEM = "You are a helpful assistant."  # the system message of Qwen2.5-VL's chat template
-MAX_NEW_TOKENS = 1024  # of an answer of a published checkpoint
 HASH_FACTORS = (np.uint32(0x9E3779B1), np.uint32(0x85EBCA77))  # odd, with bits that are spread (xxHash's primes)
 
 
@@ -42,7 +41,6 @@ class TrainedModel:
     tokenizer: PreTrainedTokenizerFast
     special: SpecialTokens
     prompts: ExampleSettings  # of prompts, latent_size included
-    max_new_tokens: int  # the default
     looks: bool  # False for a checkpoint without latent tokens, which has not been trained to look
     config: RunConfig | None = None
     stage: str | None = None
@@ -94,8 +92,7 @@ def load_model(
     """Load the model of a workdir, by default after its last stage, or of a published checkpoint.
 
     `dtype` is that of parameters and activations, by default the run's or the checkpoint's own; the mesh is by default
-    one device. Raises BadConfig,
-    NoCheckpoint or BadCheckpoint if it cannot be loaded.
+    one device. Raises BadConfig, NoCheckpoint or BadCheckpoint if it cannot be loaded.
     """
     if not checkpoint:  # as a path it would be the current folder
         raise BadConfig("the checkpoint must be a folder or a name on the hub, got ''")
@@ -107,7 +104,7 @@ def load_model(
         stage = choose_stage(folder, config, stage)
         step, model, *parts = restore_run(folder, config, stage, mesh)
         prompts = prompt_settings(config, model.geometry)
-        return TrainedModel(model, *parts, prompts, config.eval.max_new_tokens, True, config, stage, step)
+        return TrainedModel(model, *parts, prompts, True, config, stage, step)
     if stage is not None:
         raise BadConfig(f"--stage must not be given for {checkpoint}, which is not a run, got {stage!r}")
     pretrained = open_pretrained(checkpoint)
@@ -129,7 +126,6 @@ def load_model(
             position_ids=model.geometry.position_ids,
             **bounds,
         ),
-        MAX_NEW_TOKENS,
         not pretrained.missing,
     )
 

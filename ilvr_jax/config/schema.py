@@ -277,15 +277,17 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are sampled: of a request, and in the `eval` section of a run."""
+    """The sampling of tokens, in requests and in the `eval` section of a run."""
 
     max_new_tokens: int = setting("slots and markers included", 1024, least=1, most=MOST_NEW_TOKENS, resumable=True)
     temperature: float = setting("0 is greedy", 0.0, least=0, most=1e6, resumable=True)
     top_k: int = setting("the most tokens to sample from; 0: all", 0, least=0, resumable=True)
-    top_p: float = setting("the probability mass that they cover", 1.0, above=0, most=1, resumable=True)
+    top_p: float = setting(
+        "sample from the most likely tokens with this total probability", 1.0, above=0, most=1, resumable=True
+    )
     early_end: bool = setting("the model may end a look early", False, resumable=True)
     min_new_tokens: int = setting(
-        "an answer does not end before", 0, least=0, most=MOST_NEW_TOKENS, resumable=True, added=True
+        "tokens before which an answer does not end", 0, least=0, most=MOST_NEW_TOKENS, resumable=True, added=True
     )
     repetition_penalty: float = setting(
         "divides the logits of tokens in the prompt or answer, as in transformers; 1: none",
@@ -307,7 +309,7 @@ class SamplingParams:
         if self.min_new_tokens > self.max_new_tokens:
             yield "min_new_tokens", f"at most max_new_tokens ({self.max_new_tokens})"
         if "" in self.stop:
-            yield "stop", "strings of one letter or more"
+            yield "stop", "non-empty strings"
         if self.n > 1 and not self.temperature:
             yield "n", "1 with temperature 0, at which all answers are equal"
 
@@ -340,7 +342,7 @@ class EvalConfig(SamplingParams):
         "replaces the records' own; empty: their own", "Find the shortest safe path.", resumable=True
     )
     max_new_tokens: int = setting("slots and markers included", 128, least=1, most=MOST_NEW_TOKENS, resumable=True)
-    batch_size: int = setting("records at a time", 50, least=1, resumable=True)
+    batch_size: int = setting("answers decoded in parallel", 50, least=1, resumable=True)
 
     def conflicts(self) -> Conflicts:
         yield from super().conflicts()

@@ -115,6 +115,7 @@ class Evaluator:
         settings = fit_settings(itertools.chain([first_request], requests), self.rows, trained.model.geometry)
         engine = Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer)
         asked: list[tuple[Key, Record]] = []  # by the number of the request
+        exchange = open_exchange()
 
         def asked_requests() -> Iterator[Request]:
             for key, record, request in self.requests(dict(results.lines)):
@@ -129,7 +130,7 @@ class Evaluator:
                 if output.stop_reason == "refused":
                     self._skip((key.number, key.form), f"{record.name}: {output.error}")
                     continue
-                in_main(functools.partial(self._add, results, key, record, output))
+                in_main(functools.partial(self._add, results, key, record, output), exchange)
                 progress.advance()
                 if is_stopped():
                     break
@@ -191,7 +192,7 @@ class Evaluator:
 
     def line(self, key: Key, record: Record, output: RequestOutput) -> dict[str, Any]:
         """Return the line of the results file for an answer, scored."""
-        final_answer = self.module.find_answer(self._text(output.tokens), record)
+        final_answer = self.module.find_answer(output.plain_text, record)
         return {
             **key._asdict(),
             "record": record.name,
@@ -208,8 +209,9 @@ class Evaluator:
         }
 
     def counted(self, lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Return the lines of a results file that are about the records asked: others stem from a higher limit."""
-        return [line for line in lines if not self.limit or line["number"] < self.limit]
+        """Return the lines of a results file that are asked for: others stem from a higher limit or more samples."""
+        most = self.limit or len(self.source)
+        return [line for line in lines if line["number"] < most and line["sample"] < self.samples]
 
     def summary(self, lines: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
         """Return the figures of the answers in lines of a results file, with the task's own."""
@@ -230,9 +232,9 @@ def run_evaluation(
     """Complete the results file at `path`, write summary and log beside it, and return the summary.
 
     With `replace`, answers of other settings or of another model are deleted first; otherwise they raise BadResults.
-    The summary has the settings and the figures; its `seconds` add up over calls. If the evaluation `is_stopped()`, its
-    figures are of the answers until then, and are not written. Of several processes all call it, and the main one
-    writes.
+    The summary has the settings and the figures; its `seconds` include those of earlier calls that were complete. If
+    the evaluation `is_stopped()`, its figures are of the answers until then, and are not written. Of several processes
+    all call it, and the main one writes.
     """
     settings = evaluator.settings(evaluator.trained.digest())
     summary_path = summary_file(path)
@@ -253,7 +255,7 @@ def run_evaluation(
             before = _summary_in_file(evaluator, path, settings["model"]) or {}
             lines = evaluator.counted(results.lines.values())
             figures = evaluator.summary(lines, seconds + before.get("seconds", 0))
-            summary.update(settings, limit=evaluator.limit, **figures)
+            summary.update(settings, limit=evaluator.limit, samples=evaluator.samples, **figures)
             if not is_stopped():
                 write_json(summary_path, summary)
 
@@ -267,7 +269,8 @@ def read_summary(evaluator: Evaluator, path: Path) -> dict[str, Any] | None:
     None as well if the answers, in the file at `path`, are damaged or others.
     """
     summary = _summary_in_file(evaluator, path)
-    if summary is None or summary.get("limit") != evaluator.limit:
+    asked = {"limit": evaluator.limit, "samples": evaluator.samples}
+    if summary is None or not asked.items() <= summary.items():
         return None
     try:
         figures = summarise(evaluator.counted(read_lines(path, len(evaluator.source))))

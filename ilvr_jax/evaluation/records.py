@@ -53,5 +53,5 @@ def check_records(config: RunConfig, records: EvaluationRecords) -> None:
         if config.data.on_bad_record == "error" or number + 1 == count:
             raise BadConfig(
                 f"`eval.task` must be a task for the records of {records.name}, got {eval_.task} ({problem}); choose "
-                "another, or set eval.data to nothing and eval.fraction to 0"
+                "another, or set eval.data to '' and eval.fraction to 0"
             )

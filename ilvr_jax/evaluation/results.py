@@ -209,7 +209,7 @@ def summarise(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "right": right,
         "wrong": len(answers) - right - unparsed,
         "unparsed": unparsed,
-        "cut_off": sum(line["stop_reason"] != "end" for line in answers),
+        "cut_off": sum(line["stop_reason"] not in ("end", "stop") for line in answers),
     }
     if answers:
         means = [fmean(line["right"] for line in question) for question in questions]

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen import with_logical_constraint
 from jaxtyping import Array, Int, PyTree
 
 from ilvr_jax.inference.decode import (
@@ -99,14 +100,14 @@ class DecodeBatch:
         channels, dtype = model.config.hidden_size, model.config.dtype
         # Room on both sides, so that an image may begin before a chunk and end after it.
         places = settings.chunks[-1] + 2 * max(settings.image_tokens, default=0)
-        self._vision_inputs = _zeros((self._groups[-1], places, channels), dtype)
-        # The last hidden state of each row's prompt, which later prompts may share, and of its last picture.
-        self._prompt_hidden, self._picture_hidden = (_zeros((settings.rows, channels), dtype) for _ in range(2))
+        self._vision_inputs = _zeros((self._groups[-1], places, channels), dtype, rows=self._groups == (settings.rows,))
+        # The last hidden state of each row's prompt, which later prompts may share, and (True) of its last picture.
+        self._last_hidden = {is_picture: _zeros((settings.rows, channels), dtype) for is_picture in (False, True)}
 
     @property
     def is_lost(self) -> bool:
         """Whether an exception (Ctrl-C) hit a call that had donated arrays."""
-        arrays = (self.state, self._kv_cache, self._vision_inputs, self._prompt_hidden, self._picture_hidden)
+        arrays = (self.state, self._kv_cache, self._vision_inputs, self._last_hidden)
         return any(array.is_deleted() for array in jax.tree.leaves(arrays))
 
     def warm_up(self) -> None:
@@ -115,14 +116,14 @@ class DecodeBatch:
             self._place(self.images.encode(NO_IMAGE, tokens), 0, 0)
         for size in self._settings.chunks:
             for slots in self._groups:
-                self._prompt_hidden = self._prefill_group([], size, slots, self._prompt_hidden)
+                self._prefill_group([], size, slots, False)
         self.copy_prompt(0, 0)
         self.free(0)
         self.start({})
         self.decode(1, 1)
         jax.block_until_ready(self.state)
 
-    def prefill(self, parts: Iterable[Prefill]) -> None:
+    def prefill(self, parts: Collection[Prefill]) -> None:
         """Prefill all chunks of some rows, those of one size together."""
         while waiting := [part for part in parts if part.chunks]:
             first = waiting[0]
@@ -131,12 +132,9 @@ class DecodeBatch:
             # With batch_invariant each is alone, also in a group of all rows.
             group = group[: 1 if self._settings.batch_invariant else self._groups[-1]]
             slots = next(slots for slots in self._groups if slots >= len(group))
-            if of_picture:
-                self._picture_hidden = self._prefill_group(group, size, slots, self._picture_hidden)
-            else:
-                self._prompt_hidden = self._prefill_group(group, size, slots, self._prompt_hidden)
+            self._prefill_group(group, size, slots, of_picture)
 
-    def _prefill_group(self, group: Sequence[Prefill], size: int, slots: int, last_hidden: Array) -> Array:
+    def _prefill_group(self, group: Sequence[Prefill], size: int, slots: int, of_picture: bool) -> None:
         """Prefill the next chunk, of one size, of up to `slots` rows; a group of all rows has them in their order."""
         whole, margin = slots == self._settings.rows, (self._vision_inputs.shape[1] - size) // 2
         tokens, position_ids = np.zeros((slots, size), np.int32), np.zeros((slots, 3, size), np.int32)
@@ -151,11 +149,11 @@ class DecodeBatch:
             for image, column in part.images:
                 if column < first + count and column + image.vision_tokens > first:
                     self._place(self.images.features(image), slot, margin + column - first)
-        self._kv_cache, last_hidden = prefill(
+        self._kv_cache, self._last_hidden[of_picture] = prefill(
             self._model,
             self._decoder,
             self._kv_cache,
-            last_hidden,
+            self._last_hidden[of_picture],
             self._vision_inputs,
             None if whole else rows,
             tokens,
@@ -164,15 +162,14 @@ class DecodeBatch:
             counts,
             self._special,
         )
-        return last_hidden
 
     def _place(self, features: Array, slot: int, place: int) -> None:
         self._vision_inputs = place_features(self._vision_inputs, features, np.int32(slot), np.int32(place))
 
     def copy_prompt(self, source: int, row: int) -> None:
         """Copy the columns of row `source`, and the last hidden state of its prompt, to another row."""
-        self._kv_cache, self._prompt_hidden = copy_prompt(
-            self._kv_cache, self._prompt_hidden, np.int32(source), np.int32(row)
+        self._kv_cache, self._last_hidden[False] = copy_prompt(
+            self._kv_cache, self._last_hidden[False], np.int32(source), np.int32(row)
         )
 
     def insert(self, row: int, request: Request, seed: int) -> None:
@@ -197,7 +194,7 @@ class DecodeBatch:
             self._decoder,
             self._kv_cache.lengths,
             self.state,
-            self._picture_hidden if after_picture else self._prompt_hidden,
+            self._last_hidden[after_picture],
             starting,
             columns,
             position,
@@ -219,6 +216,8 @@ class DecodeBatch:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _zeros(shape: tuple[int, ...], dtype: str) -> Array:
-    return replicate(jnp.zeros(shape, dtype))
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "rows"))
+def _zeros(shape: tuple[int, ...], dtype: str, rows: bool = False) -> Array:
+    """Return zeros, on a mesh whole on each device, or with `rows` sharded by rows."""
+    zeros = jnp.zeros(shape, dtype)
+    return with_logical_constraint(zeros, ("rows", *[None] * (zeros.ndim - 1))) if rows else replicate(zeros)

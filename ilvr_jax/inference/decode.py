@@ -141,8 +141,8 @@ def prefill(
     """Append the first `counts` tokens of each chunk to rows of `starts` columns.
 
     Return also `last_hidden` with the hidden states of the last of these. `rows` is None for a group of all rows, in
-    order; others are out of range for no row, or have a count of 0. The inputs of vision tokens are in the middle
-    places of `vision_inputs`, at their columns of the chunk.
+    order; else a slot without a row has a number out of range, or a count of 0. The inputs of vision tokens are in the
+    middle places of `vision_inputs`, at their columns of the chunk.
     """
     group, chunk = tokens.shape
     margin = (vision_inputs.shape[1] - chunk) // 2

@@ -68,10 +68,10 @@ def generate(
     requests: Sequence[Request],
     special: SpecialTokens,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    rows: int = 256,
     **settings: Any,
 ) -> list[RequestOutput]:
-    """Return the outputs of all requests, decoded as one batch; `settings` override fields of EngineSettings."""
-    rows = sum(request.sampling.n for request in requests)
+    """Return the outputs of all requests, up to `rows` decoded at a time; `settings` are fields of EngineSettings."""
     fitted = fit_settings(requests, rows, model.geometry, **settings)
     return Engine(model, params, special, fitted, tokenizer).answer(requests)
 
@@ -270,10 +270,10 @@ class Engine:
                 self._stream(count, on_tokens)
             looking = [row for row in self._rows_in_use() if status[row] == Status.LOOKING and row not in ended]
             ended |= self._show_pictures(looking, count)
-            for row in sorted(ended):
-                output = self._read_output(row, int(count[row]), ended[row])
+            outputs = [self._read_output(row, int(count[row]), ended[row]) for row in sorted(ended)]
+            for row in ended:
                 self._free(row)
-                yield output
+            yield from outputs
             if all(row in ended for row in looking):
                 return
 
@@ -360,11 +360,12 @@ class Engine:
         slots = [int((part == special.latent_pad).sum()) for part in np.split(tokens, starts)[1:]]
         pictures = running.pictures + [0] * (len(starts) - len(running.pictures))
         looks = tuple(map(Look, starts.tolist(), slots, pictures))
-        text = None
+        text = plain_text = None
         if self._tokenizer:
             texts, _ = split_at_looks(tokens, self._tokenizer, special)
             texts = texts if running.text_length is None else cut_texts(texts, running.text_length)
             text = show_text(texts, [show_look(look.slots, look.picture_tokens) for look in looks])
+            plain_text = "".join(texts)
         log_probabilities = latents = None
         if request.log_probabilities:
             log_probabilities = tuple(np.asarray(self._batch.state.log_probabilities)[row, :count].tolist())
@@ -379,6 +380,7 @@ class Engine:
             looks=looks,
             stop_reason=reason,
             error=running.error,
+            plain_text=plain_text,
             log_probabilities=log_probabilities,
             latent_vectors=latents,
             shared_tokens=running.shared_tokens,

@@ -47,7 +47,7 @@ class PrefixCache:
         return Placement(row, source, chunks)
 
     def _longest_shared(self, digests: Sequence[bytes], free: Collection[int]) -> tuple[int, int]:
-        """Return the row that holds the most chunks of a prompt, rather a free one, and how many."""
+        """Return the row that holds the most chunks of a prompt, preferring a free one, and how many."""
         best, most = 0, 0
         for row, held in enumerate(self._digests if self._share else ()):
             shared = next(

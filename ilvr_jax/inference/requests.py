@@ -75,6 +75,7 @@ class RequestOutput:
     looks: tuple[Look, ...]
     stop_reason: str  # "end", "stop" (a stop string), "length", "picture" (one did not fit) or "refused"
     error: str | None = None  # one sentence, if it was refused or a picture did not fit
+    plain_text: str | None = None  # `text` without the marks of looks
     log_probabilities: tuple[float, ...] | None = None  # of the tokens, 0 in slots and their `latent_end`
     latent_vectors: Float[np.ndarray, "slots channels"] | None = None
     shared_tokens: int = 0  # of the prompt: reused from an earlier prompt

@@ -65,7 +65,7 @@ def penalize_repetition(
 ) -> Float[Array, "rows vocab"]:
     """Return the logits, those of seen tokens divided by the penalty if positive, else multiplied by it.
 
-    As in transformers, except that the latent markers are never seen (`decode.note_seen`).
+    As in transformers, except that the latent markers are never seen (`decode._write_tokens`).
     """
     if not seen.size:
         return logits

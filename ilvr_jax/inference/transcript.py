@@ -55,7 +55,7 @@ def find_stop(
 
 
 def cut_texts(texts: Sequence[str], room: int) -> list[str]:
-    """Return the texts around looks up to so many letters."""
+    """Return the texts around looks up to so many characters."""
     kept = []
     for text in texts:
         kept.append(text[: max(0, room)])

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from ilvr_jax.config.schema import ModelSettings
+from ilvr_jax.models.attention import KVCache
 
 # From token ids [time], height and width in vision tokens of each image in order, and the id of an image's token:
 # the position of each token [axes, time]. Raises ValueError if tokens and images do not match.
@@ -45,7 +46,9 @@ class Model(Protocol):
     further channels zero.
     """
 
-    config: Any  # a frozen dataclass with hidden_size, vocab_size, num_hidden_layers, dtype, lora, slot_input, ...
+    # A frozen dataclass with hidden_size, vocab_size, num_hidden_layers, num_key_value_heads, head_dim, dtype, lora,
+    # slot_input, ...
+    config: Any
 
     @property
     def geometry(self) -> ImageGeometry:
@@ -72,10 +75,14 @@ class Model(Protocol):
         inputs: Float[Array, "rows columns channels"],
         positions: Int[Array, "rows axes columns"],
         mask: Bool[Array, "rows columns"] | Bool[Array, "rows columns keys"],
-        past: Sequence[PyTree] = (),
+        past: Sequence[PyTree] | KVCache = (),
         dropout_keys: Key[Array, "rows columns"] | None = None,
     ) -> tuple[Float[Array, "rows columns channels"], PyTree]:
-        """Return final hidden states, and these columns' keys and values."""
+        """Return final hidden states, and these columns' keys and values.
+
+        Without a past, `mask` marks the columns that are not padding. With parts of a past, as returned before, its
+        keys are their columns and then the present ones; with a KVCache it is the mask among the present columns.
+        """
 
     def logits(self, decoder: PyTree, hidden: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
         """Return float32 logits."""

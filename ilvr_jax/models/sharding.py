@@ -192,10 +192,3 @@ def place_rows(tree: PyTree, mesh: Mesh, rows: int | None = None) -> PyTree:
         return jax.make_array_from_callback((rows, *array.shape[1:]), place, part)
 
     return jax.tree.map(put, tree)
-
-
-def fill_rows(tree: PyTree, devices: int) -> PyTree:
-    """Return a batch padded with copies of its last row, until `devices` divides the number of rows."""
-    return jax.tree.map(
-        lambda array: np.pad(array, [(0, -len(array) % devices)] + [(0, 0)] * (np.ndim(array) - 1), mode="edge"), tree
-    )

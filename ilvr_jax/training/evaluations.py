@@ -27,7 +27,6 @@ def make_evaluator(run: Run, stage: str, step: int, params: PyTree | None) -> Ev
         run.tokenizer,
         run.special,
         prompts,
-        config.eval.max_new_tokens,
         True,
         config,
         stage,

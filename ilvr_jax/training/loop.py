@@ -167,11 +167,12 @@ def run_steps(
                     evaluate_step(now, is_stopped=lambda: stop.signal_number is not None)
 
             # Saved first, so that an evaluation that is stopped or killed is completed when the run resumes.
-            hooks += [Hook("save", config.eval.every, save), Hook("evaluate", config.eval.every, evaluate)]
+            check_first = Hook("check before evaluating", config.eval.every, check)
+            hooks += [check_first, Hook("save", config.eval.every, save), Hook("evaluate", config.eval.every, evaluate)]
             if first and first % config.eval.every == 0:
                 evaluate(StepState(run, name, first, stage.steps, state, {}, {}, stopping=False))
-        step, values, stopping = first, {}, False
-        for step in range(first + 1, stage.steps + 1):
+        step, values, stopping = first, {}, stop.signal_number is not None
+        for step in range(first + 1, first + 1 if stopping else stage.steps + 1):
             watchdog.start_step(step)
             with clock.waiting_for_data(values):
                 batch = place_rows(next(iterator), run.mesh, stage.batch_size)

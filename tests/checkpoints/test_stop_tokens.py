@@ -111,7 +111,7 @@ def test_an_answer_ends_before_the_first_stop_string(published, tmp_path):
     )
     _, answer, _ = answer_of(folder, stop=("never", stop))
     assert answer.stop_reason == "stop" and list(answer.tokens) == ids[0, len(prompt) :].tolist()
-    assert answer.text == plain.text[: plain.text.index(stop)]
+    assert answer.text == answer.plain_text == plain.text[: plain.text.index(stop)]
     later = answer_of(folder, stop=(stop,), min_new_tokens=len(answer.tokens))[1]
     assert len(later.tokens) > len(answer.tokens)
 

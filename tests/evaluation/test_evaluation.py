@@ -57,7 +57,7 @@ class Player:
             tokens = (*written, self.special.im_end)
             texts, slots = split_at_looks(tokens, self.tokenizer, self.special)
             text, looks = show_text(texts, map(show_look, slots)), tuple(Look(0, count) for count in slots)
-            yield RequestOutput(number, 0, request.name, tokens, text, looks, "end")
+            yield RequestOutput(number, 0, request.name, tokens, text, looks, "end", plain_text="".join(texts))
 
     def map_of(self, request):
         (image,) = request.prompt.images
@@ -69,7 +69,7 @@ class Player:
 def evaluator_of(player, records, **changes):
     model = types.SimpleNamespace(geometry=GEOMETRY, config="a model")
     prompts = ExampleSettings(latent_size=2)
-    trained = TrainedModel(model, {}, player.tokenizer, player.special, prompts, 64, looks=True)
+    trained = TrainedModel(model, {}, player.tokenizer, player.special, prompts, looks=True)
     decoding = {"method": "latent", "latent_size": 2, "sampling": SamplingParams(64)}
     return Evaluator(trained, "vsp_planning", EvaluationRecords(records, "maps"), decoding, **changes)
 

@@ -112,7 +112,7 @@ def test_a_published_checkpoint_without_latent_tokens_answers_in_plain_text_with
         (["--seed=-1"], "--seed must be a whole number from 0 to 4294967295, got -1"),
         (["--min-new-tokens=99999"], "--min-new-tokens must be at most max_new_tokens ("),
         (["--repetition-penalty=0"], "--repetition-penalty must be from 0.01 to 100, got 0.0"),
-        (["--stop="], "--stop must be strings of one letter or more, got ('',)"),
+        (["--stop="], "--stop must be non-empty strings, got ('',)"),
         (["--n=0", "--json"], "--n must be from 1 to 65536, got 0"),
         (["--n=2"], "--n must be 1 with temperature 0, at which all answers are equal, got 2"),
         (["--n=2", "--temperature=1", "--latents=x.npy"], "--n must be 1 with --latents, a file for one answer, got 2"),
@@ -207,7 +207,8 @@ def test_a_run_from_nothing_is_exported_with_the_end_of_its_chat(run, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
-        ("fsdp", "must be axis=size, each axis one of slice, data, fsdp, tensor, with commas between them, got 'fsdp'"),
+        ("fsdp", "must be axis=size, each axis at most once of slice, data, fsdp, tensor, with commas between them"),
+        ("fsdp=2,fsdp=4", "each axis at most once of slice, data, fsdp, tensor"),
         ("fsdp=3", "--mesh must fit: the number of devices must be 3 for slice 1, data 1, fsdp 3, tensor 1, got "),
         ("tensor=0", "--mesh must fit: sizes must be whole numbers from 1, or -1 for the rest, got slice 1"),
     ],
@@ -229,9 +230,7 @@ def test_several_devices_give_the_answer_of_one(run, picture):
         outputs.append(json.loads(done.stdout)["tokens"])
     assert outputs[0] == outputs[1]
     refused = subprocess.run([*command, "--mesh=tensor=3"], capture_output=True, cwd=REPOSITORY, env=environment)
-    assert (
-        refused.returncode == 2 and b"tensor must divide the model's num_attention" in refused.stderr
-    )
+    assert refused.returncode == 2 and b"tensor must divide the model's num_attention" in refused.stderr
 
 
 def test_several_answers_and_stop_strings(run, picture, capsys):

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from ilvr_jax.config.schema import LoraConfig
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
-from ilvr_jax.models.sharding import AXES, check_mesh, fill_rows, make_mesh, shardings
+from ilvr_jax.models.sharding import AXES, check_mesh, make_mesh, shardings
 from ilvr_jax.training.step import OBJECTIVES, accumulation_parts
 from tests.samples import CONFIG
 from tests.vectors import COPIES, of_kind
@@ -132,13 +132,6 @@ def test_a_device_has_no_more_rows_at_a_time_than_one_alone_would(at_a_time, acc
     assert accumulation_parts(batch_size, accumulation, 1) == accumulation
     assert accumulation_parts(batch_size, 1, devices) == 1
     assert parts <= accumulation
-
-
-def test_rows_are_filled_up_with_the_last():
-    filled = fill_rows({"a": np.arange(6).reshape(3, 2), "b": np.arange(3)}, 4)
-    np.testing.assert_array_equal(filled["a"], [[0, 1], [2, 3], [4, 5], [4, 5]])
-    np.testing.assert_array_equal(filled["b"], [0, 1, 2, 2])
-    np.testing.assert_array_equal(fill_rows(np.arange(8), 4), np.arange(8))
 
 
 def test_the_axes_of_a_config_are_those_of_the_mesh():

@@ -115,6 +115,20 @@ def test_the_command_finds_the_answers_of_training(finished, capsys):
     assert {name: contents(finished / "evaluations")[name] for name in before} == before
 
 
+def test_samples_that_a_resumed_run_adds_are_asked_and_the_command_finds_them(maps, tmp_path):
+    workdir = tmp_path / "run"
+    path = workdir / "evaluations" / "stage1-vsp_planning-latent.jsonl"
+    for samples, answered in ((1, 1), (3, 3), (1, 3)):
+        train(parse(one_stage(maps, temperature=0.9, top_k=20, n=samples)), workdir)
+        summary = json.loads(path.with_suffix(".summary.json").read_text())
+        lines = [line for line in map(json.loads, path.read_text().splitlines()[1:]) if not line["form"]]
+        assert len(lines) == 4 * answered and (summary["answers"], summary["samples"]) == (4 * samples, samples)
+        assert ("pass_at" in summary) == (samples > 1)
+        before = contents(workdir / "evaluations")
+        assert evaluate.main([str(workdir)]) == 0
+        assert contents(workdir / "evaluations") == before
+
+
 def test_answers_of_training_are_those_of_the_command(finished, tmp_path):
     """Decoded by the command from the checkpoint, in a file of its own, they are the same."""
     assert evaluate.main([str(finished), f"--out={tmp_path / 'own.jsonl'}", "--batch-size=8"]) == 0
