@@ -16,6 +16,7 @@ from ilvr_jax.checkpoints.trained import TrainedModel
 from ilvr_jax.command import ArgumentParser, command, path_flag
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.schema import RunConfig
+from ilvr_jax.distributed import add_flags, initialize_distributed, is_main
 from ilvr_jax.errors import quote
 from ilvr_jax.evaluation.evaluator import Evaluator, results_file, run_evaluation, summary_file
 from ilvr_jax.evaluation.records import EvaluationRecords, open_records
@@ -52,6 +53,7 @@ LABELS = {  # of figures whose names in the summary need an explanation
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 1 some records skipped, 2 bad input, 130 stopped."""
     options = read_flags(arguments)
+    initialize_distributed(options)
     with load_on_mesh(options) as trained:
         set_defaults(options, trained)
         evaluator = make_evaluator(options, trained)
@@ -59,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary = run_evaluation(evaluator, out)
     apart = {"limit", "samples", *evaluator.settings(None)}
     figures = {name: value for name, value in summary.items() if name not in apart}
+    if not is_main():
+        return 1 if evaluator.skipped else 0
     Console().print(figures_table(f"{options.task}, method {options.method}", figures))
     print(f"Answers written to {out}, figures to {summary_file(out)}")
     return 1 if evaluator.skipped else 0
@@ -97,6 +101,7 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=path_flag, help="a .jsonl file for the answers; a file with some of them is completed"
     )
     add_decoding_flags(parser)
+    add_flags(parser)
     options = parser.parse_args(arguments)
     with flag_errors():
         for name, most in (("samples_per_question", MOST_SAMPLES), ("batch_size", MOST_ROWS)):

@@ -79,6 +79,8 @@ def load_on_mesh(options: argparse.Namespace) -> Iterator[TrainedModel]:
 
     Raises InputError as `load_model` does, and if the mesh does not fit the devices or the model.
     """
+    if options.mesh is None and jax.process_count() > 1:
+        raise InputError("--mesh must be given for several processes, such as --mesh=fsdp=-1, got none")
     if options.mesh is None:
         yield load_model(options.checkpoint, options.stage, options.dtype)
         return
@@ -118,7 +120,10 @@ def set_defaults(options: argparse.Namespace, trained: TrainedModel) -> None:
 
 
 def decoding_fields(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of a Request that flags set, but for `seed`; raise InputError, naming its flag, for a bad value."""
+    """Return the fields of a Request that flags set, except `seed`.
+
+    Raises InputError, naming the flag, for a bad value.
+    """
     names = {field.name for field in dataclasses.fields(SamplingParams)} & vars(options).keys()
     values = {name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
     with flag_errors():

@@ -23,7 +23,9 @@ from tests.decoding import MODEL, PARAMS, changed, make_request
 from tests.samples import CONFIG, FIRST_WORD, GEOMETRY, SPECIAL, VOCABULARY, prompt_of, random_image, random_sample
 from tests.vectors import of_kind
 
-SETTINGS = EngineSettings(rows=4, columns=96, max_new_tokens=24, chunks=(8, 16), image_tokens=(8, 16))
+SETTINGS = EngineSettings(
+    rows=4, columns=96, max_new_tokens=24, chunks=(8, 16), image_tokens=(8, 16), repetition_penalty=True
+)
 IMAGES = (((2, 3),), ((1, 1), (3, 2)), (), ((4, 1),), ((1, 2),))
 
 
@@ -52,6 +54,7 @@ def mixed_requests(count: int) -> list[Request]:
             temperature=(0.0, 0.8, 1.2)[number % 3],
             top_k=(0, 20)[number % 2],
             top_p=(1.0, 0.9)[number // 2 % 2],
+            repetition_penalty=(1.0, 1.3)[number // 3 % 2],
             seed=number,
             early_end=number % 5 == 0,
             draw_look=draw_look,
@@ -107,9 +110,18 @@ def test_an_answer_is_the_same_alone_and_among_fifteen_others():
         same(answer, other)
 
 
-def test_nothing_is_compiled_after_the_warm_up():
+def test_greedy_answers_are_the_same_whatever_is_prefilled_together():
+    requests = [changed(request, temperature=0.0) for request in mixed_requests(24)]
+    together = make_engine(rows=16, batch_invariant=False)
+    answers = [answer.tokens for answer in together.answer(requests)]
+    assert answers == [answer.tokens for answer in make_engine().answer(requests)]
+    assert answers == [together.answer([request])[0].tokens for request in requests]
+
+
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_nothing_is_compiled_after_the_warm_up(batch_invariant):
     """Counted by JAX itself, over 200 requests of all kinds through four rows."""
-    engine = make_engine()
+    engine = make_engine(batch_invariant=batch_invariant)
     engine.warm_up()
     compiled = []
     monitoring.register_event_duration_secs_listener(
@@ -463,6 +475,16 @@ def test_a_picture_that_does_not_fit_ends_its_answer_and_no_other(engine):
     assert second.stop_reason == "picture" and second.error == "picture 3 must take at most 18 tokens here, got 20"
     assert [look.picture_tokens for look in second.looks] == [16, 16, 0]
     same(engine.answer([text])[0], expected)
+
+
+def test_the_answers_to_a_request_are_drawn_apart_and_share_its_prompt():
+    request = make_request(make_prompt(3), 16, 3, temperature=1.2, n=6, seed=5)
+    engine = make_engine(batch_invariant=False)
+    answers = engine.answer([GOOD, request])
+    assert [(answer.number, answer.sample) for answer in answers] == [(0, 0), *((1, sample) for sample in range(6))]
+    assert len({answer.tokens for answer in answers[1:]}) > 3
+    assert [answer.shared_tokens for answer in answers[1:]] == [0] + [len(request.prompt.tokens)] * 5
+    same(engine.answer([changed(request, n=1)])[0], answers[1])
 
 
 @given(st.integers(1, 4000), st.sets(st.integers(1, 600), min_size=1, max_size=4))

@@ -57,13 +57,19 @@ def start(
     config_file: Path, workdir: Path, processes: int, devices: int = 8, flags: tuple[str, ...] = ()
 ) -> list[subprocess.Popen]:
     """Start the training command in some processes, of so many devices together."""
-    command = [sys.executable, "-m", "ilvr_jax.train", f"--config={config_file}", f"--workdir={workdir}", *flags]
+    command = ["train", f"--config={config_file}", f"--workdir={workdir}", *flags]
     command.append(f"--config.data.feature_cache={workdir / 'features'}")
+    return start_command(command, config_file.parent, processes, devices)
+
+
+def start_command(command: list[str], folder: Path, processes: int, devices: int = 8) -> list[subprocess.Popen]:
+    """Start a command in some processes, of so many devices together; compiled programs are kept in the folder."""
+    command = [sys.executable, "-m", f"ilvr_jax.{command[0]}", *command[1:]]
     where = f"--coordinator=127.0.0.1:{free_port()}"
     devices_flag = f"--xla_force_host_platform_device_count={devices // processes}"
     environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices_flag}"}
     environment |= {
-        "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PLATFORMS": "cpu",
     }
     places = [[where, f"--processes={processes}", f"--process={number}"] for number in range(processes)]
@@ -82,13 +88,17 @@ def start(
 
 def train(config_file: Path, workdir: Path, processes: int) -> list[str]:
     """Run the training command to its end and return the output of each process."""
-    started = start(config_file, workdir, processes)
+    return outputs_of(start(config_file, workdir, processes))
+
+
+def outputs_of(started: list[subprocess.Popen]) -> list[str]:
+    """Wait for the processes of a command to succeed, and return what each printed."""
     try:
         printed = [process.communicate(timeout=240)[0] for process in started]
     finally:  # processes that wait for each other would never end
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0] * processes, "\n".join(printed)[-3000:]
+    assert not any(process.returncode for process in started), "\n".join(printed)[-3000:]
     return printed
 
 
@@ -128,6 +138,15 @@ def answers_of(workdir: Path) -> dict[tuple[int, str], str]:
     """Return the text of each answer after the last stage."""
     lines = (workdir / "evaluations" / "stage2-vsp_planning-latent.jsonl").read_text().splitlines()[1:]
     return {(line["number"], line["form"]): line["text"] for line in map(json.loads, lines)}
+
+
+def test_two_processes_evaluate_as_one(one, tmp_path, config_file):
+    workdir = tmp_path / "run"
+    shutil.copytree(one, workdir)
+    shutil.rmtree(workdir / "evaluations")
+    printed = outputs_of(start_command(["evaluate", str(workdir), "--mesh=data=2,fsdp=-1"], config_file.parent, 2))
+    assert "Answers written to" in printed[0] and "Answers written to" not in printed[1]
+    assert answers_of(workdir) == answers_of(one)
 
 
 def test_two_processes_decode_the_tokens_of_the_published_code(tmp_path):
