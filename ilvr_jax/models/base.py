@@ -72,23 +72,26 @@ class Model(Protocol):
     def decode(
         self,
         decoder: PyTree,
-        inputs: Float[Array, "rows columns channels"],
-        positions: Int[Array, "rows axes columns"],
-        mask: Bool[Array, "rows columns"] | Bool[Array, "rows columns keys"],
+        inputs_embeds: Float[Array, "rows columns channels"],
+        position_ids: Int[Array, "rows axes columns"],
+        attention_mask: Bool[Array, "rows columns"] | Bool[Array, "rows columns keys"],
         past: Sequence[PyTree] | KVCache = (),
         dropout_keys: Key[Array, "rows columns"] | None = None,
     ) -> tuple[Float[Array, "rows columns channels"], PyTree]:
         """Return final hidden states, and these columns' keys and values.
 
-        Without a past, `mask` marks the columns that are not padding. With parts of a past, as returned before, its
-        keys are their columns and then the present ones; with a KVCache it is the mask among the present columns.
+        Without a past, `attention_mask` marks the columns that are not padding. With parts of a past, as returned
+        before, its keys are their columns and then the present ones; with a KVCache it is the mask among the present
+        columns.
         """
 
-    def logits(self, decoder: PyTree, hidden: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
+    def logits(self, decoder: PyTree, hidden_states: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
         """Return float32 logits."""
 
-    def last_projections(self, decoder: PyTree, hidden: Float[Array, "rows columns channels"]) -> tuple[Array, Array]:
-        """Return `hidden` under the last layer's query and key projections, for selection."""
+    def last_projections(
+        self, decoder: PyTree, hidden_states: Float[Array, "rows columns channels"]
+    ) -> tuple[Array, Array]:
+        """Return `hidden_states` under the last layer's query and key projections, for selection."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,11 +51,11 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        hidden: Float[Array, "batch time channels"],
+        hidden_states: Float[Array, "batch time channels"],
         past: Sequence[tuple[Array, Array]],
         kv_cache: KVCache | None,
         angles: Float[Array, "batch time half"],
-        mask: Bool[Array, "batch time"] | Bool[Array, "batch time keys"],
+        attention_mask: Bool[Array, "batch time"] | Bool[Array, "batch time keys"],
         number: Int[Array, ""],
         dropout_keys: Key[Array, "batch time"] | None,
     ) -> tuple[Float[Array, "batch time channels"], tuple[Array, Array]]:
@@ -65,30 +65,30 @@ class DecoderLayer(nn.Module):
 
         def project(name: str, heads: int) -> Array:
             features = linear(normed, heads * config.head_dim, name, True, config.dtype, config.lora, dropout_keys)
-            features = features.reshape(*hidden.shape[:2], heads, config.head_dim)
+            features = features.reshape(*hidden_states.shape[:2], heads, config.head_dim)
             return nn.with_logical_constraint(features, ("rows", None, "heads", None))
 
-        few = hidden.shape[0] * hidden.shape[1] < hidden.shape[2]
+        few = hidden_states.shape[0] * hidden_states.shape[1] < hidden_states.shape[2]
         rows, embed = ("few_rows", "embed") if few else ("rows", None)
-        hidden = nn.with_logical_constraint(hidden, (rows, None, embed))
-        normed = RMSNorm(config.rms_norm_eps, name="input_layernorm")(hidden)
+        hidden_states = nn.with_logical_constraint(hidden_states, (rows, None, embed))
+        normed = RMSNorm(config.rms_norm_eps, name="input_layernorm")(hidden_states)
         magnitude = rope_magnitude(config.rope_scaling)
         query = rotate(project("q_proj", config.num_attention_heads), angles, magnitude)
         key = rotate(project("k_proj", config.num_key_value_heads), angles, magnitude)
         value = project("v_proj", config.num_key_value_heads)
         if kv_cache is not None:
-            mixed = cached_attention(query, key, value, mask, kv_cache, number)
-        elif mask.ndim == 2:
-            mixed = causal_attention(query, key, value, mask, config.attention)
+            mixed = cached_attention(query, key, value, attention_mask, kv_cache, number)
+        elif attention_mask.ndim == 2:
+            mixed = causal_attention(query, key, value, attention_mask, config.attention)
         else:
             keys, values = [*(part[0] for part in past), key], [*(part[1] for part in past), value]
-            mixed = attention(query, keys, values, mask)
-        mixed = mixed.reshape(hidden.shape)
+            mixed = attention(query, keys, values, attention_mask)
+        mixed = mixed.reshape(hidden_states.shape)
         mixed = nn.with_logical_constraint(mixed, (rows, None, "heads"))
-        hidden += linear(mixed, config.hidden_size, "o_proj", False, config.dtype, config.lora, dropout_keys)
+        hidden_states += linear(mixed, config.hidden_size, "o_proj", False, config.dtype, config.lora, dropout_keys)
         mlp = GatedMLP(config.intermediate_size, use_bias=False, dtype=config.dtype, lora=config.lora, name="mlp")
-        hidden += mlp(RMSNorm(config.rms_norm_eps, name="post_attention_layernorm")(hidden), dropout_keys)
-        return nn.with_logical_constraint(hidden, (rows, None, embed)), (key, value)
+        hidden_states += mlp(RMSNorm(config.rms_norm_eps, name="post_attention_layernorm")(hidden_states), dropout_keys)
+        return nn.with_logical_constraint(hidden_states, (rows, None, embed)), (key, value)
 
 
 class Decoder(nn.Module):
@@ -125,59 +125,65 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        inputs: Float[Array, "batch time channels"],
-        positions: Int[Array, "batch 3 time"],
-        mask: Bool[Array, "batch time"] | Bool[Array, "batch time keys"],
+        inputs_embeds: Float[Array, "batch time channels"],
+        position_ids: Int[Array, "batch 3 time"],
+        attention_mask: Bool[Array, "batch time"] | Bool[Array, "batch time keys"],
         past: Sequence[KeyValues] | KVCache = (),
         dropout_keys: Key[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time channels"], KeyValues]:
         """Return the hidden states after the last norm, and the keys and values of these columns.
 
-        Without a past, `mask` marks the columns that are not padding, and attention is causal. With parts of a past it
-        is the attention mask: its keys are the columns of every part, in order, and then the present ones. With a
-        KVCache it is the mask among the present columns. Adapters have dropout where there are `dropout_keys`.
+        Without a past, `attention_mask` marks the columns that are not padding, and attention is causal. With parts of
+        a past, its keys are the columns of every part, in order, and then the present ones. With a KVCache it is the
+        mask among the present columns. Adapters have dropout where there are `dropout_keys`.
         """
         config = self.config
-        angles = rotary_angles(positions, config.mrope_section, config.rope_frequencies)
+        angles = rotary_angles(position_ids, config.mrope_section, config.rope_frequencies)
         numbers = jnp.arange(config.num_hidden_layers)
         past, kv_cache = ((), past) if isinstance(past, KVCache) else (tuple(past), None)
-        hidden = inputs.astype(config.dtype)
+        hidden_states = inputs_embeds.astype(config.dtype)
         layers = self.variables.get("params", {}).get("layers")
         if isinstance(layers, SplitLayers):
-            hidden, key_values = self._run_split(layers, hidden, kv_cache, angles, mask)
+            hidden_states, key_values = self._run_split(layers, hidden_states, kv_cache, angles, attention_mask)
         else:
-            hidden, key_values = self.layers(hidden, past, kv_cache, angles, mask, numbers, dropout_keys)
-        return self.norm(hidden), key_values
+            hidden_states, key_values = self.layers(
+                hidden_states, past, kv_cache, angles, attention_mask, numbers, dropout_keys
+            )
+        return self.norm(hidden_states), key_values
 
     def _run_split(
-        self, split: SplitLayers, hidden: Array, kv_cache: KVCache | None, angles: Array, mask: Array
+        self, split: SplitLayers, hidden_states: Array, kv_cache: KVCache | None, angles: Array, attention_mask: Array
     ) -> tuple[Array, KeyValues]:
         """Run the layers one by one."""
         key_values, layer = [], DecoderLayer(self.config, parent=None)
         for number, params in enumerate(split.layers):
             params = jax.tree.map(jnp.transpose, params) if split.outputs_first else params
-            hidden, new = layer.apply({"params": params}, hidden, (), kv_cache, angles, mask, number, None)
+            hidden_states, new = layer.apply(
+                {"params": params}, hidden_states, (), kv_cache, angles, attention_mask, number, None
+            )
             key_values.append(new)
-        return hidden, tuple(zip(*key_values, strict=True))
+        return hidden_states, tuple(zip(*key_values, strict=True))
 
-    def logits(self, hidden: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
+    def logits(self, hidden_states: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
         """Return float32 logits over the vocabulary."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        if hidden.ndim == 2:  # a token of each row: moved to the head
-            hidden = nn.with_logical_constraint(hidden, ("few_rows", "embed"))
-        return jnp.einsum("...c,vc->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        if hidden_states.ndim == 2:  # a token of each row: moved to the head
+            hidden_states = nn.with_logical_constraint(hidden_states, ("few_rows", "embed"))
+        return jnp.einsum(
+            "...c,vc->...v", hidden_states, head.astype(hidden_states.dtype), preferred_element_type=jnp.float32
+        )
 
     def last_projections(
-        self, hidden: Float[Array, "batch time channels"]
+        self, hidden_states: Float[Array, "batch time channels"]
     ) -> tuple[Float[Array, "batch time heads head_dim"], Float[Array, "batch time key_value_heads head_dim"]]:
-        """Return `hidden` under the last layer's q_proj and k_proj, without norm or rotary positions."""
-        weights = jax.tree.map(lambda leaf: leaf[-1].astype(hidden.dtype), self.layers.variables["params"])
+        """Return `hidden_states` under the last layer's q_proj and k_proj, without norm or rotary positions."""
+        weights = jax.tree.map(lambda leaf: leaf[-1].astype(hidden_states.dtype), self.layers.variables["params"])
 
         def project(name: str) -> Array:
-            flat = hidden @ weights[name]["kernel"] + weights[name]["bias"]
+            flat = hidden_states @ weights[name]["kernel"] + weights[name]["bias"]
             if adapter := weights.get(name + SUFFIX):
-                flat += hidden @ adapter["a"] @ adapter["b"] * self.config.lora.scale
-            return flat.reshape(*hidden.shape[:2], -1, self.config.head_dim)
+                flat += hidden_states @ adapter["a"] @ adapter["b"] * self.config.lora.scale
+            return flat.reshape(*hidden_states.shape[:2], -1, self.config.head_dim)
 
         return project("q_proj"), project("k_proj")
 

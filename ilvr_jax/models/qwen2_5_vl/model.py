@@ -50,10 +50,12 @@ class Qwen2_5VL:
             raster_order=jnp.zeros((1, patches // MERGE**2), jnp.int32),
             unit_valid=jnp.ones((1, patches // MERGE**2), bool),
         )
-        inputs = jnp.zeros((1, 1, self.config.hidden_size))
-        positions, mask = jnp.zeros((1, 3, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
+        inputs_embeds = jnp.zeros((1, 1, self.config.hidden_size))
+        position_ids, attention_mask = jnp.zeros((1, 3, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
         vision = self.vision.init(vision_key, images)["params"]
-        decoder, adapters = split_adapters(self.decoder.init(decoder_key, inputs, positions, mask)["params"])
+        decoder, adapters = split_adapters(
+            self.decoder.init(decoder_key, inputs_embeds, position_ids, attention_mask)["params"]
+        )
         return {"vision": vision, "decoder": decoder} | ({"adapters": adapters} if adapters else {})
 
     def encode_images(
@@ -84,19 +86,21 @@ class Qwen2_5VL:
     def decode(
         self,
         decoder: PyTree,
-        inputs: Float[Array, "rows columns channels"],
-        positions: Int[Array, "rows 3 columns"],
-        mask: Bool[Array, "rows columns"] | Bool[Array, "rows columns keys"],
+        inputs_embeds: Float[Array, "rows columns channels"],
+        position_ids: Int[Array, "rows 3 columns"],
+        attention_mask: Bool[Array, "rows columns"] | Bool[Array, "rows columns keys"],
         past: Sequence[KeyValues] | KVCache = (),
         dropout_keys: Key[Array, "rows columns"] | None = None,
     ) -> tuple[Float[Array, "rows columns channels"], KeyValues]:
         """Return final hidden states and these columns' keys and values; see `Decoder.__call__`."""
-        return self.decoder.apply({"params": decoder}, inputs, positions, mask, past, dropout_keys)
+        return self.decoder.apply({"params": decoder}, inputs_embeds, position_ids, attention_mask, past, dropout_keys)
 
-    def logits(self, decoder: PyTree, hidden: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
+    def logits(self, decoder: PyTree, hidden_states: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
         """Return float32 logits."""
-        return self.decoder.apply({"params": decoder}, hidden, method="logits")
+        return self.decoder.apply({"params": decoder}, hidden_states, method="logits")
 
-    def last_projections(self, decoder: PyTree, hidden: Float[Array, "rows columns channels"]) -> tuple[Array, Array]:
-        """Return `hidden` under the last layer's query and key projections."""
-        return self.decoder.apply({"params": decoder}, hidden, method="last_projections")
+    def last_projections(
+        self, decoder: PyTree, hidden_states: Float[Array, "rows columns channels"]
+    ) -> tuple[Array, Array]:
+        """Return `hidden_states` under the last layer's query and key projections."""
+        return self.decoder.apply({"params": decoder}, hidden_states, method="last_projections")
