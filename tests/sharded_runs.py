@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
 
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from ilvr_jax.analysis.hlo import collectives  # noqa: E402
 from ilvr_jax.checkpoints.manager import Checkpoints  # noqa: E402
+from ilvr_jax.inference import kv_cache  # noqa: E402
 from ilvr_jax.inference.engine import Engine, generate  # noqa: E402
 from ilvr_jax.inference.requests import RequestOutput  # noqa: E402
 from ilvr_jax.inference.sizes import fit_settings  # noqa: E402
@@ -183,6 +185,10 @@ def main(out: str) -> None:
         if sizes != (1, 1, 1, 1):
             results[f"published {sizes}"] = published_tokens(mesh, vectors)
         if sizes == (1, 2, 2, 2):
+            with mock.patch.object(kv_cache, "current_platform", lambda: "tpu"):
+                jax.clear_caches()
+                results[f"tokens {sizes} with a TPU's writes"] = tokens(mesh)
+            jax.clear_caches()
             results[f"alignment {sizes} with splash"] = np.array(losses("alignment", mesh, "splash"))
     results["alignment on changing meshes"] = np.array(losses_on_changing_meshes("alignment"))
     results["sent by_the_loss"] = np.array(sent_by_the_loss())

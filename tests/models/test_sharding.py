@@ -55,7 +55,8 @@ def test_the_loss_does_not_send_the_head_for_each_chunk(runs):
 
 def test_every_mesh_decodes_the_tokens_of_one_device(runs):
     one = runs["tokens"].pop("(1, 1, 1, 1)")
-    assert len(runs["tokens"]) == 4 and len(np.unique(one)) > 10
+    # On one mesh the cache was also written as on a TPU.
+    assert len(runs["tokens"]) == 5 and len(np.unique(one)) > 10
     for mesh, tokens in runs["tokens"].items():
         np.testing.assert_array_equal(tokens, one, err_msg=mesh)
 
