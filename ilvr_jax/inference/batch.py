@@ -13,6 +13,7 @@ from jaxtyping import Array, Int, PyTree
 
 from ilvr_jax.inference.decode import (
     DecodeState,
+    chunk_margin,
     copy_prompt,
     decode_steps,
     init_decode_state,
@@ -136,7 +137,7 @@ class DecodeBatch:
 
     def _prefill_group(self, group: Sequence[Prefill], size: int, slots: int, of_picture: bool) -> None:
         """Prefill the next chunk, of one size, of up to `slots` rows; a group of all rows has them in their order."""
-        whole, margin = slots == self._settings.rows, (self._vision_inputs.shape[1] - size) // 2
+        whole, margin = slots == self._settings.rows, chunk_margin(self._vision_inputs, size)
         tokens, position_ids = np.zeros((slots, size), np.int32), np.zeros((slots, 3, size), np.int32)
         starts, counts = np.zeros((2, slots), np.int32)
         rows = np.full(slots, self._settings.rows, np.int32)  # out of range

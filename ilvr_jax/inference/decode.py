@@ -101,7 +101,7 @@ def request_row(idle: DecodeState, request: Request, seed: int, special: Special
     forced[0, : len(first)] = first
     if seen.size and params.repetition_penalty != 1:
         seen[0, request.prompt.tokens] = True
-        seen[0, [special.latent_start, special.latent_end, special.latent_pad]] = False
+        seen[0, list(special.of_looks)] = False
     slot_state = _with(idle.slot_state, looks_left=looks, latent_size=request.latent_size, early_end=params.early_end)
     names = (name for name in RowSampling._fields if name != "seed")
     sampling = _with(idle.sampling, seed=seed, **{name: getattr(params, name) for name in names})
@@ -145,7 +145,7 @@ def prefill(
     middle places of `vision_inputs`, at their columns of the chunk.
     """
     group, chunk = tokens.shape
-    margin = (vision_inputs.shape[1] - chunk) // 2
+    margin = chunk_margin(vision_inputs, chunk)
     features = vision_inputs[:group, margin : margin + chunk]
     columns = jnp.arange(chunk)
     image_index = jnp.where(tokens == special.image_pad, columns, -1)
@@ -160,6 +160,11 @@ def prefill(
     lengths = kv_cache.lengths.at[written].set(starts + counts, mode="drop")
     last_hidden = last_hidden.at[written].set(last.astype(last_hidden.dtype), mode="drop")
     return kv_cache._replace(lengths=replicate(lengths)), replicate(last_hidden)
+
+
+def chunk_margin(vision_inputs: Float[Array, "slots places channels"], chunk: int) -> int:
+    """Return the place at which the columns of a chunk begin in the inputs of vision tokens."""
+    return (vision_inputs.shape[1] - chunk) // 2
 
 
 @functools.partial(jax.jit, donate_argnames=("kv_cache", "last_hidden"))
@@ -261,8 +266,7 @@ def _write_tokens(
     status = jnp.where(looking, Status.LOOKING, state.status)
     status = jnp.where(count == state.max_new_tokens, Status.FULL, status)
     status = jnp.where(jnp.isin(token, jnp.array(special.ends)), Status.ENDED, status)
-    markers = jnp.array([special.latent_start, special.latent_end, special.latent_pad])
-    seen_now = writing & ~jnp.isin(token, markers)
+    seen_now = writing & ~jnp.isin(token, jnp.array(special.of_looks))
     return state._replace(
         status=jnp.where(writing, status, state.status),
         token=jnp.where(writing, token, state.token),

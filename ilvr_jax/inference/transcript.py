@@ -1,5 +1,6 @@
 """Decoded tokens as text for people, with the looks marked."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerFast
@@ -63,6 +64,9 @@ def cut_texts(texts: Sequence[str], room: int) -> list[str]:
         if room <= 0:
             break
     return kept
+
+
+LOOK = re.compile(r"‹looking: \d+ [a-z ]+›")  # the marks of `show_look`
 
 
 def show_look(slots: int, picture_tokens: int = 0) -> str:

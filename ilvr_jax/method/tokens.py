@@ -39,8 +39,13 @@ class SpecialTokens:
         return self.im_end, *self.stop
 
     @property
+    def of_looks(self) -> tuple[int, ...]:
+        """Tokens that a look is made of."""
+        return self.latent_start, self.latent_pad, self.latent_end
+
+    @property
     def markers(self) -> tuple[int, ...]:
-        return self.vision_start, self.vision_end, self.latent_start, self.latent_pad, self.latent_end
+        return self.vision_start, self.vision_end, *self.of_looks
 
 
 def assistant_header(tokens: Int[np.ndarray, " time"], special: SpecialTokens) -> int:

@@ -1,7 +1,6 @@
 """Pictures of results: maps with the decoded moves and the places of looks drawn on them."""
 
 import dataclasses
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
@@ -19,6 +18,7 @@ from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.data.frozen_lake.source import Cell
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import MapDesc
+from ilvr_jax.inference.transcript import LOOK
 from ilvr_jax.tasks.vsp_planning import Outcome, holes_matter, is_detour, play, stated_moves, walk
 
 COLUMNS = 4
@@ -32,7 +32,6 @@ TITLES = {
 }
 # Offsets (x, y) of a cell's eyes from its middle, in cells: the corners, since moves run through the middle.
 CORNERS = ((-0.27, -0.32), (0.27, -0.32), (-0.27, 0.32), (0.27, 0.32))
-LOOK = re.compile(r"‹looking: \d+ [a-z ]+›")  # as `inference.transcript.show_look` marks a look in a text
 
 
 @dataclasses.dataclass(frozen=True)
