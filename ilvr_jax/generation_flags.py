@@ -13,7 +13,7 @@ import jax
 
 from ilvr_jax.checkpoints.trained import TrainedModel, load_model
 from ilvr_jax.config.fields import rule_of
-from ilvr_jax.config.schema import DTYPES, SamplingParams
+from ilvr_jax.config.schema import DTYPES, IMAGE_VISIBILITY, SamplingParams
 from ilvr_jax.errors import InputError, quote
 from ilvr_jax.inference.requests import METHODS
 from ilvr_jax.inference.sampling import check_sampling, check_whole
@@ -34,6 +34,11 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--method", choices=METHODS, default="latent", help=f"of looking (default: latent); {methods}")
     parser.add_argument("--latent-size", type=int, help="slots per look (default: the run's, or 8)")
+    parser.add_argument(
+        "--image-visibility",
+        choices=IMAGE_VISIBILITY,
+        help="of images to text after a look (default: the run's, or all)",
+    )
     for field in dataclasses.fields(SamplingParams):
         flag, meaning = f"--{field.name.replace('_', '-')}", rule_of(field).meaning
         if field.name == "n":  # evaluate has --samples-per-question
@@ -111,6 +116,7 @@ def set_defaults(options: argparse.Namespace, trained: TrainedModel) -> None:
     run, sampling = trained.config, trained.config.eval if trained.config else SamplingParams()
     defaults = {field.name: getattr(sampling, field.name) for field in dataclasses.fields(SamplingParams)}
     defaults |= {"seed": run.seed if run else 0, "latent_size": trained.prompts.latent_size}
+    defaults |= {"image_visibility": run.latents.image_visibility if run else "all"}
     for name, value in defaults.items():
         if getattr(options, name, value) is None:
             setattr(options, name, value)
@@ -132,7 +138,9 @@ def decoding_fields(options: argparse.Namespace) -> dict[str, Any]:
         check_whole("seed", options.seed, 0, 2**32 - 1)
         sampling = SamplingParams(**values)
         check_sampling(sampling)
-    return {"method": options.method, "latent_size": options.latent_size, "sampling": sampling}
+    return {name: getattr(options, name) for name in ("method", "latent_size", "image_visibility")} | {
+        "sampling": sampling
+    }
 
 
 @contextlib.contextmanager

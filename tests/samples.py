@@ -99,6 +99,19 @@ def random_sample(
     )
 
 
+def seen_until_look(tokens: np.ndarray) -> np.ndarray:
+    """Returns which tokens each token attends to with `image_visibility="until_look"`, by the definition."""
+    tokens = list(tokens)
+    mask = np.tril(np.ones((len(tokens), len(tokens)), bool))
+    image, look = tokens.index(SPECIAL.image_pad), tokens.index(SPECIAL.latent_start)
+    inside = False
+    for place, token in enumerate(tokens):
+        inside = token == SPECIAL.latent_start or (inside and token != SPECIAL.latent_end)
+        if place > look and not (inside and token != SPECIAL.latent_start):
+            mask[place, image : look + 1] = False
+    return mask
+
+
 def prompt_of(sample: Sample) -> Sample:
     """Returns the sample's prompt alone, up to and including the assistant header."""
     end = int(np.flatnonzero(sample.tokens == SPECIAL.assistant)[0]) + 1

@@ -172,7 +172,7 @@ def compile_decoding(
 
     chunk, channels = settings.chunks[0], model.config.hidden_size
     vision_inputs = abstract((group, chunk + 2 * layout.image_tokens, channels), dtype)
-    numbers = [abstract(shape) for shape in ((group, chunk), (group, 3, chunk), (group,), (group,))]
+    numbers = [abstract(shape) for shape in ((group, chunk), (group, 3, chunk), (group,), (group,), (group, 2))]
     of_some = numbers[2] if group < rows else None
     call = (model, params, cache, abstract((rows, channels), dtype), vision_inputs, of_some, *numbers, SPECIAL)
     name, chunk_flops = f"prefill, {group} prompts of {chunk} tokens", group * decoder_flops(model.config, chunk, 0)

@@ -27,6 +27,7 @@ ROPE_TYPES = ("default", "linear", "yarn")
 # Mean and deviation of the pixels that Qwen2.5-VL's image processor assumes (CLIP's), in units of 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGE_VISIBILITY = ("all", "until_look")
 MOST_NEW_TOKENS = 2**17  # of an answer; published models have positions up to 128,000
 MOST_SAMPLES = 2**16  # of a prompt
 LONGEST = 2**20  # tokens or columns of a batch's layout
@@ -177,7 +178,17 @@ class FrozenLakeConfig:
     hole_probability: float = setting("of each cell except start and goal", 0.18, least=0, most=0.9)
     detour_share: float = setting("share of maps with a longer path than without holes", 0.3, least=0, most=1)
     max_moves: int = setting("maps that need more moves are dropped", 12, least=1)
-    moves_per_look: int = setting("moves between two looks", 2, least=1)
+    looks: str = setting(
+        "what looks show: the map between moves, or, before all moves, distances to the goal in sweeps over the map",
+        "moves",
+        choices=("moves", "distances"),
+        added=True,
+    )
+    moves_per_look: int = setting("moves between two looks at moves", 2, least=1)
+    sweeps: int = setting("looks at distances", 3, least=1, added=True)
+    readings: float = setting(
+        "share of records without looks, which ask for the map in words", 0.0, least=0, most=1, added=True
+    )
     cell_pixels: int = setting("pixels along a side of a cell; 28 are one vision token", 28, least=1)
     question: str = setting("the question of every record", "Find the shortest safe path.")
     read_out: str = setting(
@@ -246,6 +257,12 @@ class LatentsConfig:
     ce_weight: float = setting("weight of the cross-entropy", 1.0, least=0)
     sim_weight: float = setting("weight of the distance to targets", 1.0, least=0)
     target_noise: float = setting("deviation of the noise added to targets", 0.01, least=0)
+    image_visibility: str = setting(
+        "text after the first look attends to the image, or not to it nor to what has seen it, except slots",
+        "all",
+        choices=IMAGE_VISIBILITY,
+        added=True,
+    )
     selection: str = setting("the rule that selects targets, of method/selection.py", "coverage", added=True)
 
 

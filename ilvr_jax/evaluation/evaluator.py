@@ -89,6 +89,7 @@ class Evaluator:
             "records": fingerprint(self.source),
             **{name: getattr(self, name) for name in ("task", "question", "instruction", "seed")},
             **{name: self.decoding[name] for name in ("method", "latent_size")},
+            **_added(self.decoding),
             **_sampling_settings(self.decoding["sampling"]),
         }
 
@@ -303,6 +304,11 @@ def results_file(workdir: Path, config: RunConfig, stage: str, step: int, task: 
     """Return the file in a run's workdir for the answers of a stage after a step; at its end the step is not named."""
     place = stage if step == config.stages[stage].steps else f"{stage}-step{step}"
     return workdir / "evaluations" / f"{place}-{task}-{method}.jsonl"
+
+
+def _added(decoding: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of later versions that do not have their defaults."""
+    return {name: decoding[name] for name in ("image_visibility",) if decoding.get(name, "all") != "all"}
 
 
 def _sampling_settings(sampling: SamplingParams) -> dict[str, Any]:

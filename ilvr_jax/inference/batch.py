@@ -45,6 +45,7 @@ class Prefill:
     chunks: list[tuple[int, int, int]]  # those left, as from `plan_chunks`
     first: int = 0  # the column of the row that tokens begin at
     is_picture: bool = False  # of a look, and not a prompt
+    hidden: tuple[int, int] = (0, 0)  # columns that are hidden from the text after it, as in DecodeState
 
 
 class DecodeBatch:
@@ -140,11 +141,12 @@ class DecodeBatch:
         whole, margin = slots == self._settings.rows, chunk_margin(self._vision_inputs, size)
         tokens, position_ids = np.zeros((slots, size), np.int32), np.zeros((slots, 3, size), np.int32)
         starts, counts = np.zeros((2, slots), np.int32)
+        hidden = np.zeros((slots, 2), np.int32)
         rows = np.full(slots, self._settings.rows, np.int32)  # out of range
         for slot, part in enumerate(group):
             slot = part.row if whole else slot
             first, count, _ = part.chunks.pop(0)
-            rows[slot], starts[slot], counts[slot] = part.row, part.first + first, count
+            rows[slot], starts[slot], counts[slot], hidden[slot] = part.row, part.first + first, count, part.hidden
             tokens[slot, :count] = part.tokens[first : first + count]
             position_ids[slot, :, :count] = part.position_ids[:, first : first + count]
             for image, column in part.images:
@@ -161,6 +163,7 @@ class DecodeBatch:
             position_ids,
             starts,
             counts,
+            hidden,
             self._special,
         )
 

@@ -24,6 +24,7 @@ from ilvr_jax.models.base import Model
 from ilvr_jax.models.sharding import replicate
 
 UNLIMITED = np.iinfo(np.int32).max  # looks
+NEVER = np.iinfo(np.int32).max  # a column that no row has
 
 
 class Status(IntEnum):
@@ -54,6 +55,7 @@ class DecodeState(NamedTuple):
     hidden_states: Float[Array, "rows channels"]  # of the last column, the next input in a slot
     slot_state: SlotState
     sampling: RowSampling
+    hidden: Int[Array, "rows 2"]  # the first column hidden from text after a look, and the first after that; see `hide`
     pictures: Bool[Array, " rows"]  # whether a look is a picture, which the row waits for, and not slots
     count: Int[Array, " rows"]  # tokens written
     max_new_tokens: Int[Array, " rows"]
@@ -81,6 +83,7 @@ def init_decode_state(model: Model, rows: int, new_tokens: int, keep_latents: bo
         sampling=RowSampling(
             *(fill(0, dtype) for dtype in ("float32", "int32", "float32", "float32", "int32", "uint32"))
         ),
+        hidden=jnp.zeros((rows, 2), jnp.int32),
         pictures=fill(False, "bool"),
         count=fill(0),
         max_new_tokens=fill(1),
@@ -105,7 +108,11 @@ def request_row(idle: DecodeState, request: Request, seed: int, special: Special
     slot_state = _with(idle.slot_state, looks_left=looks, latent_size=request.latent_size, early_end=params.early_end)
     names = (name for name in RowSampling._fields if name != "seed")
     sampling = _with(idle.sampling, seed=seed, **{name: getattr(params, name) for name in names})
-    row = idle._replace(slot_state=slot_state, sampling=sampling, forced=forced, seen=seen)
+    hidden = np.array([[NEVER, 0]], np.int32)
+    images = np.flatnonzero(request.prompt.tokens == special.image_pad)
+    if request.image_visibility == "until_look" and len(images):
+        hidden[0, 0] = images[0]
+    row = idle._replace(slot_state=slot_state, sampling=sampling, hidden=hidden, forced=forced, seen=seen)
     return _with(row, pictures=request.method == "pixels", max_new_tokens=params.max_new_tokens)
 
 
@@ -136,13 +143,15 @@ def prefill(
     position_ids: Int[Array, "group 3 chunk"],
     starts: Int[Array, " group"],
     counts: Int[Array, " group"],
+    hidden: Int[Array, "group 2"],
     special: SpecialTokens,
 ) -> tuple[KVCache, Float[Array, "rows channels"]]:
     """Append the first `counts` tokens of each chunk to rows of `starts` columns.
 
     Return also `last_hidden` with the hidden states of the last of these. `rows` is None for a group of all rows, in
     order; else a slot without a row has a number out of range, or a count of 0. The inputs of vision tokens are in the
-    middle places of `vision_inputs`, at their columns of the chunk.
+    middle places of `vision_inputs`, at their columns of the chunk. Columns from `hidden[:, 0]` to before
+    `hidden[:, 1]` are hidden from `latent_end`, the one text token in the columns of a picture.
     """
     group, chunk = tokens.shape
     margin = chunk_margin(vision_inputs, chunk)
@@ -151,7 +160,11 @@ def prefill(
     image_index = jnp.where(tokens == special.image_pad, columns, -1)
     inputs_embeds = model.embed(decoder, tokens, image_index, features[:, None])
     cached = kv_cache._replace(lengths=starts) if rows is None else caches.take_rows(kv_cache, rows, starts)
-    attention_mask = (columns[:, None] >= columns)[None]  # padding comes last, so that no token sees it
+    places = starts[:, None] + columns
+    unseen = jnp.where((tokens == special.latent_end)[..., None], hidden[:, None], 0)
+    attention_mask = ~((places[:, None] >= unseen[..., :1]) & (places[:, None] < unseen[..., 1:]))
+    attention_mask &= columns[:, None] >= columns  # padding comes last, so that no token sees it
+    cached = cached._replace(hidden=unseen)
     hidden_states, new = model.decode(decoder, inputs_embeds, position_ids, attention_mask, cached)
     room = last_hidden.shape[0]
     kv_cache = caches.write_columns(kv_cache, new, starts, counts, rows)
@@ -197,7 +210,7 @@ def start(
         hidden_states=jnp.where(starting[:, None], last_hidden, state.hidden_states),
     )
     lengths = jnp.where(starting, columns, lengths)
-    return replicate((lengths, _write_tokens(model, decoder, state, starting, special)))
+    return replicate((lengths, _write_tokens(model, decoder, state, starting, lengths, special)))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "special"), donate_argnames=("kv_cache", "state"))
@@ -223,7 +236,9 @@ def decode_steps(
         running = state.status == Status.RUNNING
         inputs_embeds = next_inputs(model, decoder, state.token, state.hidden_states, special)
         position_ids = jnp.broadcast_to(state.position[:, None, None], (*state.position.shape, 3, 1))
-        cached = kv_cache._replace(lengths=jnp.where(running, kv_cache.lengths, 0))  # other rows attend to nothing
+        columns = kv_cache.lengths
+        cached = kv_cache._replace(lengths=jnp.where(running, columns, 0))  # other rows attend to nothing
+        cached = cached._replace(hidden=hide(state, columns, special)[:, None])
         hidden_states, new = model.decode(decoder, inputs_embeds, position_ids, jnp.ones((1, 1, 1), bool), cached)
         kv_cache = caches.keep_layout(caches.write_columns(kv_cache, new, kv_cache.lengths, running))
         kv_cache = kv_cache._replace(lengths=kv_cache.lengths + running)
@@ -231,10 +246,21 @@ def decode_steps(
             hidden_states=jnp.where(running[:, None], hidden_states[:, 0], state.hidden_states),
             position=state.position + running,
         )
-        return step + 1, kv_cache, _write_tokens(model, decoder, state, running, special)
+        return step + 1, kv_cache, _write_tokens(model, decoder, state, running, kv_cache.lengths, special)
 
     _, kv_cache, state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), kv_cache, state))
     return kv_cache._replace(lengths=replicate(kv_cache.lengths)), replicate(state)
+
+
+def hide(state: DecodeState, columns: Int[Array, " rows"], special: SpecialTokens) -> Int[Array, "rows 2"]:
+    """Return the first column that each row's next input, at `columns`, does not attend to, and the first after these.
+
+    With `image_visibility="until_look"` these are the columns from the first image to the first `latent_start`, for
+    text after that: see `method.tokens.Visibility`.
+    """
+    ends = state.hidden[:, 1]
+    after = (ends > 0) & (columns >= ends) & (state.token != special.latent_pad)
+    return jnp.where(after[:, None], state.hidden, 0)
 
 
 def next_inputs(
@@ -251,9 +277,14 @@ def next_inputs(
 
 
 def _write_tokens(
-    model: Model, decoder: PyTree, state: DecodeState, writing: Bool[Array, " rows"], special: SpecialTokens
+    model: Model,
+    decoder: PyTree,
+    state: DecodeState,
+    writing: Bool[Array, " rows"],
+    columns: Int[Array, " rows"],
+    special: SpecialTokens,
 ) -> DecodeState:
-    """Let rows write the token that follows their hidden state."""
+    """Let rows write the token that follows their hidden state, and that will be in the given columns."""
     new_tokens = state.tokens.shape[1]
     forced = jnp.take_along_axis(state.forced, jnp.minimum(state.count, new_tokens - 1)[:, None], axis=1)[:, 0]
     logits = model.logits(decoder, state.hidden_states)
@@ -262,6 +293,7 @@ def _write_tokens(
     slot_state = slot_state._replace(slots_left=jnp.where(looking, 0, slot_state.slots_left))
     index, place = jnp.arange(len(token)), jnp.where(writing, state.count, new_tokens)  # out of range: dropped
     in_slot = token == special.latent_pad
+    first_look = writing & (token == special.latent_start) & (state.hidden[:, 1] == 0)
     count = state.count + writing
     status = jnp.where(looking, Status.LOOKING, state.status)
     status = jnp.where(count == state.max_new_tokens, Status.FULL, status)
@@ -271,6 +303,7 @@ def _write_tokens(
         status=jnp.where(writing, status, state.status),
         token=jnp.where(writing, token, state.token),
         slot_state=jax.tree.map(lambda new, old: jnp.where(writing, new, old), slot_state, state.slot_state),
+        hidden=state.hidden.at[:, 1].set(jnp.where(first_look, columns + 1, state.hidden[:, 1])),
         count=count,
         tokens=state.tokens.at[index, place].set(token, mode="drop"),
         log_probabilities=state.log_probabilities.at[index, place].set(log_probability, mode="drop"),

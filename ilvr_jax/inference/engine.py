@@ -326,7 +326,8 @@ class Engine:
     def _draw_picture(self, row: int, count: int) -> Prefill | str:
         """Return the columns of the picture that a row waits for, or the reason that its answer ends instead."""
         running, special = self._running[row], self._special
-        written, position = (np.asarray(array)[row] for array in (self._batch.state.tokens, self._batch.state.position))
+        state = self._batch.state
+        written, position, hidden = (np.asarray(array)[row] for array in (state.tokens, state.position, state.hidden))
         length = running.length + count - 1  # the marker has no column of its own yet
         try:
             image = running.request.draw_look(written[:count].tolist())
@@ -350,7 +351,7 @@ class Engine:
             return "picture"
         positions = self._model.geometry.position_ids(tokens, [grid], special.image_pad) + position
         chunks = plan_chunks(len(tokens), self.settings.chunks)
-        return Prefill(row, tokens, positions, [(image, 2)], chunks, first=length, is_picture=True)
+        return Prefill(row, tokens, positions, [(image, 2)], chunks, length, is_picture=True, hidden=tuple(hidden))
 
     def _read_output(self, row: int, count: int, reason: str) -> RequestOutput:
         running, special = self._running[row], self._special

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from jaxtyping import Float
 
-from ilvr_jax.config.schema import SamplingParams
+from ilvr_jax.config.schema import IMAGE_VISIBILITY, SamplingParams
 from ilvr_jax.errors import quote
 from ilvr_jax.inference.sampling import check_sampling, check_whole
 from ilvr_jax.method.layout import Sample
@@ -37,6 +37,7 @@ class Request:
     sampling: SamplingParams  # `max_new_tokens` does not count the tokens of pictures
     latent_size: int  # K
     method: str = "latent"  # one of METHODS
+    image_visibility: str = "all"  # as in the config's latents
     seed: int = 0
     draw_look: Callable[[list[int]], Picture] | None = None  # for "pixels": draws the picture after the tokens so far
     log_probabilities: bool = False  # whether the outputs have those of their tokens
@@ -92,6 +93,10 @@ def check_request(request: Request) -> None:
         raise ValueError(f"a request must be a Request, got {quote(request)}")
     if not isinstance(request.method, str) or request.method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {quote(request.method)}")
+    if request.image_visibility not in IMAGE_VISIBILITY:
+        raise ValueError(
+            f"image_visibility must be one of {', '.join(IMAGE_VISIBILITY)}, got {quote(request.image_visibility)}"
+        )
     if request.method == "pixels" and not callable(request.draw_look):
         raise ValueError(f'draw_look must be a function for method "pixels", got {quote(request.draw_look)}')
     if not isinstance(request.sampling, SamplingParams):

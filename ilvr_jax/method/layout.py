@@ -16,7 +16,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int, Int8
 
-from ilvr_jax.method.tokens import Role, SpecialTokens, answer_labels, token_roles
+from ilvr_jax.config.schema import LatentsConfig
+from ilvr_jax.method.tokens import Role, SpecialTokens, Visibility, answer_labels, token_roles, token_visibility
+from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.base import ImageGeometry, PositionIds
 from ilvr_jax.models.qwen2_5_vl.images import (
     MERGE,
@@ -75,6 +77,7 @@ class Sample:
     tokens: Int[np.ndarray, " time"]
     labels: Int[np.ndarray, " time"]  # the token itself where it carries loss, else -100
     roles: Int8[np.ndarray, " time"]
+    visibility: Int8[np.ndarray, " time"]
     positions: Int[np.ndarray, "axes time"]
     images: tuple[PatchedImage, ...] | tuple[EncodedImage, ...]
     helper_images: tuple[PatchedImage, ...] | tuple[EncodedImage, ...]
@@ -90,6 +93,7 @@ class Batch:
     tokens: Int[jax.Array, "rows columns"]
     targets: Int[jax.Array, "rows columns"]  # the token that follows, -100 where it carries no loss
     roles: Int8[jax.Array, "rows columns"]
+    visibility: Int8[jax.Array, "rows columns"]
     positions: Int[jax.Array, "rows axes columns"]
     image_index: Int[jax.Array, "rows columns"]  # the vision token of the row that is the input, -1: none
     images: ImageBatch | FeatureBatch  # leading axes [rows, images]
@@ -100,6 +104,20 @@ class Batch:
     @property
     def valid(self) -> Bool[jax.Array, "rows columns"]:
         return self.roles != Role.PADDING
+
+    def causal_mask(self, settings: LatentsConfig) -> Bool[jax.Array, "rows columns columns"]:
+        """Return which columns each column attends to, as `latents.image_visibility` has it."""
+        mask = causal_mask(self.valid)
+        if settings.image_visibility == "all":
+            return mask
+        after, before = self.visibility == Visibility.AFTER, self.visibility == Visibility.BEFORE
+        return mask & ~(after[:, :, None] & before[:, None, :])
+
+    def attention_mask(
+        self, settings: LatentsConfig
+    ) -> Bool[jax.Array, "rows columns"] | Bool[jax.Array, "rows columns columns"]:
+        """Return the mask of whole sequences for `Model.decode`: of columns where attention is plainly causal."""
+        return self.valid if settings.image_visibility == "all" else self.causal_mask(settings)
 
 
 def build_sample(
@@ -136,6 +154,7 @@ def build_sample(
         tokens=tokens,
         labels=answer_labels(tokens, special),
         roles=token_roles(tokens, special),
+        visibility=token_visibility(tokens, special),
         positions=position_ids(tokens, grids, special.image_pad),
         images=tuple(images),
         helper_images=tuple(helper_images),
@@ -248,7 +267,7 @@ def collate(
     rows, columns = len(samples), layout.columns
     tokens = np.full((rows, columns), special.pad, np.int32)
     targets = np.full((rows, columns), -100, np.int32)
-    roles = np.zeros((rows, columns), np.int8)
+    roles, visibility = np.zeros((2, rows, columns), np.int8)
     axes = samples[0].positions.shape[0] if samples else 3
     positions = np.zeros((rows, axes, columns), np.int32)
     image_index = np.full((rows, columns), -1, np.int32)
@@ -257,6 +276,7 @@ def collate(
         tokens[row, place] = sample.tokens
         targets[row, place[:-1]] = sample.labels[1:]
         roles[row, place] = sample.roles
+        visibility[row, place] = sample.visibility
         positions[row][:, place] = sample.positions
         features = [
             number * layout.image_tokens + np.arange(image.vision_tokens) for number, image in enumerate(sample.images)
@@ -271,6 +291,7 @@ def collate(
         tokens=tokens,
         targets=targets,
         roles=roles,
+        visibility=visibility,
         positions=positions,
         image_index=image_index,
         images=stack("images", layout.images, layout.image_tokens),

@@ -95,10 +95,10 @@ def text_loss(
     model: Model, params: PyTree, teacher: None, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
 ) -> Losses:
     """Return the cross-entropy of the answer's tokens alone: the warm-up."""
-    del teacher, settings
+    del teacher
     decoder, _, inputs = _embedded(model, params, batch)
     keys = dropout_keys(model, key, batch)
-    hidden, _ = model.decode(decoder, inputs, batch.positions, batch.valid, dropout_keys=keys)
+    hidden, _ = model.decode(decoder, inputs, batch.positions, batch.attention_mask(settings), dropout_keys=keys)
     return _losses(model, decoder, batch, hidden)
 
 
@@ -122,7 +122,7 @@ def alignment_loss(
     targets = fill_slots(model, decoder, selection.targets, inputs[:, slots])
     inputs = inputs.at[:, slots].set(jnp.where(selection.valid[..., None], targets, inputs[:, slots]))
     keys = dropout_keys(model, key, batch)
-    hidden, _ = model.decode(decoder, inputs, batch.positions, batch.valid, dropout_keys=keys)
+    hidden, _ = model.decode(decoder, inputs, batch.positions, batch.attention_mask(settings), dropout_keys=keys)
     targets = selection.targets + settings.target_noise * slot_noise(key, batch.record, selection.targets.shape)
     cosines = cosine(hidden[:, slots - 1], targets) * selection.valid
     count = selection.valid.sum((1, 2))
@@ -156,9 +156,9 @@ def autonomy_loss(
     model: Model, params: PyTree, teacher: None, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
 ) -> Losses:
     """Return stage 2's losses: the student fills its slots, cross-entropy alone, with gradients through every slot."""
-    del teacher, settings
+    del teacher
     decoder, _, inputs = _embedded(model, params, batch)
-    hidden = roll_out(model, decoder, inputs, batch, dropout_keys(model, key, batch))
+    hidden = roll_out(model, settings, decoder, inputs, batch, dropout_keys(model, key, batch))
     return _losses(model, decoder, batch, hidden)
 
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from ilvr_jax.config.schema import LatentsConfig
 from ilvr_jax.method.layout import Batch
 from ilvr_jax.method.slots import PARAMETERS, fill_slots
-from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.base import Model
 from ilvr_jax.models.qwen2_5_vl.decoder import KeyValues
 
@@ -26,16 +26,18 @@ Hidden = Float[Array, "rows columns channels"]
 Keys = Key[Array, "rows columns"] | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def roll_out(model: Model, decoder: PyTree, inputs: Hidden, batch: Batch, dropout_keys: Keys) -> Hidden:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def roll_out(
+    model: Model, settings: LatentsConfig, decoder: PyTree, inputs: Hidden, batch: Batch, dropout_keys: Keys
+) -> Hidden:
     """Return the final hidden states when each slot's input is made from the hidden state of the column before it.
 
     `fill_slots` makes the inputs, and gradients flow through every slot. `dropout_keys` is for adapters.
     """
-    return _forward(model, decoder, inputs, batch, dropout_keys)[0]
+    return _forward(model, settings, decoder, inputs, batch, dropout_keys)[0]
 
 
-def _forward(model: Model, decoder: PyTree, inputs: Hidden, batch: Batch, dropout_keys: Keys):
+def _forward(model: Model, settings: LatentsConfig, decoder: PyTree, inputs: Hidden, batch: Batch, dropout_keys: Keys):
     end = batch.layout.prefix
     prefix, cache = model.decode(
         decoder,
@@ -45,17 +47,18 @@ def _forward(model: Model, decoder: PyTree, inputs: Hidden, batch: Batch, dropou
         dropout_keys=_columns(dropout_keys, 0, end),
     )
     no_change = jnp.zeros((*inputs[:, batch.layout.slot_columns].shape,), prefix.dtype)
-    after = _after_prefix(model, decoder, inputs, batch, dropout_keys, prefix[:, -1:], cache, no_change)
+    after = _after_prefix(model, settings, decoder, inputs, batch, dropout_keys, prefix[:, -1:], cache, no_change)
     hidden = jnp.concatenate([prefix, after], axis=1)
     return hidden, (decoder, inputs, batch, dropout_keys, hidden, cache)
 
 
-def _backward(model: Model, residuals: tuple, gradient: Hidden):
+def _backward(model: Model, settings: LatentsConfig, residuals: tuple, gradient: Hidden):
     decoder, inputs, batch, dropout_keys, hidden, cache = residuals
     end, slots = batch.layout.prefix, batch.layout.slot_columns
 
     def after_prefix(change: Array) -> Array:
-        return _after_prefix(model, decoder, inputs, batch, dropout_keys, hidden[:, end - 1 : end], cache, change)
+        last = hidden[:, end - 1 : end]
+        return _after_prefix(model, settings, decoder, inputs, batch, dropout_keys, last, cache, change)
 
     if slots.size:
         _, by_change = jax.vjp(after_prefix, jnp.zeros((*inputs[:, slots].shape,), hidden.dtype))
@@ -68,7 +71,8 @@ def _backward(model: Model, residuals: tuple, gradient: Hidden):
         of_fill, of_embedding = {}, 0.0
 
     def in_parallel(decoder: PyTree, inputs: Array) -> Array:
-        return model.decode(decoder, inputs, batch.positions, batch.valid, dropout_keys=dropout_keys)[0]
+        mask = batch.attention_mask(settings)
+        return model.decode(decoder, inputs, batch.positions, mask, dropout_keys=dropout_keys)[0]
 
     _, by_parameters = jax.vjp(in_parallel, decoder, inputs)
     of_decoder, of_inputs = by_parameters(gradient)
@@ -81,6 +85,7 @@ roll_out.defvjp(_forward, _backward)
 
 def _after_prefix(
     model: Model,
+    settings: LatentsConfig,
     decoder: PyTree,
     inputs: Hidden,
     batch: Batch,
@@ -93,6 +98,7 @@ def _after_prefix(
     layout, positions, valid, rows = batch.layout, batch.positions, batch.valid, len(inputs)
     size, width = layout.latent_size, layout.latent_size + layout.text
     tail_start = layout.columns - layout.tail
+    masks = batch.causal_mask(settings)  # of text; slots attend to all columns before them
 
     def decode(inputs: Array, mask: Array, past: Sequence[KeyValues], start: Array | int):
         """Return hidden states, keys and values of the columns from `start` on."""
@@ -129,14 +135,9 @@ def _after_prefix(
         hidden = jnp.swapaxes(hidden, 0, 1)
         if layout.text:
             text_start, text = start + size, layout.text
-            seen = jnp.concatenate([done, slots_valid], axis=1)[:, None]
-            mask = jnp.concatenate(
-                [
-                    jnp.broadcast_to(seen, (rows, text, seen.shape[-1])),
-                    causal_mask(columns_from(valid, text_start, text, 1)),
-                ],
-                axis=2,
-            )
+            seen = columns_from(masks, text_start, text, 1)
+            before = seen[:, :, :tail_start] & (jnp.arange(tail_start) < start)
+            mask = jnp.concatenate([before, columns_from(seen, start, width, 2)], axis=2)
             text_hidden, text_new = decode(columns_from(inputs, text_start, text, 1), mask, [cache, new], text_start)
             new = jax.tree.map(lambda slots, words: jnp.concatenate([slots, words], axis=2), new, text_new)
             hidden, last = jnp.concatenate([hidden, text_hidden], axis=1), text_hidden[:, -1:]
@@ -147,7 +148,7 @@ def _after_prefix(
     (cache, _), hidden = jax.lax.scan(segment, (cache, last), (jnp.arange(layout.segments), changes))
     hidden = jnp.swapaxes(hidden, 0, 1).reshape(rows, layout.segments * width, last.shape[-1])
     if layout.tail:
-        tail, _ = decode(inputs[:, tail_start:], causal_mask(valid)[:, tail_start:], [cache], tail_start)
+        tail, _ = decode(inputs[:, tail_start:], masks[:, tail_start:], [cache], tail_start)
         hidden = jnp.concatenate([hidden, tail], axis=1)
     return hidden
 

@@ -177,7 +177,7 @@ def select(
     the features are from its vision tower. `key` is for random rules.
     """
     inputs = model.embed(decoder, batch.tokens, batch.image_index, features)
-    hidden, _ = model.decode(decoder, inputs, batch.positions, batch.valid)
+    hidden, _ = model.decode(decoder, inputs, batch.positions, batch.attention_mask(settings))
     user = user_query(model, decoder, batch, hidden)
     selector = SELECTORS[settings.selection]
     count, grouping = settings.candidates, settings.grouping

@@ -17,6 +17,14 @@ class Role(enum.IntEnum):
     ANSWER = 4  # the assistant's text, its header included
 
 
+class Visibility(enum.IntEnum):
+    """The part of a token in `latents.image_visibility="until_look"`: AFTER tokens do not attend to BEFORE tokens."""
+
+    OPEN = 0  # what precedes the first image, slots, and pictures in looks
+    BEFORE = 1  # from the first image to the first `latent_start`: these have seen the image
+    AFTER = 2  # text after it, the markers of looks included
+
+
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
     """The ids of tokens with a meaning of their own, looked up in a tokenizer."""
@@ -65,6 +73,19 @@ def token_roles(tokens: Int[np.ndarray, " time"], special: SpecialTokens) -> Int
     roles[np.isin(tokens, special.markers)] = Role.MARKER
     roles[tokens == special.image_pad] = Role.IMAGE
     return roles.astype(np.int8)
+
+
+def token_visibility(tokens: Int[np.ndarray, " time"], special: SpecialTokens) -> Int8[np.ndarray, " time"]:
+    """Return the Visibility of each token; OPEN for all without an image before a look."""
+    visibility = np.zeros(len(tokens), np.int8)
+    images, looks = (np.flatnonzero(tokens == token) for token in (special.image_pad, special.latent_start))
+    if len(images) and len(looks) and images[0] < looks[0]:
+        visibility[images[0] : looks[0] + 1] = Visibility.BEFORE
+        content = (special.latent_pad, special.image_pad, special.vision_start, special.vision_end)
+        visibility[looks[0] + 1 :] = np.where(
+            np.isin(tokens[looks[0] + 1 :], content), Visibility.OPEN, Visibility.AFTER
+        )
+    return visibility
 
 
 def answer_labels(tokens: Int[np.ndarray, " time"], special: SpecialTokens) -> Int[np.ndarray, " time"]:

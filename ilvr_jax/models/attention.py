@@ -66,6 +66,8 @@ class KVCache(NamedTuple):
     keys: Float[Array, "layers rows key_value_heads columns head_dim"] | tuple[Array, ...]
     values: Float[Array, "layers rows key_value_heads columns head_dim"] | tuple[Array, ...]
     lengths: Int[Array, " rows"]
+    # Columns that each of the present queries does not attend to: from the first number to before the second.
+    hidden: Int[Array, "rows queries 2"] | None = None
 
     @property
     def columns(self) -> int:
@@ -119,14 +121,21 @@ def cached_attention(
     sums = add(key.swapaxes(1, 2), value.swapaxes(1, 2), mask, nothing)
     block = CACHE_BLOCK if queries > 1 else QUERY_BLOCK
 
+    def attended(places: Array) -> Array:
+        """Return which columns each query attends to, of the cached ones at some places."""
+        seen = places < cache.lengths[:, None, None]
+        if cache.hidden is None:
+            return seen
+        return seen & ~((places >= cache.hidden[..., :1]) & (places < cache.hidden[..., 1:]))
+
     def add_block(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         start = jnp.minimum(number * block, columns - block)  # the last block may overlap the one before it
         places = start + jnp.arange(block)
-        seen = (places >= number * block) & (places < cache.lengths[:, None, None])
+        seen = (places >= number * block) & attended(places)
         return add(*cache.read(layer, start, block), seen, sums)
 
     if columns <= block:
-        sums = add(*cache.read(layer, 0, columns), jnp.arange(columns) < cache.lengths[:, None, None], sums)
+        sums = add(*cache.read(layer, 0, columns), attended(jnp.arange(columns)), sums)
     else:
         sums = jax.lax.fori_loop(0, (cache.lengths.max() + block - 1) // block, add_block, sums)
     output = (sums[2] / sums[1]).astype(query.dtype).reshape(batch, shared, -1, queries, head_dim)

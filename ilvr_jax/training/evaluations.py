@@ -36,7 +36,12 @@ def make_evaluator(run: Run, stage: str, step: int, params: PyTree | None) -> Ev
         trained,
         config.eval.task,
         run.evaluation_records,
-        {"method": "latent", "latent_size": config.latents.latent_size, "sampling": config.eval.sampling},
+        {
+            "method": "latent",
+            "latent_size": config.latents.latent_size,
+            "image_visibility": config.latents.image_visibility,
+            "sampling": config.eval.sampling,
+        },
         samples=config.eval.n,
         rows=config.eval.batch_size,
         limit=config.eval.limit,

@@ -12,7 +12,7 @@ from ilvr_jax.inference.kv_cache import init_kv_cache, write_columns
 from ilvr_jax.inference.sampling import RowSampling, check_sampling, sample_tokens
 from ilvr_jax.models.attention import causal_mask
 from tests.decoding import MODEL, PARAMS, eager_to_look, lay_out, make_request, prompts
-from tests.samples import SPECIAL
+from tests.samples import SPECIAL, seen_until_look
 
 
 def decode(rows, seeds, params=PARAMS, max_new_tokens=24, latent_size=3, **sampling):
@@ -48,11 +48,13 @@ def test_latent_segments_are_whole_and_closed():
     assert looks > 3
 
 
-def test_tokens_are_those_of_step_by_step_recomputation():
+@pytest.mark.parametrize("visibility", ["all", "until_look"])
+def test_tokens_are_those_of_step_by_step_recomputation(visibility):
     """The definition, slow: the whole sequence again for every token, a slot's input the hidden state before it."""
     decoder, new_tokens = PARAMS["decoder"], 20
+    masked = 0
     for prompt in prompts()[:3]:
-        (expected,) = decode([prompt], [0], max_new_tokens=new_tokens)
+        (expected,) = decode([prompt], [0], max_new_tokens=new_tokens, image_visibility=visibility)
         batch = lay_out([prompt])
         features = MODEL.encode_images(PARAMS["vision"], batch.images)
         room = ((0, 0), (0, new_tokens), (0, 0))
@@ -61,6 +63,11 @@ def test_tokens_are_those_of_step_by_step_recomputation():
         new_positions = jnp.broadcast_to(new_positions, (1, 3, new_tokens))
         positions = jnp.concatenate([batch.positions, new_positions], axis=2)
         mask = causal_mask(jnp.ones(inputs.shape[:2], bool))
+        if visibility == "until_look" and len(prompt.images) and SPECIAL.latent_start in expected:
+            visible = seen_until_look([*prompt.tokens, *expected])
+            mask = np.array(mask)
+            mask[0, : len(visible), : len(visible)] = visible
+            masked += 1
         recompute = jax.jit(lambda inputs, positions, mask: MODEL.decode(decoder, inputs, positions, mask)[0])
         last, slots, tokens = batch.tokens.shape[1] - 1, 0, []
         for _ in range(new_tokens):
@@ -80,6 +87,7 @@ def test_tokens_are_those_of_step_by_step_recomputation():
             last += 1
             inputs = inputs.at[:, last].set(hidden if token == SPECIAL.latent_pad else following)
         assert list(expected) == tokens
+    assert masked or visibility == "all"
 
 
 def test_a_segment_can_end_early():

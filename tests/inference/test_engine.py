@@ -28,7 +28,7 @@ from tests.decoding import (
     mixed_requests,
     same,
 )
-from tests.samples import CONFIG, FIRST_WORD, GEOMETRY, SPECIAL, random_image
+from tests.samples import CONFIG, FIRST_WORD, GEOMETRY, SPECIAL, random_image, seen_until_look
 from tests.vectors import of_kind
 
 
@@ -155,6 +155,27 @@ def test_a_picture_is_seen_as_if_it_had_been_in_the_prompt():
     (expected,) = engine.answer([make_request(whole, 17, 3)])
     assert second > 3
     assert expected.tokens[: second - 3] == answer.tokens[3:second]
+
+
+def test_text_after_a_picture_does_not_see_the_image_if_that_is_hidden():
+    forced = (11, 12, SPECIAL.latent_start, 13, 14, 15, 16)
+    request = make_request(make_prompt(2), 20, 3, method="pixels", forced_tokens=forced)
+    request = dataclasses.replace(request, draw_look=draw_look, image_visibility="until_look", log_probabilities=True)
+    (answer,) = make_engine(columns=160).answer([request])
+    picture, second = draw_look(answer.tokens[:3]), next((look.position for look in answer.looks[1:]), 20)
+    shown = [SPECIAL.vision_start, *[SPECIAL.image_pad] * picture.vision_tokens, SPECIAL.vision_end]
+    before = [*request.prompt.tokens, *answer.tokens[:3], *shown, SPECIAL.latent_end]
+    tokens = np.array([*before, *answer.tokens[3:second]])
+    whole = build_sample(tokens, (*request.prompt.images, picture), (), SPECIAL, 3)
+    batch = collate([whole], required_layout(whole, GEOMETRY), SPECIAL, GEOMETRY)
+    features = MODEL.encode_images(PARAMS["vision"], batch.images)
+    inputs = MODEL.embed(PARAMS["decoder"], batch.tokens, batch.image_index, features)
+    hidden, _ = MODEL.decode(PARAMS["decoder"], inputs, batch.positions, seen_until_look(tokens)[None])
+    logits = np.array(MODEL.logits(PARAMS["decoder"], hidden[0, len(before) - 1 : -1]))
+    logits[:, [SPECIAL.latent_pad, SPECIAL.latent_end]] = -np.inf
+    expected = jax.nn.log_softmax(logits)[np.arange(len(logits)), tokens[len(before) :]]
+    assert len(expected) > 3
+    np.testing.assert_allclose(answer.log_probabilities[3:second], expected, atol=1e-4)
 
 
 def test_log_probabilities_are_the_models():

@@ -108,7 +108,7 @@ def stage2(vector: Vector, batch, row: int = 0):
     model, params = Qwen2_5VL(vector.config), vector.params()
 
     def loss(decoder):
-        result = autonomy_loss(model, {**params, "decoder": decoder}, None, batch, None, jax.random.key(0))
+        result = autonomy_loss(model, {**params, "decoder": decoder}, None, batch, LatentsConfig(), jax.random.key(0))
         return result.loss[row], result
 
     gradients, result = jax.jit(jax.grad(loss, has_aux=True))(params["decoder"])

@@ -23,7 +23,7 @@ from ilvr_jax.method.selection import SELECTORS, group_neighbours, pick_coverage
 from ilvr_jax.method.slots import SLOT_INPUTS, SlotInput, fill_slots, init_params, with_slot_parameters
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
-from tests.samples import CONFIG, GEOMETRY, SPECIAL, random_sample
+from tests.samples import CONFIG, GEOMETRY, SPECIAL, random_sample, seen_until_look
 
 MODEL = Qwen2_5VL(CONFIG)
 PARAMS = MODEL.init(jax.random.key(0))
@@ -58,18 +58,22 @@ def figures(result, row):
     }
 
 
+VISIBILITIES = [SETTINGS, dataclasses.replace(SETTINGS, image_visibility="until_look")]
+
+
+@pytest.mark.parametrize("settings", VISIBILITIES, ids=["all", "until_look"])
 @pytest.mark.parametrize("name", ["text", "alignment", "autonomy"])
-def test_a_ragged_batch_equals_its_samples_alone(name):
+def test_a_ragged_batch_equals_its_samples_alone(name, settings):
     samples = unequal_samples()
     layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in samples])
     roomy = dataclasses.replace(
         layout, prefix=layout.prefix + 3, text=layout.text + 2, tail=layout.tail + 1, image_tokens=48, images=3
     )
-    gradients, together = loss_and_gradient(name, collate(samples, roomy, SPECIAL, GEOMETRY))
+    gradients, together = loss_and_gradient(name, collate(samples, roomy, SPECIAL, GEOMETRY), settings)
     summed = jax.tree.map(jnp.zeros_like, gradients)
     for row, sample in enumerate(samples):
         alone_layout = required_layout(sample, GEOMETRY)
-        alone_gradients, alone = loss_and_gradient(name, collate([sample], alone_layout, SPECIAL, GEOMETRY))
+        alone_gradients, alone = loss_and_gradient(name, collate([sample], alone_layout, SPECIAL, GEOMETRY), settings)
         summed = jax.tree.map(jnp.add, summed, alone_gradients)
         columns, alone_columns = sample_columns(sample, roomy), sample_columns(sample, alone_layout)
         expected = figures(alone, 0)
@@ -102,8 +106,9 @@ def add_embedding(hidden_states, embeddings, parameters):
     return 0.5 * hidden_states + embeddings
 
 
+@pytest.mark.parametrize("settings", VISIBILITIES, ids=["all", "until_look"])
 @pytest.mark.parametrize("slot_input", ["hidden", "projected", "add_embedding"])
-def test_the_roll_out_equals_recomputing_every_prefix(slot_input, monkeypatch):
+def test_the_roll_out_equals_recomputing_every_prefix(slot_input, settings, monkeypatch):
     """The published way: the whole sequence again for every slot."""
     monkeypatch.setitem(SLOT_INPUTS, "add_embedding", SlotInput(add_embedding))
     model, params = model_with(slot_input)
@@ -111,22 +116,28 @@ def test_the_roll_out_equals_recomputing_every_prefix(slot_input, monkeypatch):
     layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in samples])
     batch = collate(samples, layout, SPECIAL, GEOMETRY)
     features = jax.jit(model.encode_images)(params["vision"], batch.images)
+    mask = np.array(causal_mask(batch.valid))
+    if settings.image_visibility == "until_look":
+        for row, sample in enumerate(samples):
+            columns = sample_columns(sample, layout)
+            mask[row][np.ix_(columns, columns)] = seen_until_look(sample.tokens)
+        assert (mask != causal_mask(batch.valid)).any((1, 2)).all()
     fill = SLOT_INPUTS[slot_input].fill
 
     def recomputed(decoder):
         embedded = model.embed(decoder, batch.tokens, batch.image_index, features)
 
         def fill_column(inputs, column):
-            hidden, _ = model.decode(decoder, inputs, batch.positions, causal_mask(batch.valid))
+            hidden, _ = model.decode(decoder, inputs, batch.positions, mask)
             filled = fill(hidden[:, column - 1], embedded[:, column], decoder["slot_input"])
             return inputs.at[:, column].set(filled), None
 
         inputs, _ = jax.lax.scan(fill_column, embedded, layout.slot_columns.reshape(-1))
-        hidden, _ = model.decode(decoder, inputs, batch.positions, causal_mask(batch.valid))
+        hidden, _ = model.decode(decoder, inputs, batch.positions, mask)
         return jnp.where(batch.valid[..., None], hidden, 0.0)
 
     def rolled_out(decoder):
-        hidden = autonomy_loss(model, {**params, "decoder": decoder}, None, batch, SETTINGS, KEY).hidden
+        hidden = autonomy_loss(model, {**params, "decoder": decoder}, None, batch, settings, KEY).hidden
         return jnp.where(batch.valid[..., None], hidden, 0.0)
 
     weights = jax.random.normal(KEY, (*batch.tokens.shape, CONFIG.hidden_size))

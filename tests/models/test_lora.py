@@ -40,8 +40,10 @@ def moved(params):
 def test_fresh_adapters_add_nothing_and_leave_the_decoder_as_it_is():
     params, plain = MODEL.init(KEY), PLAIN.init(KEY)
     assert jax.tree.structure(params["decoder"]) == jax.tree.structure(plain["decoder"])
-    with_adapters = text_loss(MODEL, params, None, batch(), None, KEY)
-    without = text_loss(PLAIN, {part: params[part] for part in ("vision", "decoder")}, None, batch(), None, KEY)
+    with_adapters = text_loss(MODEL, params, None, batch(), LatentsConfig(), KEY)
+    without = text_loss(
+        PLAIN, {part: params[part] for part in ("vision", "decoder")}, None, batch(), LatentsConfig(), KEY
+    )
     np.testing.assert_array_equal(with_adapters.loss, without.loss)
     joined = decoder_params(params)
     assert jax.tree.structure(split_adapters(joined)) == jax.tree.structure((params["decoder"], params["adapters"]))
@@ -52,11 +54,11 @@ def test_merged_adapters_give_the_same_losses(objective):
     params = moved(MODEL.init(KEY))
     merged = merge_adapters(params, LORA)
     assert "adapters" not in merged
-    ours = jax.jit(lambda params: objective(MODEL, params, None, batch(), None, KEY).loss)(params)
-    theirs = jax.jit(lambda params: objective(PLAIN, params, None, batch(), None, KEY).loss)(merged)
+    ours = jax.jit(lambda params: objective(MODEL, params, None, batch(), LatentsConfig(), KEY).loss)(params)
+    theirs = jax.jit(lambda params: objective(PLAIN, params, None, batch(), LatentsConfig(), KEY).loss)(merged)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     fresh = PLAIN.init(KEY)
-    assert np.abs(theirs - objective(PLAIN, fresh, None, batch(), None, KEY).loss).max() > 1e-3
+    assert np.abs(theirs - objective(PLAIN, fresh, None, batch(), LatentsConfig(), KEY).loss).max() > 1e-3
 
 
 def test_the_projections_of_the_selection_hold_the_adapters():
@@ -108,7 +110,7 @@ def test_dropout_is_drawn_anew_with_each_key_and_off_in_decoding():
     params = moved(model.init(KEY))
 
     def losses(seed):
-        return np.asarray(autonomy_loss(model, params, None, batch(), None, jax.random.key(seed)).loss)
+        return np.asarray(autonomy_loss(model, params, None, batch(), LatentsConfig(), jax.random.key(seed)).loss)
 
     np.testing.assert_array_equal(losses(1), losses(1))
     assert np.abs(losses(1) - losses(2)).max() > 1e-4

@@ -1,8 +1,10 @@
 """Drawings of FrozenLake maps from gymnasium's sprites, composed as by pygame but without it."""
 
+import colorsys
 import functools
 import hashlib
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,11 @@ CELL_PIXELS = 64  # side of a cell in gymnasium's pictures
 BORDER = (180, 200, 230)
 SPRITES = {1: "stool", 2: "goal", -1: "hole"}  # on the ice of a cell; the elf hides the stool
 ELVES = {"L": "elf_left", "D": "elf_down", "R": "elf_right", "U": "elf_up"}
+# Of 0, 1, 2 ... moves to the goal: around the circle of hues, every second one darker.
+DISTANCE_COLOURS = tuple(
+    tuple(round(255 * part) for part in colorsys.hsv_to_rgb(number / 13, 1.0, 0.55 if number % 2 else 1.0))
+    for number in range(13)
+)
 TILES_DIGEST = "6b8e053155dce23a9198a3bb7a161021676dc69d2708894b5e39a49ce8d95bc4"
 
 
@@ -38,6 +45,25 @@ def draw_map(
             top, left = row * cell_pixels, column * cell_pixels
             picture[top : top + cell_pixels, left : left + cell_pixels] = tiles[cell, last_move if has_elf else ""]
     return picture
+
+
+def draw_distances(
+    map_desc: MapDesc, distances: Mapping[tuple[int, int], int], side: int, cell_pixels: int = CELL_PIXELS
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Draw a map as a sketch of `side` x `side` plain cells, coloured by their distances to the goal.
+
+    Cells with a distance of up to len(DISTANCE_COLOURS) - 1 have its colour, holes and what is outside the map are
+    black, the start is grey, and all other cells are white.
+    """
+    sketch = np.zeros((side, side, 3), np.uint8)
+    for row, cells in enumerate(map_desc):
+        for column, cell in enumerate(cells):
+            distance = distances.get((row, column), len(DISTANCE_COLOURS))
+            if cell == 1:
+                sketch[row, column] = 128
+            elif cell != -1:
+                sketch[row, column] = 255 if distance >= len(DISTANCE_COLOURS) else DISTANCE_COLOURS[distance]
+    return sketch.repeat(cell_pixels, axis=0).repeat(cell_pixels, axis=1)
 
 
 @functools.cache

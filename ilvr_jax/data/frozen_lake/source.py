@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ilvr_jax.config.schema import FrozenLakeConfig
-from ilvr_jax.data.frozen_lake.drawing import draw_map
+from ilvr_jax.data.frozen_lake.drawing import draw_distances, draw_map
 from ilvr_jax.data.ilvr import check_map
 from ilvr_jax.data.json_lines import has_no_lines, open_records, read_object, read_pieces
 from ilvr_jax.data.records import Fingerprint, Look, MapDesc, Record, Text, prefix_errors
@@ -18,6 +18,7 @@ MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}  # in the order t
 
 CELL_WORDS = {1: "elf", 2: "goal", -1: "hole", 0: "ice"}
 MOVE_WORDS = {"U": "up", "D": "down", "L": "left", "R": "right"}
+READING = "Read the map."  # the question of records that ask for the map in words
 FARTHEST = 9  # larger distances are written as "far"
 ATTEMPTS = 20_000  # to draw a map for a record: with the defaults, one map in 25 to 120 needs a detour
 
@@ -54,8 +55,11 @@ class FrozenLakeSource:
         """Generate a record; raise IndexError for a number out of range, NoMap if no map meets the settings."""
         if not 0 <= index < self.count:
             raise IndexError(f"the record must be from 0 to {self.count - 1}, got {index}")
-        map_desc, moves = self._make_map(np.random.default_rng((self.seed, index)))
-        return make_record(map_desc, moves, self.settings, name=f"frozen_lake record {index}")
+        random, name = np.random.default_rng((self.seed, index)), f"frozen_lake record {index}"
+        map_desc, moves = self._make_map(random)
+        if self.settings.readings and random.random() < self.settings.readings:
+            return make_reading(map_desc, self.settings, name)
+        return make_record(map_desc, moves, self.settings, name)
 
     def _make_map(self, random: np.random.Generator) -> tuple[MapDesc, str]:
         """Draw maps until one can be solved, is not excluded, and needs a detour if this record is one that must."""
@@ -141,18 +145,24 @@ def _step(cell: Cell, move: str) -> Cell:
 def make_record(map_desc: MapDesc, moves: str, settings: FrozenLakeConfig, name: str = "") -> Record:
     r"""Return the record of a map and its path: the map in words, then each move after its cell, then `\boxed{moves}`.
 
-    A look at the map as it then is follows every `moves_per_look` moves, except at the end. Every word has a space
-    before it, so that it is the same single token everywhere.
+    A look at the map as it then is follows every `moves_per_look` moves, except at the end; or looks at distances, one
+    a sweep, precede the moves. Every word has a space before it, so that it is the same single token everywhere.
     """
     text, steps, cell = "", [], find_cell(map_desc, 1)
     if settings.read_out != "none":
-        words = cell_words(map_desc, settings.read_out)
-        text = "".join("".join(f" {word}" for word in row) + "\n" for row in words)
+        text = map_text(map_desc, settings.read_out)
+    if settings.looks == "distances":
+        side = max(len(map_desc), *settings.levels)
+        for number, distances in enumerate(sweep_distances(map_desc, settings.sweeps)):
+            sketch = draw_distances(map_desc, distances, side, settings.cell_pixels)
+            # A look is filled in reading order: seen from its end, a sweep towards the beginning is one as well.
+            steps += [Text(text), Look(sketch[::-1, ::-1].copy() if number % 2 else sketch)]
+            text = ""
     for number, move in enumerate(moves, start=1):
         text += f" {cell[0]} {cell[1]}" if settings.cell_names == "row_column" else ""
         text += f" {MOVE_WORDS[move]}"
         cell = _step(cell, move)
-        if number % settings.moves_per_look == 0 and number < len(moves):
+        if settings.looks == "moves" and number % settings.moves_per_look == 0 and number < len(moves):
             steps += [Text(text), Look(draw_map(map_desc, settings.cell_pixels, elf=cell, last_move=move))]
             text = ""
     return Record(
@@ -163,6 +173,37 @@ def make_record(map_desc: MapDesc, moves: str, settings: FrozenLakeConfig, name:
         map_desc=map_desc,
         name=name,
     )
+
+
+def make_reading(map_desc: MapDesc, settings: FrozenLakeConfig, name: str = "") -> Record:
+    """Return a record that asks for the content of a map, cell by cell, in words."""
+    text = map_text(map_desc, "map")
+    image = draw_map(map_desc, settings.cell_pixels)
+    return Record(READING, (image,), (Text(text),), map_desc=map_desc, name=name)
+
+
+def map_text(map_desc: MapDesc, read_out: str) -> str:
+    """Return the words of `cell_words`, a line for each row."""
+    return "".join("".join(f" {word}" for word in row) + "\n" for row in cell_words(map_desc, read_out))
+
+
+def sweep_distances(map_desc: MapDesc, sweeps: int) -> list[dict[Cell, int]]:
+    """Return the distances to the goal that are known after each sweep over a map, without paths through the start.
+
+    A sweep visits all cells in reading order, every second one in the reverse order, and gives each the smallest
+    distance of its neighbours plus one (Gauss-Seidel). Such distances are those of some path; most are the shortest
+    after two sweeps.
+    """
+    distances = {find_cell(map_desc, 2): 0}
+    cells = [(row, column) for row, kinds in enumerate(map_desc) for column, kind in enumerate(kinds) if kind == 0]
+    found = []
+    for number in range(sweeps):
+        for cell in cells[::-1] if number % 2 else cells:
+            known = [distances[near] for near in (_step(cell, move) for move in MOVES) if near in distances]
+            if known:
+                distances[cell] = min(min(known) + 1, distances.get(cell, min(known) + 1))
+        found.append(dict(distances))
+    return found
 
 
 def cell_words(map_desc: MapDesc, read_out: str) -> list[list[str]]:
