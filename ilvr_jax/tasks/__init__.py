@@ -25,10 +25,17 @@ These functions are optional; without one, evaluation skips what it is for:
         Return the task's own figures for the summary, JSON values by name. `records` are those that have answers, by
         number; `lines` are all lines of the results file (FIELDS in ilvr_jax/evaluation/results.py), with those of
         controls. Default: the figures that all tasks share.
+    edits(record: Record, seed: int) -> dict[str, Record]
+        Return changed copies of the record whose slots can replace its own: "relevant", to which the record's right
+        answer is wrong, and "irrelevant", to which it is right. A kind that the record has no edit of is absent. The
+        same record and seed give the same edits. Their steps are empty, since those of the record no longer hold.
+        Raise BadRecord if the record's image cannot be read. Default: no edits; slots of edits are not tried.
     draw_look(record: Record, text: str) -> UInt8[np.ndarray, "height width 3"]
         Return the picture for a look that follows `text`, the answer so far without its looks. The method "pixels"
         shows it to the model in place of slots. Raise BadRecord if the record's image cannot be read.
         Default: evaluation refuses the method "pixels".
+
+What such slots lead to is judged by `follows_donor` below, for every task.
 
 answers.py has the five required functions for options and free text of every kind; comt.py is a task that uses them.
 
@@ -37,6 +44,7 @@ To add a task, write such a module beside this one and name it in TASKS; vsp_rea
 
 from types import ModuleType
 
+from ilvr_jax.data.records import Record
 from ilvr_jax.tasks import comt, vsp_planning, vsp_reasoning, zebra_cot
 
 TASKS: dict[str, ModuleType] = {
@@ -45,3 +53,13 @@ TASKS: dict[str, ModuleType] = {
     "comt": comt,
     "zebra_cot": zebra_cot,
 }
+
+
+def follows_donor(task: ModuleType, record: Record, donor: Record, answer: str | None) -> bool:
+    """Return whether an answer to `record`, given with the slots of `donor`, is right for the donor and not the record.
+
+    `answer` is None if none was found. An answer that is right for both is no sign of the donor. For some pairs none
+    but such answers are right for the donor, as when the donor is the record with one more obstacle; with the roles of
+    the two exchanged, the record's right answer is wrong for the edit, so that it can be judged.
+    """
+    return answer is not None and task.is_right(donor, answer) and not task.is_right(record, answer)

@@ -19,7 +19,8 @@ from jaxtyping import UInt8
 
 from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.data.frozen_lake.drawing import draw_map
-from ilvr_jax.data.frozen_lake.source import MOVE_WORDS, MOVES, Cell, find_cell
+from ilvr_jax.data.frozen_lake.edits import irrelevant_edit, relevant_edit
+from ilvr_jax.data.frozen_lake.source import MOVE_WORDS, MOVES, Cell, find_cell, shortest_path
 from ilvr_jax.data.images import open_image
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import BadRecord, MapDesc, Record, prefix_errors
@@ -204,6 +205,32 @@ def paint_holes_over(record: Record) -> Record:
     map_desc = without_holes(record.map_desc)
     drawn = draw_map(map_desc, cell_pixels(record))
     return dataclasses.replace(record, map_desc=map_desc, images=(drawn,), name=f"{record.name} without holes")
+
+
+def edits(record: Record, seed: int) -> dict[str, Record]:
+    """Return the record with one hole of its map moved, where such maps exist; the same for the same map and seed.
+
+    "relevant": the map's `shortest_path` fails on the edited map, which has another one. "irrelevant": `shortest_path`
+    is the same. A map without holes gets one more (see data/frozen_lake/edits.py). The image is new, with cells of the
+    same size; the answer, if there is one, is the new shortest path; steps are removed, since they are those of the old
+    map. Raises BadRecord if the record's image cannot be read.
+    """
+    map_desc = record.map_desc
+    random = np.random.default_rng([seed, len(map_desc), *(cell + 1 for row in map_desc for cell in row)])
+    edited_maps = {"relevant": relevant_edit(map_desc, random), "irrelevant": irrelevant_edit(map_desc, random)}
+    size = cell_pixels(record)
+    return {
+        name: dataclasses.replace(
+            record,
+            map_desc=edited,
+            images=(draw_map(edited, size),),
+            steps=(),
+            answer=None if record.answer is None else shortest_path(edited),
+            name=f"{record.name} {name} edit",
+        )
+        for name, edited in edited_maps.items()
+        if edited is not None
+    }
 
 
 def figures(records: Mapping[int, Record], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

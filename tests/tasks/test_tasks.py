@@ -35,7 +35,12 @@ def test_every_task_has_the_documented_functions(task):
         "canonical": ["answer"],
         "is_right": ["record", "answer"],
     }
-    optional = {"controls": ["record"], "figures": ["records", "lines"], "draw_look": ["record", "text"]}
+    optional = {
+        "controls": ["record"],
+        "figures": ["records", "lines"],
+        "edits": ["record", "seed"],
+        "draw_look": ["record", "text"],
+    }
     functions |= {name: parameters for name, parameters in optional.items() if hasattr(task, name)}
     for name, parameters in functions.items():
         assert list(inspect.signature(getattr(task, name)).parameters) == parameters

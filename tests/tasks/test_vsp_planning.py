@@ -13,12 +13,20 @@ from hypothesis import strategies as st
 
 from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.data.frozen_lake.drawing import draw_map
-from ilvr_jax.data.frozen_lake.source import MOVE_WORDS, FrozenLakeSource, empty_map_distance, shortest_path
+from ilvr_jax.data.frozen_lake.source import (
+    MOVE_WORDS,
+    FrozenLakeSource,
+    distance_to_goal,
+    empty_map_distance,
+    shortest_path,
+)
 from ilvr_jax.data.records import Look, Record
+from ilvr_jax.tasks import follows_donor, vsp_planning
 from ilvr_jax.tasks.final_answer import answer_text
 from ilvr_jax.tasks.vsp_planning import (
     Outcome,
     draw_look,
+    edits,
     hole_blind_rates,
     hole_blind_success,
     holes_matter,
@@ -130,6 +138,131 @@ def test_looks_of_generated_records_are_drawn_as_they_are(read_out):
                 np.testing.assert_array_equal(draw_look(record, text), step.helper_image)
                 looks += 1
     assert looks
+
+
+def record_of(map_desc, answer=None, cell_pixels=8):
+    steps = (Look(draw_map(map_desc, 8)),)
+    return Record("?", (draw_map(map_desc, cell_pixels),), steps, answer=answer, map_desc=map_desc, name="record 3")
+
+
+@given(MAPS, st.integers(0, 3))
+@settings(deadline=None, max_examples=150)
+def test_edits_move_one_hole_and_change_or_keep_the_path(map_desc, seed):
+    path = shortest_path(map_desc)
+    record = record_of(map_desc, path)
+    made = edits(record, seed)
+    assert made.keys() <= {"relevant", "irrelevant"} and (path is not None or not made)
+    old = np.array(map_desc)
+    for kind, edited in made.items():
+        new = np.array(edited.map_desc)
+        changes = sorted(zip(old[old != new].tolist(), new[old != new].tolist(), strict=True))
+        assert changes == ([(-1, 0), (0, -1)] if (old == -1).any() else [(0, -1)])
+        new_path = shortest_path(edited.map_desc)
+        assert edited.answer == new_path and play(edited.map_desc, new_path) == Outcome.GOAL
+        assert (edited.name, edited.steps, edited.question) == (f"record 3 {kind} edit", (), "?")
+        assert (play(edited.map_desc, path) == Outcome.HOLE) == (kind == "relevant")
+    if "relevant" in made:
+        new_path = made["relevant"].answer
+        assert new_path != path and len(new_path) <= len(path) + 2
+    if "irrelevant" in made:
+        assert made["irrelevant"].answer == path and play(made["irrelevant"].map_desc, path) == Outcome.GOAL
+        before, after = distance_to_goal(map_desc), distance_to_goal(made["irrelevant"].map_desc)
+        assert all(before[cell] == after[cell] for cell in walk(map_desc, path))
+
+
+def all_edits(map_desc):
+    """Yield every map with one hole moved, or one more if there is none."""
+    cells = np.array(map_desc)
+    for hole in np.argwhere(cells == -1).tolist() or [None]:
+        for row, column in np.argwhere(cells == 0).tolist():
+            new = cells.copy()
+            if hole:
+                new[tuple(hole)] = 0
+            new[row, column] = -1
+            yield tuple(map(tuple, new.tolist()))
+
+
+@given(maps(st.integers(1, 4), st.integers(2, 4)))
+@settings(deadline=None, max_examples=100)
+def test_edits_are_absent_only_if_there_are_none_and_are_the_preferred_ones(map_desc):
+    path = shortest_path(map_desc)
+    made = edits(record_of(map_desc), 0)
+    assert all(edited.answer is None for edited in made.values())
+    if path is None:
+        assert not made
+        return
+
+    def preference(edited):
+        new_path = shortest_path(edited)
+        return play(map_desc, new_path) == Outcome.GOAL, abs(len(new_path) - len(path))
+
+    possible = [edited for edited in all_edits(map_desc) if shortest_path(edited)]
+    relevant = [edited for edited in possible if play(edited, path) != Outcome.GOAL]
+    relevant = [edited for edited in relevant if len(shortest_path(edited)) <= len(path) + 2]
+    irrelevant = [edited for edited in possible if shortest_path(edited) == path]
+    assert ("relevant" in made) == bool(relevant) and ("irrelevant" in made) == bool(irrelevant)
+    if relevant:
+        assert preference(made["relevant"].map_desc) == min(map(preference, relevant))
+    if irrelevant and len(path) <= 4:
+        paths = ["".join(moves) for moves in itertools.product("UDLR", repeat=len(path))]
+        paths = [moves for moves in paths if play(map_desc, moves) == Outcome.GOAL]
+        keeps_all = [all(play(edited, moves) == Outcome.GOAL for moves in paths) for edited in irrelevant]
+        kept = all(play(made["irrelevant"].map_desc, moves) == Outcome.GOAL for moves in paths)
+        assert kept == any(keeps_all)
+
+
+@given(MAPS, st.sampled_from([5, 28, 64]))
+@settings(deadline=None, max_examples=40)
+def test_images_of_edits_differ_in_the_changed_cells_alone(map_desc, size):
+    record = record_of(map_desc, cell_pixels=size)
+    for edited in edits(record, 0).values():
+        differ = (record.images[0] != edited.images[0]).any(-1)
+        by_cell = differ.reshape(len(map_desc), size, len(map_desc[0]), size).any((1, 3))
+        np.testing.assert_array_equal(by_cell, np.array(map_desc) != np.array(edited.map_desc))
+
+
+def test_edits_are_functions_of_map_and_seed():
+    source = FrozenLakeSource(FrozenLakeConfig(levels=(5, 6)), seed=4, count=10)
+    records = [source[number] for number in range(10)]
+
+    def maps_of_edits(record, seed):
+        return {kind: edited.map_desc for kind, edited in edits(record, seed).items()}
+
+    assert all(
+        maps_of_edits(record, 1) == maps_of_edits(record_of(record.map_desc, cell_pixels=28), 1) for record in records
+    )
+    assert len({maps_of_edits(records[0], seed)["irrelevant"] for seed in range(5)}) > 1
+
+
+def test_most_real_maps_have_edits():
+    real = [tuple(map(tuple, json.loads(line)["map_desc"])) for line in REAL_MAPS.read_text().splitlines()]
+    relevant, irrelevant, judged = 0, 0, 0
+    for record in map(record_of, real):
+        made = edits(record, 0)
+        relevant, irrelevant = relevant + ("relevant" in made), irrelevant + ("irrelevant" in made)
+        if "relevant" in made:
+            path = shortest_path(made["relevant"].map_desc)
+            judged += follows_donor(vsp_planning, record, made["relevant"], path)
+    # 44 paths have one move, without a cell for a hole. With 62 other edits, the edit's path is right on both maps.
+    assert sum(len(shortest_path(map_desc)) == 1 for map_desc in real) == 44
+    assert (relevant, irrelevant, judged) == (154, 195, 92)
+
+
+def test_an_answer_follows_the_donor_if_it_is_right_there_and_wrong_here():
+    record, donor = record_of(((1, -1, 2), (0, 0, 0))), record_of(((1, 0, 2), (0, -1, 0)))
+    expected = {"RR": True, "DRRU": False, "RRL": False, "": False, None: False}
+    assert {answer: follows_donor(vsp_planning, record, donor, answer) for answer in expected} == expected
+    free, edited = record_of(((1, 0, 2), (0, 0, 0))), record_of(((1, -1, 2), (0, 0, 0)))
+    assert not follows_donor(vsp_planning, free, edited, "DRRU")  # right on both
+    assert follows_donor(vsp_planning, edited, free, "RR")
+
+
+@given(MAPS)
+@settings(deadline=None, max_examples=100)
+def test_the_path_of_a_record_is_followed_by_its_relevant_edit(map_desc):
+    record = record_of(map_desc)
+    edited = edits(record, 0).get("relevant")
+    assert edited is None or follows_donor(vsp_planning, edited, record, shortest_path(map_desc))
 
 
 @given(MAPS)
