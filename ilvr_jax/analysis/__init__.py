@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for a topology: memory, operations and bytes per chip."""
+"""Analysis of compiled programs (memory, operations and bytes per chip) and of the content of latent slots."""
