@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from jaxtyping import Int
 from PIL import Image
@@ -19,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.data.images import UNIT, unpatch_image
 from ilvr_jax.data.survey import Survey, Tally, View, first_holding, pair_of_zeros
-from ilvr_jax.files import write_text
 from ilvr_jax.method.layout import Layout, Sample, padded_tokens, sample_columns
 from ilvr_jax.method.tokens import Role, SpecialTokens
 from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
+from ilvr_jax.reports.pages import write_html
 
 CONFIG_FILE = (
     "A config file with the suggested buckets. Save it under a new name, such as own_data.py, and train with: "
@@ -178,9 +177,7 @@ def write_page(path: Path, **parts: Any) -> None:
 
     Raises as `write_text` does.
     """
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    write_text(path, environment.get_template("data_check.html").render(config_file=CONFIG_FILE, **parts))
+    write_html(path, "data_check.html", config_file=CONFIG_FILE, **parts)
 
 
 def laid_out(

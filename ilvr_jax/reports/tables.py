@@ -20,12 +20,12 @@ def success_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
 
     `evaluations` are summaries of the task vsp_planning by the name for their row, such as the stage's.
     """
-    return _table(*success_rows(evaluations), caption=CAPTION)
+    return text_table(*success_rows(evaluations), caption=CAPTION)
 
 
 def accuracy_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return the table of evaluations of any task, by the name for their row."""
-    return _table(*accuracy_rows(evaluations), caption=None)
+    return text_table(*accuracy_rows(evaluations), caption=None)
 
 
 def accuracy_rows(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -40,7 +40,8 @@ def accuracy_rows(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[list[st
     return header, rows
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None) -> Table:
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None) -> Table:
+    """Return a table of text: names in the first column, numbers in the others."""
     table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for number, name in enumerate(header):
         table.add_column(name.replace(" ", "\n"), justify="right" if number else "left", vertical="bottom")
