@@ -173,7 +173,8 @@ def print_end(output: RequestOutput) -> None:
 def as_dict(output: RequestOutput, samples: int) -> dict[str, Any]:
     """Return an answer, one of `samples`, as the JSON object that --json prints."""
     fields = dataclasses.asdict(output)
-    for name in ("number", "name", "plain_text", "latent_vectors", "error", "shared_tokens"):
+    slots = ("latent_vectors", "slot_keys", "slot_values", "slot_positions")
+    for name in ("number", "name", "plain_text", "error", "shared_tokens", *slots):
         del fields[name]
     if samples == 1:
         del fields["sample"]

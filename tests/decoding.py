@@ -14,6 +14,7 @@ from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from tests.samples import CONFIG, GEOMETRY, SPECIAL, prompt_of, random_image, random_sample
 
 MODEL = Qwen2_5VL(CONFIG)
+SLOT_ARRAYS = ("latent_vectors", "slot_keys", "slot_values", "slot_positions")  # fields of RequestOutput
 SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
 
 
@@ -94,6 +95,7 @@ def mixed_requests(count: int) -> list[Request]:
 
 def same(first: RequestOutput, second: RequestOutput) -> None:
     """Assert that two answers are the same to the last bit."""
-    ignored = {"number": 0, "timings": None, "latent_vectors": None, "shared_tokens": 0}
+    ignored = {"number": 0, "timings": None, "shared_tokens": 0} | dict.fromkeys(SLOT_ARRAYS)
     assert dataclasses.replace(first, **ignored) == dataclasses.replace(second, **ignored)
-    np.testing.assert_array_equal(first.latent_vectors, second.latent_vectors)
+    for name in SLOT_ARRAYS:
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name), err_msg=name)

@@ -162,7 +162,7 @@ def compile_decoding(
     cache = jax.eval_shape(lambda: init_kv_cache(model, rows, columns, False))
     spec = nn.logical_to_mesh_axes((None, *AXES), RULES)
     cache = KVCache(*(abstract(part.shape, part.dtype, spec) for part in cache[:2]), abstract((rows,)))
-    state = whole(jax.eval_shape(lambda: init_decode_state(model, rows, new_tokens, False, False)))
+    state = whole(jax.eval_shape(lambda: init_decode_state(model, rows, settings)))
     memory = {"weights": local_bytes(params), "cache": local_bytes(cache)}
     step_flops = rows * decoder_flops(model.config, 1, labelled=1, attended=columns)
     call = (model, params, cache, state, abstract(), abstract(), SPECIAL)

@@ -23,7 +23,7 @@ from ilvr_jax.inference.decode import (
     start,
 )
 from ilvr_jax.inference.image_cache import ImageCache, place_features
-from ilvr_jax.inference.kv_cache import init_kv_cache
+from ilvr_jax.inference.kv_cache import init_kv_cache, read_columns
 from ilvr_jax.inference.requests import Picture, Request
 from ilvr_jax.inference.sizes import EngineSettings, group_sizes
 from ilvr_jax.method.layout import NO_IMAGE
@@ -90,9 +90,7 @@ class DecodeBatch:
         return leaf.astype(dtype) if matrix and leaf.dtype != dtype else leaf
 
     def _init_state(self, rows: int) -> DecodeState:
-        settings = self._settings
-        kept = settings.latent_vectors, settings.repetition_penalty
-        return init_decode_state(self._model, rows, settings.max_new_tokens, *kept)
+        return init_decode_state(self._model, rows, self._settings)
 
     def empty(self) -> None:
         """Make all rows new, without a request or a prompt."""
@@ -123,6 +121,8 @@ class DecodeBatch:
         self.free(0)
         self.start({})
         self.decode(1, 1)
+        if self._settings.slot_states:
+            self.read_columns(0, np.zeros(0, np.int32))
         jax.block_until_ready(self.state)
 
     def prefill(self, parts: Collection[Prefill]) -> None:
@@ -218,6 +218,13 @@ class DecodeBatch:
             np.int32(most_stopped),
             self._special,
         )
+
+    def read_columns(self, row: int, columns: Int[np.ndarray, " some"]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the keys and values of some columns of a row, each [layers, columns, key_value_heads, head_dim]."""
+        padded = np.zeros(self._settings.max_new_tokens, np.int32)
+        padded[: len(columns)] = columns
+        keys, values = read_columns(self._kv_cache, np.int32(row), padded)
+        return np.asarray(keys)[:, : len(columns)], np.asarray(values)[:, : len(columns)]
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "rows"))

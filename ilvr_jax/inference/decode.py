@@ -15,8 +15,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ilvr_jax.inference import kv_cache as caches
+from ilvr_jax.inference.interventions import (
+    RowSlots,
+    fill_row_slots,
+    give_inputs,
+    give_states,
+    given_places,
+    init_row_slots,
+)
 from ilvr_jax.inference.requests import Request
 from ilvr_jax.inference.sampling import RowSampling, exclude_tokens, penalize_repetition, sample_tokens
+from ilvr_jax.inference.sizes import EngineSettings
 from ilvr_jax.method.slots import fill_slots
 from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.attention import KVCache
@@ -41,8 +50,9 @@ class SlotState(NamedTuple):
     """Where each row is between text and slots, and its settings of looks."""
 
     slots_left: Int[Array, " rows"]  # slots still to write; 0 in text, -1 when `latent_end` is due
+    slots_written: Int[Array, " rows"]  # in the whole answer
     looks_left: Int[Array, " rows"]  # looks that the row may still begin
-    latent_size: Int[Array, " rows"]  # K
+    latent_size: Int[Array, " rows"]  # K, 0 for looks of markers only
     early_end: Bool[Array, " rows"]
 
 
@@ -54,6 +64,7 @@ class DecodeState(NamedTuple):
     token: Int[Array, " rows"]  # the last one written, the next input in text mode
     hidden_states: Float[Array, "rows channels"]  # of the last column, the next input in a slot
     slot_state: SlotState
+    given: RowSlots
     sampling: RowSampling
     hidden: Int[Array, "rows 2"]  # the first column hidden from text after a look, and the first after that; see `hide`
     pictures: Bool[Array, " rows"]  # whether a look is a picture, which the row waits for, and not slots
@@ -66,20 +77,21 @@ class DecodeState(NamedTuple):
     seen: Bool[Array, "rows vocab"]  # tokens that are penalized; of size 0 where no request asks for it
 
 
-@functools.partial(jax.jit, static_argnums=range(5))
-def init_decode_state(model: Model, rows: int, new_tokens: int, keep_latents: bool, penalize: bool) -> DecodeState:
-    """Return idle rows with room for `new_tokens` tokens of answers."""
+@functools.partial(jax.jit, static_argnums=range(3))
+def init_decode_state(model: Model, rows: int, settings: EngineSettings) -> DecodeState:
+    """Return idle rows with the room that an engine's settings give to each."""
 
     def fill(value: float, dtype: str = "int32") -> Array:
         return jnp.full(rows, value, dtype)
 
-    config = model.config
+    config, new_tokens = model.config, settings.max_new_tokens
     state = DecodeState(
         status=fill(int(Status.IDLE)),
         position=fill(0),
         token=fill(0),
         hidden_states=jnp.zeros((rows, config.hidden_size), config.dtype),
-        slot_state=SlotState(fill(0), fill(0), fill(1), fill(False, "bool")),
+        slot_state=SlotState(fill(0), fill(0), fill(0), fill(1), fill(False, "bool")),
+        given=init_row_slots(model, rows, settings.given_slots, settings.given_states),
         sampling=RowSampling(
             *(fill(0, dtype) for dtype in ("float32", "int32", "float32", "float32", "int32", "uint32"))
         ),
@@ -89,9 +101,9 @@ def init_decode_state(model: Model, rows: int, new_tokens: int, keep_latents: bo
         max_new_tokens=fill(1),
         tokens=jnp.zeros((rows, new_tokens), jnp.int32),
         log_probabilities=jnp.zeros((rows, new_tokens), jnp.float32),
-        latents=jnp.zeros((rows, new_tokens if keep_latents else 0, config.hidden_size), config.dtype),
+        latents=jnp.zeros((rows, new_tokens if settings.latent_vectors else 0, config.hidden_size), config.dtype),
         forced=jnp.full((rows, new_tokens), -1, jnp.int32),
-        seen=jnp.zeros((rows, config.vocab_size if penalize else 0), bool),
+        seen=jnp.zeros((rows, config.vocab_size if settings.repetition_penalty else 0), bool),
     )
     return replicate(state)
 
@@ -112,7 +124,8 @@ def request_row(idle: DecodeState, request: Request, seed: int, special: Special
     images = np.flatnonzero(request.prompt.tokens == special.image_pad)
     if request.image_visibility == "until_look" and len(images):
         hidden[0, 0] = images[0]
-    row = idle._replace(slot_state=slot_state, sampling=sampling, hidden=hidden, forced=forced, seen=seen)
+    given = fill_row_slots(idle.given, request.given_slots)
+    row = idle._replace(slot_state=slot_state, given=given, sampling=sampling, hidden=hidden, forced=forced, seen=seen)
     return _with(row, pictures=request.method == "pixels", max_new_tokens=params.max_new_tokens)
 
 
@@ -234,17 +247,23 @@ def decode_steps(
     def advance(carry: tuple[Array, KVCache, DecodeState]) -> tuple[Array, KVCache, DecodeState]:
         step, kv_cache, state = carry
         running = state.status == Status.RUNNING
+        in_slot, slot_state = state.token == special.latent_pad, state.slot_state
+        slot = jnp.where(in_slot, slot_state.slots_written - 1, -1)
+        places = given_places(state.given, slot, slot_state.latent_size)
         inputs_embeds = next_inputs(model, decoder, state.token, state.hidden_states, special)
+        inputs_embeds = give_inputs(state.given, places, inputs_embeds)
         position_ids = jnp.broadcast_to(state.position[:, None, None], (*state.position.shape, 3, 1))
         columns = kv_cache.lengths
         cached = kv_cache._replace(lengths=jnp.where(running, columns, 0))  # other rows attend to nothing
         cached = cached._replace(hidden=hide(state, columns, special)[:, None])
         hidden_states, new = model.decode(decoder, inputs_embeds, position_ids, jnp.ones((1, 1, 1), bool), cached)
+        new = give_states(model, state.given, places, state.position, new)
         kv_cache = caches.keep_layout(caches.write_columns(kv_cache, new, kv_cache.lengths, running))
         kv_cache = kv_cache._replace(lengths=kv_cache.lengths + running)
         state = state._replace(
             hidden_states=jnp.where(running[:, None], hidden_states[:, 0], state.hidden_states),
             position=state.position + running,
+            latents=_set(state.latents, state.count - 1, inputs_embeds[:, 0], running & in_slot),
         )
         return step + 1, kv_cache, _write_tokens(model, decoder, state, running, kv_cache.lengths, special)
 
@@ -291,8 +310,6 @@ def _write_tokens(
     token, log_probability, slot_state = next_token(logits, state, forced, special)
     looking = state.pictures & (token == special.latent_start)
     slot_state = slot_state._replace(slots_left=jnp.where(looking, 0, slot_state.slots_left))
-    index, place = jnp.arange(len(token)), jnp.where(writing, state.count, new_tokens)  # out of range: dropped
-    in_slot = token == special.latent_pad
     first_look = writing & (token == special.latent_start) & (state.hidden[:, 1] == 0)
     count = state.count + writing
     status = jnp.where(looking, Status.LOOKING, state.status)
@@ -305,11 +322,15 @@ def _write_tokens(
         slot_state=jax.tree.map(lambda new, old: jnp.where(writing, new, old), slot_state, state.slot_state),
         hidden=state.hidden.at[:, 1].set(jnp.where(first_look, columns + 1, state.hidden[:, 1])),
         count=count,
-        tokens=state.tokens.at[index, place].set(token, mode="drop"),
-        log_probabilities=state.log_probabilities.at[index, place].set(log_probability, mode="drop"),
-        latents=state.latents.at[index, jnp.where(in_slot, place, new_tokens)].set(state.hidden_states, mode="drop"),
-        seen=state.seen.at[index, jnp.where(seen_now, token, logits.shape[1])].set(True, mode="drop"),
+        tokens=_set(state.tokens, state.count, token, writing),
+        log_probabilities=_set(state.log_probabilities, state.count, log_probability, writing),
+        seen=_set(state.seen, token, True, seen_now),
     )
+
+
+def _set(part: Array, places: Int[Array, " rows"], values: Array | bool, writing: Bool[Array, " rows"]) -> Array:
+    """Return an array [rows, places, ...] with a value of some rows set each; places without room are dropped."""
+    return part.at[jnp.arange(len(part)), jnp.where(writing, places, part.shape[1])].set(values, mode="drop")
 
 
 def next_token(
@@ -334,6 +355,10 @@ def next_token(
     counted = jnp.where(slot_state.slots_left == 1, -1, slot_state.slots_left - 1)
     slots_left = jnp.where(latent & ~ends, counted, 0)
     begins = ~latent & (token == special.latent_start)
-    slots_left = jnp.where(begins, slot_state.latent_size, slots_left)
-    slot_state = slot_state._replace(slots_left=slots_left, looks_left=slot_state.looks_left - begins)
+    first = jnp.where(slot_state.latent_size == 0, -1, slot_state.latent_size)
+    slot_state = slot_state._replace(
+        slots_left=jnp.where(begins, first, slots_left),
+        slots_written=slot_state.slots_written + (token == special.latent_pad),
+        looks_left=slot_state.looks_left - begins,
+    )
     return token, jnp.where(latent, 0.0, log_probability), slot_state

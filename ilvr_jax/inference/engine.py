@@ -24,6 +24,7 @@ from ilvr_jax.inference.requests import (
     Request,
     RequestOutput,
     Timings,
+    check_given_slots,
     check_picture,
     check_prompt,
     check_request,
@@ -187,6 +188,7 @@ class Engine:
             check_request(request)
             check_prompt(request.prompt, self._special, self._model.config)
             check_tokens("each of forced_tokens", request.forced_tokens, -1, self._model.config.vocab_size)
+            check_given_slots(request.given_slots, self._model.config)
             self._check_room(request)
         except ValueError as error:
             return one_line(str(error))
@@ -196,8 +198,17 @@ class Engine:
         """Raise ValueError, one sentence, if a request is larger than the engine's sizes."""
         settings, params = self.settings, request.sampling
         check_whole("max_new_tokens", params.max_new_tokens, 1, settings.max_new_tokens)
-        if request.latent_vectors and not settings.latent_vectors:
-            raise ValueError("latent_vectors must be false for an engine that was made without them, got true")
+        for name in ("latent_vectors", "slot_states"):
+            if getattr(request, name) and not getattr(settings, name):
+                raise ValueError(f"{name} must be false for an engine that was made without them, got true")
+        if given := request.given_slots:
+            if len(given.inputs) > settings.given_slots:
+                raise ValueError(
+                    f"given_slots must have at most {settings.given_slots} slots for an engine that was made with that "
+                    f"room, got {len(given.inputs)}"
+                )
+            if given.keys is not None and not settings.given_states:
+                raise ValueError("keys of given_slots must be None for an engine that was made without, got some")
         if params.repetition_penalty != 1 and not settings.repetition_penalty:
             raise ValueError(
                 f"repetition_penalty must be 1 for an engine that was made without, got {params.repetition_penalty}"
@@ -367,11 +378,9 @@ class Engine:
             texts = texts if running.text_length is None else cut_texts(texts, running.text_length)
             text = show_text(texts, [show_look(look.slots, look.picture_tokens) for look in looks])
             plain_text = "".join(texts)
-        log_probabilities = latents = None
+        log_probabilities = None
         if request.log_probabilities:
             log_probabilities = tuple(np.asarray(self._batch.state.log_probabilities)[row, :count].tolist())
-        if request.latent_vectors:
-            latents = np.asarray(self._batch.state.latents)[row, :count][tokens == special.latent_pad]
         return RequestOutput(
             number=running.number,
             sample=running.sample,
@@ -383,10 +392,22 @@ class Engine:
             error=running.error,
             plain_text=plain_text,
             log_probabilities=log_probabilities,
-            latent_vectors=latents,
             shared_tokens=running.shared_tokens,
             timings=Timings(running.first_token, time.monotonic() - running.started, running.picture_seconds),
+            **self._read_slots(row, tokens),
         )
+
+    def _read_slots(self, row: int, tokens: Int[np.ndarray, " count"]) -> dict[str, np.ndarray]:
+        """Return what a request asks for of its slots, as fields of its output."""
+        request, found = self._running[row].request, {}
+        places = np.flatnonzero(tokens[:-1] == self._special.latent_pad)  # the last token was never an input
+        if request.latent_vectors:
+            found["latent_vectors"] = np.asarray(self._batch.state.latents)[row, places]
+        if request.slot_states:  # the method has no pictures: each token has one column and one position
+            columns = len(request.prompt.tokens) + places
+            found["slot_keys"], found["slot_values"] = self._batch.read_columns(row, columns)
+            found["slot_positions"] = int(request.prompt.positions.max()) + 1 + places
+        return found
 
     def _free(self, row: int) -> None:
         self._running[row] = None

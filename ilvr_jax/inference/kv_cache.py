@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax.linen import logical_to_mesh_axes, with_logical_constraint
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ilvr_jax.models.attention import KVCache, current_platform
 from ilvr_jax.models.base import Model
 from ilvr_jax.models.qwen2_5_vl.decoder import KeyValues
+from ilvr_jax.models.sharding import replicate
 
 AXES = ("rows", "heads", None, None)  # of a layer's keys or values, in sharding.RULES
 
@@ -90,6 +91,20 @@ def copy_row(cache: KVCache, source: Int[Array, ""], row: Int[Array, ""]) -> KVC
         return jax.lax.dynamic_update_slice_in_dim(part, one, row, axis=0)
 
     return KVCache(*_map_layers(copy, cache), copy(cache.lengths))
+
+
+@jax.jit
+def read_columns(
+    cache: KVCache, row: Int[Array, ""], columns: Int[Array, " some"]
+) -> tuple[Float[Array, "layers some key_value_heads head_dim"], Float[Array, "layers some key_value_heads head_dim"]]:
+    """Return keys and values of some columns of a row, on each device whole."""
+
+    def read(part: Array) -> Array:
+        one = jax.lax.dynamic_slice_in_dim(part, row, 1)[0]
+        return jnp.take(one, columns, axis=1, mode="clip").swapaxes(0, 1)
+
+    keys, values = _map_layers(read, cache)
+    return replicate((jnp.stack(keys), jnp.stack(values)))
 
 
 def _map_layers(function: Callable[..., Array], cache: KVCache, *others: PyTree) -> tuple[PyTree, PyTree]:

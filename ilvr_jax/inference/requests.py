@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from ilvr_jax.config.schema import IMAGE_VISIBILITY, SamplingParams
 from ilvr_jax.errors import quote
@@ -21,9 +21,26 @@ METHODS = {
     "pixels": "each look is a picture, drawn and encoded wherever the model begins one",
 }
 
-LARGEST_VALUE = 1e6  # of an image: normalised pixels are below 3, features of the vision tower in the hundreds at most
+# Of an image or a slot: normalised pixels are below 3, features of the vision tower, hidden states and keys in the
+# hundreds at most.
+LARGEST_VALUE = 1e6
 
 Picture = PatchedImage | EncodedImage
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenSlots:
+    """Slots of an answer whose contents are given, by their number in the answer: 0 is the first of the first look.
+
+    Slots after the last of these get those of the last look again. Keys and values replace, where `given`, those that
+    the slots' columns have in the cache; keys are rotated from `positions` to the positions of the answer's slots.
+    """
+
+    inputs: Float[np.ndarray, "slots channels"]  # of the decoder: they do not pass the rule that fills slots
+    given: Bool[np.ndarray, " slots"]  # the others are the model's own
+    keys: Float[np.ndarray, "layers slots key_value_heads head_dim"] | None = None
+    values: Float[np.ndarray, "layers slots key_value_heads head_dim"] | None = None
+    positions: Int[np.ndarray, " slots"] | None = None  # rotary ones, at which the keys were computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +52,15 @@ class Request:
 
     prompt: Sample  # from `data.examples.build_prompt`; it ends with the assistant header
     sampling: SamplingParams  # `max_new_tokens` does not count the tokens of pictures
-    latent_size: int  # K
+    latent_size: int  # K; 0 for looks of markers only
     method: str = "latent"  # one of METHODS
     image_visibility: str = "all"  # as in the config's latents
     seed: int = 0
     draw_look: Callable[[list[int]], Picture] | None = None  # for "pixels": draws the picture after the tokens so far
     log_probabilities: bool = False  # whether the outputs have those of their tokens
     latent_vectors: bool = False  # whether the outputs have the inputs of their slots
+    slot_states: bool = False  # whether the outputs have the keys, values and positions of their slots
+    given_slots: GivenSlots | None = None
     forced_tokens: tuple[int, ...] = ()  # the first tokens of answers; -1 where the model chooses
     name: str = ""
 
@@ -78,7 +97,11 @@ class RequestOutput:
     error: str | None = None  # one sentence, if it was refused or a picture did not fit
     plain_text: str | None = None  # `text` without the marks of looks
     log_probabilities: tuple[float, ...] | None = None  # of the tokens, 0 in slots and their `latent_end`
+    # Of the slots that were inputs: all, except one that is the last token.
     latent_vectors: Float[np.ndarray, "slots channels"] | None = None
+    slot_keys: Float[np.ndarray, "layers slots key_value_heads head_dim"] | None = None
+    slot_values: Float[np.ndarray, "layers slots key_value_heads head_dim"] | None = None
+    slot_positions: Int[np.ndarray, " slots"] | None = None
     shared_tokens: int = 0  # of the prompt: reused from an earlier prompt
     timings: Timings = Timings()
 
@@ -102,11 +125,15 @@ def check_request(request: Request) -> None:
     if not isinstance(request.sampling, SamplingParams):
         raise ValueError(f"sampling must be SamplingParams, got {quote(request.sampling)}")
     check_sampling(request.sampling)
-    check_whole("latent_size", request.latent_size, 1)
+    check_whole("latent_size", request.latent_size)
     check_whole("seed", request.seed, 0, 2**32 - 1)
-    for name in ("log_probabilities", "latent_vectors"):
+    for name in ("log_probabilities", "latent_vectors", "slot_states"):
         if not isinstance(getattr(request, name), (bool, np.bool_)):
             raise ValueError(f"{name} must be true or false, got {quote(getattr(request, name))}")
+    if request.slot_states and request.method == "pixels":
+        raise ValueError('slot_states must be false for method "pixels", whose looks have no slots, got true')
+    if request.given_slots is not None:
+        _check_given(request.given_slots, request.method)
     if not isinstance(request.forced_tokens, (tuple, list)):
         raise ValueError(f"forced_tokens must be a tuple of tokens, got {quote(request.forced_tokens)}")
     most, length = request.sampling.max_new_tokens, len(request.forced_tokens)
@@ -115,6 +142,56 @@ def check_request(request: Request) -> None:
     if len(request.forced_tokens) and request.method == "single":
         raise ValueError('forced_tokens must be empty for method "single", which begins with a look')
     _check_shapes(request.prompt)
+
+
+def _check_given(slots: GivenSlots, method: str) -> None:
+    """Raise ValueError unless slots are given for a method that has some, in arrays that fit each other."""
+    if not isinstance(slots, GivenSlots):
+        raise ValueError(f"given_slots must be GivenSlots, got {quote(slots)}")
+    if method in ("text", "pixels"):
+        raise ValueError(f'given_slots must be None for method "{method}", whose answers have no slots, got some')
+    if not _is_float_array(slots.inputs) or slots.inputs.ndim != 2 or not len(slots.inputs):
+        raise ValueError(
+            f"inputs of given_slots must be floats [slots, channels], one slot or more, got {_described(slots.inputs)}"
+        )
+    count = len(slots.inputs)
+    if not isinstance(slots.given, np.ndarray) or slots.given.dtype != bool or slots.given.shape != (count,):
+        raise ValueError(f"given of given_slots must be {count} booleans, got {_described(slots.given)}")
+    if (slots.keys is None) != (slots.values is None):
+        alone = "values" if slots.keys is None else "keys"
+        raise ValueError(f"keys and values of given_slots must be given together or not at all, got {alone} alone")
+    if slots.keys is not None:
+        _check_given_positions(slots.positions, count)
+    for name in ("inputs",) if slots.keys is None else ("inputs", "keys", "values"):
+        array = getattr(slots, name)
+        if not _is_float_array(array):
+            raise ValueError(f"{name} of given_slots must be an array of floats, got {_described(array)}")
+        _check_values(f"{name} of given_slots", array)
+
+
+def _check_given_positions(positions: Int[np.ndarray, " slots"], count: int) -> None:
+    """Raise ValueError unless there is a position for each slot whose keys are given."""
+    if not _is_whole_array(positions) or positions.shape != (count,):
+        raise ValueError(
+            f"positions of given_slots must be {count} whole numbers, of the given keys, got {_described(positions)}"
+        )
+    if positions.min() < 0 or positions.max() >= 2**30:
+        outside = positions[(positions < 0) | (positions >= 2**30)][0]
+        raise ValueError(f"positions of given_slots must be from 0 to 2**30, got {outside}")
+
+
+def check_given_slots(slots: GivenSlots | None, config: ModelConfig) -> None:
+    """Raise ValueError, one sentence, if given slots that passed `check_request` do not suit a model."""
+    if slots is None:
+        return
+    count, channels = slots.inputs.shape
+    if channels != config.hidden_size:
+        raise ValueError(f"inputs of given_slots must have {config.hidden_size} channels, got {channels}")
+    shape = (config.num_hidden_layers, count, config.num_key_value_heads, config.head_dim)
+    for name in ("keys", "values"):
+        array = getattr(slots, name)
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} of given_slots must have shape {shape}, got {array.shape}")
 
 
 def _check_shapes(prompt: Sample) -> None:
@@ -179,9 +256,15 @@ def check_picture(image: Picture, config: ModelConfig) -> None:
                 f"pixels of {image.height}x{image.width} patches must have shape ({patches}, {still}) in uint8 or "
                 f"({patches}, {config.vision.patch_dim}) in float32, got {_described(values)}"
             )
+    if values.dtype != np.uint8:
+        _check_values("the values of an image", values)
+
+
+def _check_values(name: str, values: Float[np.ndarray, "..."]) -> None:
+    """Raise ValueError for floats that are not finite, or too large."""
     # NaN and infinity would stay in the row's cache, and masking multiplies them by 0, which is NaN for later requests.
-    if values.dtype != np.uint8 and not (np.abs(values.astype(np.float32)) <= LARGEST_VALUE).all():
-        raise ValueError(f"the values of an image must be finite and at most {LARGEST_VALUE:g} in magnitude")
+    if not (np.abs(values.astype(np.float32)) <= LARGEST_VALUE).all():
+        raise ValueError(f"{name} must be finite and at most {LARGEST_VALUE:g} in magnitude")
 
 
 def check_tokens(name: str, tokens: Iterable[int], least: int, vocab_size: int) -> None:

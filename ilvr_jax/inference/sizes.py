@@ -25,6 +25,9 @@ class EngineSettings:
     chunks: tuple[int, ...]  # prompt tokens prefilled at a time, ascending
     image_tokens: tuple[int, ...]  # vision tokens that images are padded to, ascending
     latent_vectors: bool = False  # whether the inputs of slots are kept, for requests with `latent_vectors`
+    slot_states: bool = False  # whether keys and values of slots can be read, for requests with `slot_states`
+    given_slots: int = 0  # slots of any request's `given_slots`
+    given_states: bool = False  # whether these can have keys and values
     repetition_penalty: bool = False  # whether written tokens are kept by row, for requests with a penalty
     batch_invariant: bool = False  # whether an answer is the same to the last bit in any company; prefills one by one
     share_prefixes: bool = True  # whether a prompt reuses the keys and values of another that begins alike
@@ -50,7 +53,8 @@ def fit_settings(
     are rounded up to a multiple of the devices that share them. Requests that no engine can serve are skipped. Raises
     ValueError if there are no others.
     """
-    lengths, rooms, columns, new_tokens, count, latent_vectors, penalty = [], [], 0, 0, 0, False, False
+    lengths, rooms, columns, new_tokens, count, given_slots = [], [], 0, 0, 0, 0
+    latent_vectors = slot_states = given_states = penalty = False
     for request in requests:
         try:
             check_request(request)
@@ -66,6 +70,10 @@ def fit_settings(
         columns = max(columns, sum(sizes) + params.max_new_tokens)
         new_tokens, count = max(new_tokens, params.max_new_tokens), count + params.n
         latent_vectors |= request.latent_vectors
+        slot_states |= request.slot_states
+        if request.given_slots is not None:
+            given_slots = max(given_slots, len(request.given_slots.inputs))
+            given_states |= request.given_slots.keys is not None
         penalty |= params.repetition_penalty != 1
     if not count:
         raise ValueError("there are no requests that can be served; one or more are needed to choose sizes from")
@@ -78,6 +86,9 @@ def fit_settings(
         "chunks": few_sizes([*rests, largest]),
         "image_tokens": few_sizes(rooms),
         "latent_vectors": latent_vectors,
+        "slot_states": slot_states,
+        "given_slots": given_slots,
+        "given_states": given_states,
         "repetition_penalty": penalty,
     }
     return EngineSettings(**settings | changes)

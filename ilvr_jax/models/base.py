@@ -88,6 +88,14 @@ class Model(Protocol):
     def logits(self, decoder: PyTree, hidden_states: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
         """Return float32 logits."""
 
+    def shift_keys(
+        self, keys: Float[Array, "*batch key_value_heads head_dim"], shift: Int[Array, "*batch"]
+    ) -> Float[Array, "*batch key_value_heads head_dim"]:
+        """Return keys of text-like positions (equal on all axes) as they would be `shift` positions later.
+
+        Of a shift by 0 they are the same to the last bit.
+        """
+
     def last_projections(
         self, decoder: PyTree, hidden_states: Float[Array, "rows columns channels"]
     ) -> tuple[Array, Array]:

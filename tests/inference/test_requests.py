@@ -25,7 +25,7 @@ def with_image(image) -> Request:
 PATCHES = GOOD.prompt.images[0]
 NUMBERS = {
     "max_new_tokens": ("8", 8.0, True, -1, 0, 25, None, 2**31, 10**20, float("nan")),
-    "latent_size": ("3", 0, -1, None, 2**31, 10**5000, 1.5),
+    "latent_size": ("3", -1, None, 2**31, 10**5000, 1.5),
     "top_k": (-1, 2**31, 1.0, None, "all", False),
     "seed": (-1, 2**32, 10**19, "1", None),
     "temperature": (-1.0, float("nan"), float("inf"), 1e300, 1e-40, "hot", None, 1j),
@@ -33,6 +33,7 @@ NUMBERS = {
     "method": ("pixel", None, ["text"]),
     "early_end": (None, "no"),
     "log_probabilities": (1,),
+    "slot_states": ("yes",),
     "forced_tokens": ((11,) * 9, (VOCABULARY,), (-2,), "ab", 5, (1.5,)),
     "prompt": (None, "a question", np.zeros(3, np.int32)),
 }

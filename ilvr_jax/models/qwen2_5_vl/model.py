@@ -17,6 +17,7 @@ from ilvr_jax.models.lora import split_adapters
 from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
 from ilvr_jax.models.qwen2_5_vl.decoder import Decoder, KeyValues
 from ilvr_jax.models.qwen2_5_vl.images import MERGE, FeatureBatch, ImageBatch, WindowGeometry
+from ilvr_jax.models.qwen2_5_vl.rotary import rotate
 from ilvr_jax.models.qwen2_5_vl.vision import VisionTower
 
 
@@ -98,6 +99,13 @@ class Qwen2_5VL:
     def logits(self, decoder: PyTree, hidden_states: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
         """Return float32 logits."""
         return self.decoder.apply({"params": decoder}, hidden_states, method="logits")
+
+    def shift_keys(
+        self, keys: Float[Array, "*batch key_value_heads head_dim"], shift: Int[Array, "*batch"]
+    ) -> Float[Array, "*batch key_value_heads head_dim"]:
+        """Return keys of text-like positions (equal on all axes) as they would be `shift` positions later."""
+        # A rotation by the difference, without a magnitude: the keys have YaRN's already.
+        return rotate(keys, shift[..., None].astype(jnp.float32) * self.config.rope_frequencies)
 
     def last_projections(
         self, decoder: PyTree, hidden_states: Float[Array, "rows columns channels"]
