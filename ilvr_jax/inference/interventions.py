@@ -91,8 +91,8 @@ def give_states(
     """
     if not slots.keys.shape[1]:
         return own
-    rows, places_or_0 = jnp.arange(len(places)), jnp.maximum(places, 0)
-    keys, values, positions = (part[rows, places_or_0] for part in (slots.keys, slots.values, slots.positions))
+    chosen = jnp.arange(len(places)), jnp.maximum(places, 0)
+    keys, values, positions = (part[chosen] for part in (slots.keys, slots.values, slots.positions))
     keys = model.shift_keys(keys, (position - positions)[:, None])
     replaced = ((places >= 0) & slots.with_states)[:, None, None, None]
 
