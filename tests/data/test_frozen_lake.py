@@ -1,5 +1,6 @@
 """Generated maps and records: against gymnasium's FrozenLake, scipy's shortest paths and the real maps."""
 
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -14,12 +15,13 @@ from scipy.sparse.csgraph import shortest_path as scipy_distances
 
 from ilvr_jax.config.fields import BadConfig, read
 from ilvr_jax.config.schema import FrozenLakeConfig
-from ilvr_jax.data.frozen_lake.drawing import draw_map
+from ilvr_jax.data.frozen_lake.drawing import DISTANCE_COLOURS, draw_map
 from ilvr_jax.data.frozen_lake.source import (
     FrozenLakeSource,
     cell_words,
     empty_map_distance,
     shortest_path,
+    sweep_distances,
     symmetries,
 )
 from ilvr_jax.data.records import BadRecord, Look, Text
@@ -33,9 +35,10 @@ few = settings(deadline=None, max_examples=25)
 MAPS = maps(st.integers(1, 5), st.integers(2, 6))
 
 
-def distances_to_goal(map_desc) -> np.ndarray:
+def distances_to_goal(map_desc, blocked=(-1,)) -> np.ndarray:
     """Return scipy's distance of each cell to the goal, infinite where there is no way or a hole."""
     cells = np.array(map_desc)
+    cells[np.isin(cells, blocked)] = -1
     numbers = np.arange(cells.size).reshape(cells.shape)
     graph = lil_array((cells.size, cells.size))
     for nodes, neighbours in ((numbers[1:], numbers[:-1]), (numbers[:, 1:], numbers[:, :-1])):
@@ -204,6 +207,64 @@ def test_words_of_cells_are_their_kinds_or_their_distances_to_the_goal(map_desc)
                 assert word == kinds[kind]
             else:
                 assert word == ("cut" if distance == np.inf else "far" if distance > 9 else str(int(distance)))
+
+
+@few
+@given(MAPS)
+def test_sweeps_come_down_to_scipys_distances_without_paths_through_the_start(map_desc):
+    expected = distances_to_goal(map_desc, blocked=(-1, 1))
+    found = [np.full(expected.shape, np.inf) for _ in range(20)]
+    for array, distances in zip(found, sweep_distances(map_desc, 20), strict=True):
+        for cell, distance in distances.items():
+            array[cell] = distance
+    assert all((after <= before).all() for before, after in itertools.pairwise(found))
+    np.testing.assert_array_equal(found[-1], expected)
+    by_hand = np.where(np.array(map_desc) == 2, 0.0, np.inf)
+    for row, column in np.ndindex(by_hand.shape):
+        if map_desc[row][column] == 0:
+            near = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]
+            near = [by_hand[cell] for cell in near if min(cell) >= 0 and (np.array(cell) < by_hand.shape).all()]
+            by_hand[row, column] = min(near, default=np.inf) + 1
+    np.testing.assert_array_equal(found[0], by_hand)  # each cell after those above it and to its left
+
+
+def read_sketch(sketch: np.ndarray) -> list[list[object]]:
+    """Return what each cell of a sketch shows, one pixel of it: a distance, "hole", "start" or "unknown"."""
+    names = {colour: distance for distance, colour in enumerate(DISTANCE_COLOURS)}
+    names |= {(0, 0, 0): "hole", (128, 128, 128): "start", (255, 255, 255): "unknown"}
+    assert len(names) == len(DISTANCE_COLOURS) + 3
+    return [[names[tuple(cell)] for cell in row] for row in sketch[::28, ::28].tolist()]
+
+
+@few
+@given(st.integers(0, 2**31), st.integers(1, 4))
+def test_looks_at_distances_precede_the_moves_and_every_second_is_turned(seed, sweeps):
+    chosen = FrozenLakeConfig(levels=(3, 4), looks="distances", sweeps=sweeps, read_out="none")
+    record = FrozenLakeSource(chosen, seed=seed, count=1)[0]
+    looks = [step.helper_image for step in record.steps if isinstance(step, Look)]
+    texts = [step.content for step in record.steps if isinstance(step, Text)]
+    assert texts[:-1] == [""] * sweeps and len(looks) == sweeps
+    assert [word for word in texts[-1].split() if word in WORDS.values()] == [WORDS[move] for move in record.answer]
+    side, map_desc = len(record.map_desc), record.map_desc
+    kinds = {-1: "hole", 1: "start"}
+    for number, distances in enumerate(sweep_distances(map_desc, sweeps)):
+        assert looks[number].shape == (4 * 28, 4 * 28, 3)  # the largest level
+        shown = read_sketch(looks[number][::-1, ::-1] if number % 2 else looks[number])
+        for row, column in np.ndindex(4, 4):
+            inside = row < side and column < side
+            kind = map_desc[row][column] if inside else -1
+            assert shown[row][column] == kinds.get(kind, distances.get((row, column), "unknown"))
+
+
+def test_readings_ask_for_the_map_in_words():
+    source = FrozenLakeSource(FrozenLakeConfig(readings=0.3), seed=0, count=400)
+    readings = [record for record in (source[number] for number in range(400)) if record.question == "Read the map."]
+    assert 90 < len(readings) < 150
+    for record in readings:
+        (step,) = record.steps
+        words = [line.split() for line in step.content.splitlines()]
+        assert words == cell_words(record.map_desc, "map")
+        np.testing.assert_array_equal(record.images[0], draw_map(record.map_desc, 28))
 
 
 def test_cells_cut_off_and_far_away():
