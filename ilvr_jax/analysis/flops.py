@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ilvr_jax.method.layout import Layout
+from ilvr_jax.method.objectives import OBJECTIVES
 from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
 from ilvr_jax.models.qwen2_5_vl.images import MERGE, STILL_PATCH_DIM
 
@@ -168,7 +169,7 @@ def train_flops(
     # Every column counts as labelled: how many carry a loss depends on the records.
     forward = decoder_flops(config, layout.columns, labelled=layout.columns)
     total = forward * (3 if "decoder" in train else 2)
-    if objective == "alignment":
+    if OBJECTIVES[objective].teacher:
         total += decoder_flops(config, layout.columns, labelled=0)
     if encodes:
         tokens = layout.images * layout.image_tokens + layout.segments * layout.helper_tokens

@@ -270,7 +270,7 @@ class LatentsConfig:
 class StageConfig:
     """One stage of training."""
 
-    objective: str = setting("the loss, of method/objectives.py: text, alignment or autonomy")
+    objective: str = setting("the loss, of method/objectives.py: text, alignment, guided or autonomy")
     helper_images: str = setting("the form of helper images in samples: latent, slots, encode or omit", "latent")
     train: tuple[str, ...] = setting(
         "the trained parts", ("decoder",), choices=("vision", "decoder", "adapters"), nonempty=True

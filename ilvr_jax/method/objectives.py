@@ -111,18 +111,54 @@ def alignment_loss(
     alone).
     """
     decoder, features, inputs = _embedded(model, params, batch)
-    own_vision = "vision" in teacher
-    teacher_features = model.encode_images(teacher["vision"], batch.images) if own_vision else features
-    teacher = {**params, **teacher}
-    helper_features = model.encode_images(teacher["vision"], batch.helper_images)
-    selection = jax.lax.stop_gradient(
-        select(model, decoder_params(teacher), batch, teacher_features, helper_features, settings, key)
-    )
+    selection = _select(model, params, teacher, batch, features, settings, key)
     slots = batch.layout.slot_columns
     targets = fill_slots(model, decoder, selection.targets, inputs[:, slots])
     inputs = inputs.at[:, slots].set(jnp.where(selection.valid[..., None], targets, inputs[:, slots]))
     keys = dropout_keys(model, key, batch)
     hidden, _ = model.decode(decoder, inputs, batch.positions, batch.attention_mask(settings), dropout_keys=keys)
+    return _aligned_losses(model, decoder, batch, hidden, selection, settings, key)
+
+
+def guided_loss(
+    model: Model, params: PyTree, teacher: PyTree, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
+) -> Losses:
+    """Return both losses of stage 1 when the student fills its slots as in stage 2: a stage between the two."""
+    decoder, features, inputs = _embedded(model, params, batch)
+    selection = _select(model, params, teacher, batch, features, settings, key)
+    hidden = roll_out(model, settings, decoder, inputs, batch, dropout_keys(model, key, batch))
+    return _aligned_losses(model, decoder, batch, hidden, selection, settings, key)
+
+
+def _select(
+    model: Model,
+    params: PyTree,
+    teacher: PyTree,
+    batch: Batch,
+    features: Array,
+    settings: LatentsConfig,
+    key: PRNGKeyArray,
+) -> Selection:
+    """Return the teacher's targets; `features` are the student's of the user images."""
+    if "vision" in teacher:
+        features = model.encode_images(teacher["vision"], batch.images)
+    teacher = {**params, **teacher}
+    helper_features = model.encode_images(teacher["vision"], batch.helper_images)
+    selection = select(model, decoder_params(teacher), batch, features, helper_features, settings, key)
+    return jax.lax.stop_gradient(selection)
+
+
+def _aligned_losses(
+    model: Model,
+    decoder: PyTree,
+    batch: Batch,
+    hidden: Array,
+    selection: Selection,
+    settings: LatentsConfig,
+    key: PRNGKeyArray,
+) -> Losses:
+    """Return the losses of stage 1: cross-entropy, and the distance of hidden states before slots to their targets."""
+    slots = batch.layout.slot_columns
     targets = selection.targets + settings.target_noise * slot_noise(key, batch.record, selection.targets.shape)
     cosines = cosine(hidden[:, slots - 1], targets) * selection.valid
     count = selection.valid.sum((1, 2))
@@ -199,5 +235,6 @@ class Objective:
 OBJECTIVES = {
     "text": Objective(text_loss, helper_images=("omit", "encode")),
     "alignment": Objective(alignment_loss, helper_images=("latent",), teacher=True),
+    "guided": Objective(guided_loss, helper_images=("latent",), teacher=True),
     "autonomy": Objective(autonomy_loss, helper_images=("latent", "slots")),
 }

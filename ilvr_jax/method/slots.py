@@ -35,6 +35,18 @@ def fill_hidden(hidden_states: Channels, embeddings: Channels, parameters: PyTre
     return hidden_states.astype(embeddings.dtype)
 
 
+def fill_normed(hidden_states: Channels, embeddings: Channels, parameters: PyTree) -> Channels:
+    """Return the hidden states scaled to a mean square of 1.
+
+    Stage 1 aligns their directions with the targets' but not their lengths: so scaled, slots have the same inputs
+    in stage 1 as when the model fills them.
+    """
+    del parameters
+    hidden_states = hidden_states.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(hidden_states), axis=-1, keepdims=True)
+    return (hidden_states * jax.lax.rsqrt(mean_square + 1e-6)).astype(embeddings.dtype)
+
+
 def fill_projected(hidden_states: Channels, embeddings: Channels, parameters: PyTree) -> Channels:
     """Return the hidden states plus a small MLP of them, whose output is zero at the start."""
     hidden_states = hidden_states.astype(embeddings.dtype)
@@ -60,6 +72,7 @@ def init_pause(key: PRNGKeyArray, channels: int) -> PyTree:
 
 SLOT_INPUTS = {
     "hidden": SlotInput(fill_hidden),
+    "normed": SlotInput(fill_normed),
     "projected": SlotInput(fill_projected, init_projected),
     "pause": SlotInput(fill_pause, init_pause),
 }

@@ -62,7 +62,7 @@ VISIBILITIES = [SETTINGS, dataclasses.replace(SETTINGS, image_visibility="until_
 
 
 @pytest.mark.parametrize("settings", VISIBILITIES, ids=["all", "until_look"])
-@pytest.mark.parametrize("name", ["text", "alignment", "autonomy"])
+@pytest.mark.parametrize("name", ["text", "alignment", "guided", "autonomy"])
 def test_a_ragged_batch_equals_its_samples_alone(name, settings):
     samples = unequal_samples()
     layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in samples])
@@ -107,7 +107,7 @@ def add_embedding(hidden_states, embeddings, parameters):
 
 
 @pytest.mark.parametrize("settings", VISIBILITIES, ids=["all", "until_look"])
-@pytest.mark.parametrize("slot_input", ["hidden", "projected", "add_embedding"])
+@pytest.mark.parametrize("slot_input", ["hidden", "normed", "projected", "add_embedding"])
 def test_the_roll_out_equals_recomputing_every_prefix(slot_input, settings, monkeypatch):
     """The published way: the whole sequence again for every slot."""
     monkeypatch.setitem(SLOT_INPUTS, "add_embedding", SlotInput(add_embedding))
@@ -161,7 +161,10 @@ def test_the_roll_out_equals_recomputing_every_prefix(slot_input, settings, monk
 
 @pytest.mark.parametrize(
     ("selection", "slot_input"),
-    [*((selection, "hidden") for selection in SELECTORS), ("coverage", "projected"), ("coverage", "pause")],
+    [
+        *((selection, "hidden") for selection in SELECTORS),
+        *(("coverage", slot_input) for slot_input in ("normed", "projected", "pause")),
+    ],
 )
 def test_every_rule_treats_a_ragged_batch_as_its_samples_alone(selection, slot_input):
     model, params = model_with(slot_input)
@@ -228,7 +231,7 @@ def test_dense_targets_are_the_whole_image_pooled_in_raster_order():
     np.testing.assert_allclose(selection.targets[0, 1], features.reshape(3, 4, -1).mean(1), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["alignment", "autonomy"])
+@pytest.mark.parametrize("name", ["alignment", "guided", "autonomy"])
 def test_without_segments_every_stage_is_plain_cross_entropy(name):
     sample = unequal_samples()[2]
     batch = collate([sample], required_layout(sample, GEOMETRY), SPECIAL, GEOMETRY)

@@ -1,6 +1,5 @@
 """Drawings of FrozenLake maps from gymnasium's sprites, composed as by pygame but without it."""
 
-import colorsys
 import functools
 import hashlib
 import importlib.util
@@ -17,11 +16,14 @@ CELL_PIXELS = 64  # side of a cell in gymnasium's pictures
 BORDER = (180, 200, 230)
 SPRITES = {1: "stool", 2: "goal", -1: "hole"}  # on the ice of a cell; the elf hides the stool
 ELVES = {"L": "elf_left", "D": "elf_down", "R": "elf_right", "U": "elf_up"}
-# Of 0, 1, 2 ... moves to the goal: around the circle of hues, every second one darker.
-DISTANCE_COLOURS = tuple(
-    tuple(round(255 * part) for part in colorsys.hsv_to_rgb(number / 13, 1.0, 0.55 if number % 2 else 1.0))
-    for number in range(13)
-)
+# Signs of the kinds of cells in a sketch, each four squares of colours: rows of a Hadamard matrix of order 16, so that
+# any two signs differ in half of their values. A vision tower then sees them as very different from the start, where
+# plain colours have features of almost the same direction, and slots must match directions.
+SIGNS = 255 * (
+    np.array([[bin(row & column).count("1") % 2 for column in range(4, 16)] for row in range(16)], np.uint8)
+).reshape(16, 2, 2, 3)
+FARTHEST_SIGN = 12  # cells up to this many moves from the goal have the sign of their distance
+HOLE_SIGN, START_SIGN, UNKNOWN_SIGN = 13, 14, 15
 TILES_DIGEST = "6b8e053155dce23a9198a3bb7a161021676dc69d2708894b5e39a49ce8d95bc4"
 
 
@@ -48,22 +50,27 @@ def draw_map(
 
 
 def draw_distances(
-    map_desc: MapDesc, distances: Mapping[tuple[int, int], int], side: int, cell_pixels: int = CELL_PIXELS
+    map_desc: MapDesc,
+    distances: Mapping[tuple[int, int], int],
+    side: int,
+    cell_pixels: int = CELL_PIXELS,
+    turned: bool = False,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Draw a map as a sketch of `side` x `side` plain cells, coloured by their distances to the goal.
+    """Draw a map as a sketch of `side` x `side` cells, each with the sign of its distance to the goal.
 
-    Cells with a distance of up to len(DISTANCE_COLOURS) - 1 have its colour, holes and what is outside the map are
-    black, the start is grey, and all other cells are white.
+    Distances up to FARTHEST_SIGN have signs of their own; so have holes, with all that is outside the map, the start,
+    and the cells whose distance is not known or larger. `turned`: by half a turn, but not the signs themselves.
+    `cell_pixels` must be even.
     """
-    sketch = np.zeros((side, side, 3), np.uint8)
+    signs = np.full((side, side), HOLE_SIGN)
     for row, cells in enumerate(map_desc):
         for column, cell in enumerate(cells):
-            distance = distances.get((row, column), len(DISTANCE_COLOURS))
-            if cell == 1:
-                sketch[row, column] = 128
-            elif cell != -1:
-                sketch[row, column] = 255 if distance >= len(DISTANCE_COLOURS) else DISTANCE_COLOURS[distance]
-    return sketch.repeat(cell_pixels, axis=0).repeat(cell_pixels, axis=1)
+            distance = distances.get((row, column), UNKNOWN_SIGN)
+            sign = distance if distance <= FARTHEST_SIGN else UNKNOWN_SIGN
+            signs[row, column] = {1: START_SIGN, -1: HOLE_SIGN}.get(cell, sign)
+    signs = signs[::-1, ::-1] if turned else signs
+    squares = SIGNS[signs].swapaxes(1, 2).reshape(2 * side, 2 * side, 3)
+    return squares.repeat(cell_pixels // 2, axis=0).repeat(cell_pixels // 2, axis=1)
 
 
 @functools.cache

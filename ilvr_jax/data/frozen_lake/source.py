@@ -154,9 +154,9 @@ def make_record(map_desc: MapDesc, moves: str, settings: FrozenLakeConfig, name:
     if settings.looks == "distances":
         side = max(len(map_desc), *settings.levels)
         for number, distances in enumerate(sweep_distances(map_desc, settings.sweeps)):
-            sketch = draw_distances(map_desc, distances, side, settings.cell_pixels)
-            # A look is filled in reading order: seen from its end, a sweep towards the beginning is one as well.
-            steps += [Text(text), Look(sketch[::-1, ::-1].copy() if number % 2 else sketch)]
+            # A look is filled in reading order: a sweep from the last cell to the first is in that order when turned.
+            sketch = draw_distances(map_desc, distances, side, settings.cell_pixels, turned=bool(number % 2))
+            steps += [Text(text), Look(sketch)]
             text = ""
     for number, move in enumerate(moves, start=1):
         text += f" {cell[0]} {cell[1]}" if settings.cell_names == "row_column" else ""
