@@ -13,7 +13,7 @@ import jax
 
 from ilvr_jax.checkpoints.trained import TrainedModel, load_model
 from ilvr_jax.config.fields import rule_of
-from ilvr_jax.config.schema import DTYPES, IMAGE_VISIBILITY, SamplingParams
+from ilvr_jax.config.schema import DTYPES, IMAGE_VISIBILITY, SLOT_POSITIONS, LatentsConfig, SamplingParams
 from ilvr_jax.errors import InputError, quote
 from ilvr_jax.inference.requests import METHODS
 from ilvr_jax.inference.sampling import check_sampling, check_whole
@@ -38,6 +38,9 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         "--image-visibility",
         choices=IMAGE_VISIBILITY,
         help="of images to text after a look (default: the run's, or all)",
+    )
+    parser.add_argument(
+        "--slot-positions", choices=SLOT_POSITIONS, help="rotary positions of slots (default: the run's, or text)"
     )
     for field in dataclasses.fields(SamplingParams):
         flag, meaning = f"--{field.name.replace('_', '-')}", rule_of(field).meaning
@@ -116,7 +119,8 @@ def set_defaults(options: argparse.Namespace, trained: TrainedModel) -> None:
     run, sampling = trained.config, trained.config.eval if trained.config else SamplingParams()
     defaults = {field.name: getattr(sampling, field.name) for field in dataclasses.fields(SamplingParams)}
     defaults |= {"seed": run.seed if run else 0, "latent_size": trained.prompts.latent_size}
-    defaults |= {"image_visibility": run.latents.image_visibility if run else "all"}
+    latents = run.latents if run else LatentsConfig()
+    defaults |= {name: getattr(latents, name) for name in ("image_visibility", "slot_positions")}
     for name, value in defaults.items():
         if getattr(options, name, value) is None:
             setattr(options, name, value)
@@ -138,9 +142,9 @@ def decoding_fields(options: argparse.Namespace) -> dict[str, Any]:
         check_whole("seed", options.seed, 0, 2**32 - 1)
         sampling = SamplingParams(**values)
         check_sampling(sampling)
-    return {name: getattr(options, name) for name in ("method", "latent_size", "image_visibility")} | {
-        "sampling": sampling
-    }
+    return {
+        name: getattr(options, name) for name in ("method", "latent_size", "image_visibility", "slot_positions")
+    } | {"sampling": sampling}
 
 
 @contextlib.contextmanager

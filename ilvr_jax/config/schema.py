@@ -4,6 +4,7 @@ Names of rules, objectives, formats and kernels, which forks may add, are checke
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 
 from ilvr_jax.config.fields import setting
@@ -28,6 +29,7 @@ ROPE_TYPES = ("default", "linear", "yarn")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_VISIBILITY = ("all", "until_look")
+SLOT_POSITIONS = ("text", "grid", "turning_grid")
 MOST_NEW_TOKENS = 2**17  # of an answer; published models have positions up to 128,000
 MOST_SAMPLES = 2**16  # of a prompt
 LONGEST = 2**20  # tokens or columns of a batch's layout
@@ -263,7 +265,18 @@ class LatentsConfig:
         choices=IMAGE_VISIBILITY,
         added=True,
     )
+    slot_positions: str = setting(
+        "rotary positions of slots: those of text, or of a square image, or of one turned by half a turn in every "
+        "second look",
+        "text",
+        choices=SLOT_POSITIONS,
+        added=True,
+    )
     selection: str = setting("the rule that selects targets, of method/selection.py", "coverage", added=True)
+
+    def conflicts(self) -> Conflicts:
+        if self.slot_positions != "text" and math.isqrt(self.latent_size) ** 2 != self.latent_size:
+            yield "latent_size", f"a square number with slot_positions {self.slot_positions}"
 
 
 @dataclasses.dataclass(frozen=True)

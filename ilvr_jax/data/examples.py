@@ -36,6 +36,7 @@ class ExampleSettings:
     # The form of looks: "latent" slots with their images for the teacher, "slots" alone, vision tokens between the same
     # markers ("encode"), or nothing ("omit").
     helper_images: str = "latent"
+    slot_positions: str = "text"  # as in the config's latents
     system: str = ""  # text of a system turn, none if empty
     # Bounds on the pixels of an image, as in a published preprocessor_config.json; None is no bound.
     min_pixels: int | None = None
@@ -175,7 +176,7 @@ def _build(
     tokens = np.array(tokenizer.backend_tokenizer.encode(chat, add_special_tokens=False).ids, np.int32)
     tokens = _expand(tokens, images, special, settings.latent_size)
     size, position_ids = settings.latent_size, settings.position_ids
-    return build_sample(tokens, images, helper_images, special, size, number, position_ids)
+    return build_sample(tokens, images, helper_images, special, size, number, position_ids, settings.slot_positions)
 
 
 def read_image(source: ImageSource, settings: ExampleSettings) -> PatchedImage | EncodedImage:

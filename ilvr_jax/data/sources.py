@@ -91,6 +91,7 @@ def prompt_settings(config: RunConfig, geometry: ImageGeometry) -> ExampleSettin
         max_pixels=config.data.max_pixels or None,
         question=config.eval.question or None,
         latent_size=config.latents.latent_size,
+        slot_positions=config.latents.slot_positions,
         system=config.data.system,
         position_ids=geometry.position_ids,
     )

@@ -308,7 +308,8 @@ def results_file(workdir: Path, config: RunConfig, stage: str, step: int, task: 
 
 def _added(decoding: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of later versions that do not have their defaults."""
-    return {name: decoding[name] for name in ("image_visibility",) if decoding.get(name, "all") != "all"}
+    defaults = {"image_visibility": "all", "slot_positions": "text"}
+    return {name: decoding[name] for name, default in defaults.items() if decoding.get(name, default) != default}
 
 
 def _sampling_settings(sampling: SamplingParams) -> dict[str, Any]:

@@ -6,6 +6,7 @@ one shape per engine (`prefill` one per chunk and group), so that requests come 
 """
 
 import functools
+import math
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -54,6 +55,8 @@ class SlotState(NamedTuple):
     looks_left: Int[Array, " rows"]  # looks that the row may still begin
     latent_size: Int[Array, " rows"]  # K, 0 for looks of markers only
     early_end: Bool[Array, " rows"]
+    grid_side: Int[Array, " rows"]  # of the square image whose rotary positions slots have; 0 for those of text
+    turning: Bool[Array, " rows"]  # whether the grid is turned by half a turn in every second look
 
 
 class DecodeState(NamedTuple):
@@ -90,7 +93,9 @@ def init_decode_state(model: Model, rows: int, settings: EngineSettings) -> Deco
         position=fill(0),
         token=fill(0),
         hidden_states=jnp.zeros((rows, config.hidden_size), config.dtype),
-        slot_state=SlotState(fill(0), fill(0), fill(0), fill(1), fill(False, "bool")),
+        slot_state=SlotState(
+            *(fill(value) for value in (0, 0, 0, 1)), fill(False, "bool"), fill(0), fill(False, "bool")
+        ),
         given=init_row_slots(model, rows, settings.given_slots, settings.given_states),
         sampling=RowSampling(
             *(fill(0, dtype) for dtype in ("float32", "int32", "float32", "float32", "int32", "uint32"))
@@ -118,6 +123,9 @@ def request_row(idle: DecodeState, request: Request, seed: int, special: Special
         seen[0, request.prompt.tokens] = True
         seen[0, list(special.of_looks)] = False
     slot_state = _with(idle.slot_state, looks_left=looks, latent_size=request.latent_size, early_end=params.early_end)
+    if request.slot_positions != "text":
+        side, turning = math.isqrt(request.latent_size), request.slot_positions == "turning_grid"
+        slot_state = _with(slot_state, grid_side=side, turning=turning)
     names = (name for name in RowSampling._fields if name != "seed")
     sampling = _with(idle.sampling, seed=seed, **{name: getattr(params, name) for name in names})
     hidden = np.array([[NEVER, 0]], np.int32)
@@ -252,7 +260,7 @@ def decode_steps(
         places = given_places(state.given, slot, slot_state.latent_size)
         inputs_embeds = next_inputs(model, decoder, state.token, state.hidden_states, special)
         inputs_embeds = give_inputs(state.given, places, inputs_embeds)
-        position_ids = jnp.broadcast_to(state.position[:, None, None], (*state.position.shape, 3, 1))
+        position_ids, distance = next_positions(state, in_slot)
         columns = kv_cache.lengths
         cached = kv_cache._replace(lengths=jnp.where(running, columns, 0))  # other rows attend to nothing
         cached = cached._replace(hidden=hide(state, columns, special)[:, None])
@@ -262,7 +270,7 @@ def decode_steps(
         kv_cache = kv_cache._replace(lengths=kv_cache.lengths + running)
         state = state._replace(
             hidden_states=jnp.where(running[:, None], hidden_states[:, 0], state.hidden_states),
-            position=state.position + running,
+            position=state.position + jnp.where(running, distance, 0),
             latents=_set(state.latents, state.count - 1, inputs_embeds[:, 0], running & in_slot),
         )
         return step + 1, kv_cache, _write_tokens(model, decoder, state, running, kv_cache.lengths, special)
@@ -280,6 +288,23 @@ def hide(state: DecodeState, columns: Int[Array, " rows"], special: SpecialToken
     ends = state.hidden[:, 1]
     after = (ends > 0) & (columns >= ends) & (state.token != special.latent_pad)
     return jnp.where(after[:, None], state.hidden, 0)
+
+
+def next_positions(
+    state: DecodeState, in_slot: Bool[Array, " rows"]
+) -> tuple[Int[Array, "rows 3 1"], Int[Array, " rows"]]:
+    """Return the rotary positions of each row's next input, and the distance to those of the input after it.
+
+    In text all three are equal. Slots may have those of a grid; see `method.positions.sample_positions`.
+    """
+    slot_state = state.slot_state
+    size, side = jnp.maximum(slot_state.latent_size, 1), slot_state.grid_side
+    place, look = size - 1 - jnp.maximum(slot_state.slots_left, 0), (slot_state.slots_written - 1) // size
+    cell = jnp.where(slot_state.turning & (look % 2 == 1), size - 1 - place, place)
+    in_grid, width = in_slot & (side > 0), jnp.maximum(side, 1)
+    in_image = jnp.stack([jnp.zeros_like(cell), cell // width, cell % width], axis=1)
+    position_ids = state.position[:, None] + jnp.where(in_grid[:, None], in_image, 0)
+    return position_ids[:, :, None], jnp.where(in_grid, jnp.where(place == size - 1, side, 0), 1)
 
 
 def next_inputs(

@@ -33,6 +33,7 @@ from ilvr_jax.inference.requests import (
 from ilvr_jax.inference.sampling import check_whole
 from ilvr_jax.inference.sizes import EngineSettings, fit_settings, plan_chunks
 from ilvr_jax.inference.transcript import cut_texts, find_stop, show_look, show_text, split_at_looks
+from ilvr_jax.method.positions import answer_positions
 from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.base import Model
 from ilvr_jax.models.qwen2_5_vl.images import MERGE
@@ -403,10 +404,11 @@ class Engine:
         places = np.flatnonzero(tokens[:-1] == self._special.latent_pad)  # the last token was never an input
         if request.latent_vectors:
             found["latent_vectors"] = np.asarray(self._batch.state.latents)[row, places]
-        if request.slot_states:  # the method has no pictures: each token has one column and one position
+        if request.slot_states:  # the method has no pictures: each token has one column
             columns = len(request.prompt.tokens) + places
             found["slot_keys"], found["slot_values"] = self._batch.read_columns(row, columns)
-            found["slot_positions"] = int(request.prompt.positions.max()) + 1 + places
+            positions = answer_positions(tokens, request.latent_size, self._special, request.slot_positions)
+            found["slot_positions"] = int(request.prompt.positions.max()) + 1 + positions[places]
         return found
 
     def _free(self, row: int) -> None:

@@ -1,12 +1,13 @@
 """Requests to the engine, their outputs, and the checks of requests that do not depend on an engine's sizes."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ilvr_jax.config.schema import IMAGE_VISIBILITY, SamplingParams
+from ilvr_jax.config.schema import IMAGE_VISIBILITY, SLOT_POSITIONS, SamplingParams
 from ilvr_jax.errors import quote
 from ilvr_jax.inference.sampling import check_sampling, check_whole
 from ilvr_jax.method.layout import Sample
@@ -54,7 +55,8 @@ class Request:
     sampling: SamplingParams  # `max_new_tokens` does not count the tokens of pictures
     latent_size: int  # K; 0 for looks of markers only
     method: str = "latent"  # one of METHODS
-    image_visibility: str = "all"  # as in the config's latents
+    image_visibility: str = "all"  # as in the config's latents, like the next
+    slot_positions: str = "text"
     seed: int = 0
     draw_look: Callable[[list[int]], Picture] | None = None  # for "pixels": draws the picture after the tokens so far
     log_probabilities: bool = False  # whether the outputs have those of their tokens
@@ -116,16 +118,20 @@ def check_request(request: Request) -> None:
         raise ValueError(f"a request must be a Request, got {quote(request)}")
     if not isinstance(request.method, str) or request.method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {quote(request.method)}")
-    if request.image_visibility not in IMAGE_VISIBILITY:
-        raise ValueError(
-            f"image_visibility must be one of {', '.join(IMAGE_VISIBILITY)}, got {quote(request.image_visibility)}"
-        )
+    for name, values in (("image_visibility", IMAGE_VISIBILITY), ("slot_positions", SLOT_POSITIONS)):
+        if getattr(request, name) not in values:
+            raise ValueError(f"{name} must be one of {', '.join(values)}, got {quote(getattr(request, name))}")
     if request.method == "pixels" and not callable(request.draw_look):
         raise ValueError(f'draw_look must be a function for method "pixels", got {quote(request.draw_look)}')
     if not isinstance(request.sampling, SamplingParams):
         raise ValueError(f"sampling must be SamplingParams, got {quote(request.sampling)}")
     check_sampling(request.sampling)
     check_whole("latent_size", request.latent_size)
+    if request.slot_positions != "text":
+        if math.isqrt(request.latent_size) ** 2 != request.latent_size:
+            raise ValueError(f"latent_size must be a square number for slots in a grid, got {request.latent_size}")
+        if request.sampling.early_end:
+            raise ValueError("early_end must be false for slots in a grid, which is filled, got true")
     check_whole("seed", request.seed, 0, 2**32 - 1)
     for name in ("log_probabilities", "latent_vectors", "slot_states"):
         if not isinstance(getattr(request, name), (bool, np.bool_)):

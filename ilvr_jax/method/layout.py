@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int8
 
 from ilvr_jax.config.schema import LatentsConfig
+from ilvr_jax.method.positions import sample_positions
 from ilvr_jax.method.tokens import Role, SpecialTokens, Visibility, answer_labels, token_roles, token_visibility
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.base import ImageGeometry, PositionIds
@@ -128,11 +129,12 @@ def build_sample(
     latent_size: int,
     record: int = 0,
     position_ids: PositionIds = mrope_positions,
+    slot_positions: str = "text",
 ) -> Sample:
     """Return the sample of a token sequence, with its roles, labels, positions and slots.
 
     Helper images, one per segment, may be absent where the model fills the slots itself. A picture between latent
-    markers is not a segment but one of `images`.
+    markers is not a segment but one of `images`. `slot_positions` is a rule of `sample_positions`.
 
     Raises ValueError if the slots are not runs of exactly `latent_size` between `latent_start` and `latent_end`, or
     their number is not that of the helper images.
@@ -155,7 +157,7 @@ def build_sample(
         labels=answer_labels(tokens, special),
         roles=token_roles(tokens, special),
         visibility=token_visibility(tokens, special),
-        positions=position_ids(tokens, grids, special.image_pad),
+        positions=sample_positions(tokens, grids, slot_starts, latent_size, special, slot_positions, position_ids),
         images=tuple(images),
         helper_images=tuple(helper_images),
         slot_starts=slot_starts,

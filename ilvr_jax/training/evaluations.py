@@ -40,6 +40,7 @@ def make_evaluator(run: Run, stage: str, step: int, params: PyTree | None) -> Ev
             "method": "latent",
             "latent_size": config.latents.latent_size,
             "image_visibility": config.latents.image_visibility,
+            "slot_positions": config.latents.slot_positions,
             "sampling": config.eval.sampling,
         },
         samples=config.eval.n,

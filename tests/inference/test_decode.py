@@ -48,19 +48,39 @@ def test_latent_segments_are_whole_and_closed():
     assert looks > 3
 
 
-@pytest.mark.parametrize("visibility", ["all", "until_look"])
-def test_tokens_are_those_of_step_by_step_recomputation(visibility):
+def positions_by_definition(tokens, rule, first):
+    """Return the rotary positions of an answer's tokens [3, tokens], with 4 slots a look."""
+    positions, place, look = [], 0, -1
+    for token in tokens:
+        look, place = (look + 1, 0) if token == SPECIAL.latent_start else (look, place)
+        if token != SPECIAL.latent_pad or rule == "text":
+            positions.append([first] * 3)
+            first += 1
+            continue
+        row, column = divmod(3 - place if rule == "turning_grid" and look % 2 else place, 2)
+        positions.append([first, first + row, first + column])
+        place += 1
+        first += 2 * (place == 4)
+    return np.array(positions).T
+
+
+@pytest.mark.parametrize(
+    ("visibility", "rule"),
+    [("all", "text"), ("until_look", "text"), ("all", "grid"), ("until_look", "turning_grid")],
+)
+def test_tokens_are_those_of_step_by_step_recomputation(visibility, rule):
     """The definition, slow: the whole sequence again for every token, a slot's input the hidden state before it."""
-    decoder, new_tokens = PARAMS["decoder"], 20
-    masked = 0
+    decoder, new_tokens = PARAMS["decoder"], 24
+    settings, masked, looks = {"image_visibility": visibility, "slot_positions": rule}, 0, 0
     for prompt in prompts()[:3]:
-        (expected,) = decode([prompt], [0], max_new_tokens=new_tokens, image_visibility=visibility)
+        (expected,) = decode([prompt], [0], max_new_tokens=new_tokens, latent_size=4, **settings)
+        looks = max(looks, expected.count(SPECIAL.latent_end))
         batch = lay_out([prompt])
         features = MODEL.encode_images(PARAMS["vision"], batch.images)
         room = ((0, 0), (0, new_tokens), (0, 0))
         inputs = jnp.pad(MODEL.embed(decoder, batch.tokens, batch.image_index, features), room)
-        new_positions = batch.positions.max() + 1 + jnp.arange(new_tokens)
-        new_positions = jnp.broadcast_to(new_positions, (1, 3, new_tokens))
+        new_positions = positions_by_definition(expected, rule, batch.positions.max() + 1)[None]
+        new_positions = jnp.pad(new_positions, ((0, 0), (0, 0), (0, new_tokens - len(expected))))
         positions = jnp.concatenate([batch.positions, new_positions], axis=2)
         mask = causal_mask(jnp.ones(inputs.shape[:2], bool))
         if visibility == "until_look" and len(prompt.images) and SPECIAL.latent_start in expected:
@@ -79,7 +99,7 @@ def test_tokens_are_those_of_step_by_step_recomputation(visibility):
             else:
                 logits = MODEL.logits(decoder, hidden)
                 token = int(jnp.argmax(logits.at[:, jnp.array([SPECIAL.latent_pad, SPECIAL.latent_end])].set(-jnp.inf)))
-                slots = 3 if token == SPECIAL.latent_start else 0
+                slots = 4 if token == SPECIAL.latent_start else 0
             tokens.append(token)
             if token == SPECIAL.im_end:
                 break
@@ -87,6 +107,7 @@ def test_tokens_are_those_of_step_by_step_recomputation(visibility):
             last += 1
             inputs = inputs.at[:, last].set(hidden if token == SPECIAL.latent_pad else following)
         assert list(expected) == tokens
+    assert looks > 1
     assert masked or visibility == "all"
 
 
