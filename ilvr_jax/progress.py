@@ -12,6 +12,7 @@ from rich.progress import Progress as Bar
 
 from ilvr_jax.files import check_output, named_errors
 
+REPORT_SECONDS = 10.0  # between two lines of `advance_timed`
 SHOWN = ("loss", "similarity")  # the metrics that fit on a terminal
 
 
@@ -42,6 +43,7 @@ class Progress:
     def stage(self, name: str, step: int, steps: int) -> Iterator[None]:
         """Show a stage, from the step that it resumes at, in the block."""
         self._stage, self._step, self._steps = name, step, steps
+        self._timed, self._first = 0, 0.0
         self._task = self._bar.add_task(name, total=steps, completed=step, text="compiling")
         with self._bar:
             yield
@@ -51,6 +53,19 @@ class Progress:
         """Count a step."""
         self._step += 1
         self._bar.advance(self._task)
+
+    def advance_timed(self) -> None:
+        """Count a step and, every REPORT_SECONDS, report the rate and the time left.
+
+        They are measured from the stage's first step on, without compilation.
+        """
+        self.advance()
+        now, self._timed = time.monotonic(), self._timed + 1
+        if self._timed == 1:
+            self._first = self._reported = now
+        elif now - self._reported > REPORT_SECONDS:
+            rate, self._reported = (self._timed - 1) / (now - self._first), now
+            self.report({}, rate, (self._steps - self._step) / rate)
 
     def report(self, values: Mapping[str, float], rate: float, left: float) -> None:
         """Show the newest losses, the rate in samples per second and the seconds left."""

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from ilvr_jax.checkpoints.trained import TrainedModel
 from ilvr_jax.config.fields import BadConfig, rule_of
-from ilvr_jax.config.schema import RunConfig, SamplingParams
-from ilvr_jax.data.examples import build_prompt, read_image
+from ilvr_jax.config.schema import DataConfig, RunConfig, SamplingParams
+from ilvr_jax.data.examples import ExampleSettings, build_prompt, read_image
 from ilvr_jax.data.pipeline import Source, fingerprint
 from ilvr_jax.data.records import BadRecord, Record
 from ilvr_jax.distributed import in_main, is_main, open_exchange
@@ -33,8 +33,6 @@ from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.method.layout import Sample
 from ilvr_jax.progress import Progress
 from ilvr_jax.tasks import TASKS
-
-REPORT_SECONDS = 10.0  # between two lines of progress
 
 
 @dataclasses.dataclass
@@ -65,6 +63,16 @@ class Evaluator:
     def source(self) -> Source:
         """The records by number."""
         return self.records.source
+
+    @property
+    def data(self) -> DataConfig:
+        """The settings of the run's records; the defaults for a model of no run."""
+        return self.trained.config.data if self.trained.config else DataConfig()
+
+    @property
+    def prompts(self) -> ExampleSettings:
+        """The settings of prompts, in which records have the question that they are asked."""
+        return dataclasses.replace(self.trained.prompts, question=None)
 
     @property
     def module(self) -> ModuleType:
@@ -125,22 +133,15 @@ class Evaluator:
 
         with progress.stage(self.task, answered, len(keys)):
             progress.log(f"{answered} of {len(keys)} answers exist; the rest are decoded {settings.rows} at a time")
-            new = 0
             for output in engine.serve(asked_requests()):
                 key, record = asked[output.number]
                 if output.stop_reason == "refused":
                     self._skip((key.number, key.form), f"{record.name}: {output.error}")
                     continue
                 in_main(functools.partial(self._add, results, key, record, output), exchange)
-                progress.advance()
+                progress.advance_timed()
                 if is_stopped():
                     break
-                now, new = time.monotonic(), new + 1
-                if new == 1:  # the rate is measured from here on, without compilation
-                    first = reported = now
-                elif now - reported > REPORT_SECONDS:
-                    rate, reported = (new - 1) / (now - first), now
-                    progress.report({}, rate, (len(keys) - answered - new) / rate)
         return time.monotonic() - started
 
     def keys(self) -> Iterator[tuple[Key, Record]]:
@@ -159,34 +160,49 @@ class Evaluator:
 
     def requests(self, answered: Mapping[Key, Any]) -> Iterator[tuple[Key, Record, Request]]:
         """Yield a request for everything that is not in `answered`; records that make no prompt are skipped."""
-        trained, previous, prompt = self.trained, None, None
-        settings = dataclasses.replace(trained.prompts, question=None)
+        previous, prompt = None, None
         for key, record in self.keys():
             number_and_form = key.number, key.form
             if key in answered or {(key.number, ""), number_and_form} & self.skipped.keys():
                 continue
             if previous != number_and_form:  # the samples of a question share their prompt
-                question = trained.prompts.question if self.question is None else self.question
-                asked = dataclasses.replace(record, question=(question or record.question) + self.instruction)
                 try:
-                    prompt = build_prompt(asked, trained.tokenizer, trained.special, settings, key.number)
-                    self.check_prompt(prompt)
+                    prompt = self.prompt(record, key.number)
                 except InputError as error:
-                    named = str(error).startswith(record.name)
-                    self._skip(number_and_form, str(error) if named else f"{record.name}: {error}")
+                    self._skip(number_and_form, str(error))
                     continue
                 previous = number_and_form
+            yield key, record, self.request(key, record, prompt)
 
-            def draw_look(tokens: list[int], record: Record = record) -> Picture:
-                return read_image(self.module.draw_look(record, self._text(tokens)), settings)
+    def asked(self, record: Record) -> Record:
+        """Return a record with the question that it is asked."""
+        question = self.trained.prompts.question if self.question is None else self.question
+        return dataclasses.replace(record, question=(question or record.question) + self.instruction)
 
-            seed = np.random.SeedSequence((self.seed, key.number, key.sample)).generate_state(1)[0]
-            draw = draw_look if self.decoding["method"] == "pixels" else None
-            yield key, record, Request(prompt, **self.decoding, seed=int(seed), draw_look=draw, name=record.name)
+    def prompt(self, record: Record, number: int) -> Sample:
+        """Return the prompt of a record or control; raise InputError, naming it, if there is none or a too large one.
 
-    def _text(self, tokens: list[int]) -> str:
-        """Return the text of tokens without looks."""
-        return "".join(split_at_looks(tokens, self.trained.tokenizer, self.trained.special)[0])
+        `number` is that of the record.
+        """
+        trained = self.trained
+        try:
+            prompt = build_prompt(self.asked(record), trained.tokenizer, trained.special, self.prompts, number)
+            self.check_prompt(prompt)
+        except InputError as error:
+            named = str(error).startswith(record.name)
+            raise InputError(str(error) if named else f"{record.name}: {error}") from error
+        return prompt
+
+    def request(self, key: Key, record: Record, prompt: Sample) -> Request:
+        """Return the request of an answer to a record or control with that prompt."""
+
+        def draw_look(tokens: list[int]) -> Picture:
+            texts, _ = split_at_looks(tokens, self.trained.tokenizer, self.trained.special)
+            return read_image(self.module.draw_look(record, texts[:-1] or texts, self.data), self.prompts)
+
+        seed = np.random.SeedSequence((self.seed, key.number, key.sample)).generate_state(1)[0]
+        draw = draw_look if self.decoding["method"] == "pixels" else None
+        return Request(prompt, **self.decoding, seed=int(seed), draw_look=draw, name=record.name)
 
     def _add(self, results: Results, key: Key, record: Record, output: RequestOutput) -> None:
         results.add(self.line(key, record, output))

@@ -209,10 +209,10 @@ def _check_shapes(prompt: Sample) -> None:
     if not isinstance(prompt.images, (tuple, list)):
         raise ValueError(f"the prompt's images must be a tuple, got {quote(prompt.images)}")
     for image in prompt.images:
-        _check_size(image)
+        check_size(image)
 
 
-def _check_size(image: Picture) -> None:
+def check_size(image: Picture) -> None:
     """Raise ValueError unless an image is one, of whole vision tokens in height and width."""
     if not isinstance(image, (PatchedImage, EncodedImage)):
         raise ValueError(f"an image must be a PatchedImage or EncodedImage, got {quote(image)}")
@@ -247,7 +247,7 @@ def check_prompt(prompt: Sample, special: SpecialTokens, config: ModelConfig) ->
 
 def check_picture(image: Picture, config: ModelConfig) -> None:
     """Raise ValueError, one sentence, if an image does not suit a model."""
-    _check_size(image)
+    check_size(image)
     if isinstance(image, EncodedImage):
         values, channels = image.features, config.hidden_size
         if values.shape[2] != channels:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ilvr_jax.inference.requests import Request, check_request
+from ilvr_jax.inference.requests import Picture, Request, check_request, check_size
 from ilvr_jax.models.base import ImageGeometry
 from ilvr_jax.models.sharding import divisor
 
@@ -49,9 +49,9 @@ def fit_settings(
 ) -> EngineSettings:
     """Return settings that hold all `requests`, of few sizes with little padding; `changes` override fields.
 
-    A request by "pixels" gets room for `pictures` pictures of the size of its prompt's largest image. On a mesh, rows
-    are rounded up to a multiple of the devices that share them. Requests that no engine can serve are skipped. Raises
-    ValueError if there are no others.
+    A request by "pixels" gets room for `pictures` pictures of the size of its prompt's largest image or of the picture
+    that it draws first, whichever is larger. On a mesh, rows are rounded up to a multiple of the devices that share
+    them. Requests that no engine can serve are skipped. Raises ValueError if there are no others.
     """
     lengths, rooms, columns, new_tokens, count, given_slots = [], [], 0, 0, 0, 0
     latent_vectors = slot_states = given_states = penalty = False
@@ -60,7 +60,7 @@ def fit_settings(
             check_request(request)
         except ValueError:  # the engine answers it with this error
             continue
-        images = request.prompt.images
+        images = (*request.prompt.images, *_first_picture(request))
         sizes = [len(request.prompt.tokens)]
         if request.method == "pixels":
             sizes += [4 + max((image.vision_tokens for image in images), default=0)] * pictures
@@ -92,6 +92,18 @@ def fit_settings(
         "repetition_penalty": penalty,
     }
     return EngineSettings(**settings | changes)
+
+
+def _first_picture(request: Request) -> tuple[Picture, ...]:
+    """Return the picture that a request by "pixels" draws at the beginning of an answer, if it can be drawn."""
+    if request.method != "pixels":
+        return ()
+    try:
+        picture = request.draw_look([])
+        check_size(picture)
+    except Exception:  # of any kind, as in the engine, which answers the request with the error
+        return ()
+    return (picture,)
 
 
 def _rounded(tokens: int) -> int:

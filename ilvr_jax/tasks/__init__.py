@@ -30,9 +30,17 @@ These functions are optional; without one, evaluation skips what it is for:
         answer is wrong, and "irrelevant", to which it is right. A kind that the record has no edit of is absent. The
         same record and seed give the same edits. Their steps are empty, since those of the record no longer hold.
         Raise BadRecord if the record's image cannot be read. Default: no edits; slots of edits are not tried.
-    draw_look(record: Record, text: str) -> UInt8[np.ndarray, "height width 3"]
-        Return the picture for a look that follows `text`, the answer so far without its looks. The method "pixels"
-        shows it to the model in place of slots. Raise BadRecord if the record's image cannot be read.
+    groups(record: Record) -> Sequence[str]
+        Return the names of the groups that the record belongs to, such as "detour needed". Reports on slots have the
+        accuracy of each. Default: no groups.
+    with_steps(record: Record, data: DataConfig) -> Record
+        Return the record with the steps, texts and looks with helper images, that a training record of it has in a run
+        with this `data`; images and question stay. Raise BadRecord if it has none. Default: records have the steps of
+        their file, and without looks among these the slots of helper images ("oracle") are not tried.
+    draw_look(record: Record, texts: Sequence[str], data: DataConfig) -> UInt8[np.ndarray, "height width 3"]
+        Return the picture for a look. `texts` are the answer's texts before each look so far: the last one precedes
+        this look, and len(texts) - 1 looks precede that. The method "pixels" shows it to the model in place of slots.
+        `data` is that of the run. Raise BadRecord if the record's image cannot be read.
         Default: evaluation refuses the method "pixels".
 
 What such slots lead to is judged by `follows_donor` below, for every task.

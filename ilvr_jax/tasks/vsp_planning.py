@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from ilvr_jax.config.schema import DataConfig
 from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.data.frozen_lake.edits import irrelevant_edit, relevant_edit
-from ilvr_jax.data.frozen_lake.source import MOVE_WORDS, MOVES, Cell, find_cell, shortest_path
+from ilvr_jax.data.frozen_lake.source import MOVE_WORDS, MOVES, Cell, find_cell, make_record, shortest_path
 from ilvr_jax.data.images import open_image
 from ilvr_jax.data.pipeline import Source
-from ilvr_jax.data.records import BadRecord, MapDesc, Record, prefix_errors
+from ilvr_jax.data.records import BadRecord, Look, MapDesc, Record, prefix_errors
 from ilvr_jax.tasks.final_answer import find_boxed
 
 MOVE_LETTERS = {word: letter for letter, word in MOVE_WORDS.items()}
@@ -174,13 +175,30 @@ def walk(map_desc: MapDesc, moves: str) -> list[Cell]:
     return cells
 
 
-def draw_look(record: Record, text: str) -> UInt8[np.ndarray, "height width 3"]:
-    """Draw a record's map after the moves written as words in `text`: the picture for a look behind that text.
+def with_steps(record: Record, data: DataConfig) -> Record:
+    """Return the record with the steps that `make_record` gives its map and `shortest_path` in a run with this data.
 
-    Without moves it is the map at the start; after a move into a hole, the elf is in that hole. Cells are as large
-    as in the record's image.
+    Cells of helper images are as large as in the record's image. Raises BadRecord if the map has no path or the image
+    cannot be read.
     """
-    moves = stated_moves(text)
+    path = shortest_path(record.map_desc)
+    if path is None:
+        raise BadRecord(f"{record.name}: the map must have a path from start to goal, got none")
+    settings = dataclasses.replace(data.frozen_lake, cell_pixels=cell_pixels(record))
+    return dataclasses.replace(record, steps=make_record(record.map_desc, path, settings).steps)
+
+
+def draw_look(record: Record, texts: Sequence[str], data: DataConfig) -> UInt8[np.ndarray, "height width 3"]:
+    """Draw the picture for the look that follows `texts`, those before each look of the answer so far.
+
+    It is the map after the moves written as words. Without moves it is the map at the start; after a move into a hole,
+    the elf is in that hole. In a run whose looks show distances, it is the helper image of that look, and of the last
+    one after it. Cells are as large as in the record's image.
+    """
+    if data.frozen_lake.looks == "distances":
+        sketches = [step.helper_image for step in with_steps(record, data).steps if isinstance(step, Look)]
+        return sketches[min(len(texts), len(sketches)) - 1]
+    moves = stated_moves("".join(texts))
     cells = walk(record.map_desc, moves)
     played = moves[: len(cells) - 1]
     return draw_map(record.map_desc, cell_pixels(record), elf=cells[-1], last_move=played[-1:] or "D")
@@ -298,6 +316,14 @@ def holes_matter(map_desc: MapDesc) -> bool:
 def is_detour(map_desc: MapDesc) -> bool:
     """Return whether holes block every shortest path of the map without holes."""
     return hole_blind_success(map_desc) == 0
+
+
+GROUPS = {"holes in the way": holes_matter, "detour needed": is_detour}
+
+
+def groups(record: Record) -> list[str]:
+    """Return the names of the groups of maps, of GROUPS, that the record's map belongs to."""
+    return [name for name, contains in GROUPS.items() if contains(record.map_desc)]
 
 
 def without_holes(map_desc: MapDesc) -> MapDesc:

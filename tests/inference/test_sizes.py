@@ -2,14 +2,15 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ilvr_jax.inference.engine import Engine
 from ilvr_jax.inference.sizes import few_sizes, fit_settings, plan_chunks
-from tests.decoding import MODEL, PARAMS, SETTINGS, mixed_requests
-from tests.samples import FIRST_WORD, GEOMETRY, SPECIAL, VOCABULARY
+from tests.decoding import MODEL, PARAMS, SETTINGS, make_prompt, make_request, mixed_requests
+from tests.samples import FIRST_WORD, GEOMETRY, SPECIAL, VOCABULARY, random_image
 
 
 @given(st.integers(1, 4000), st.sets(st.integers(1, 600), min_size=1, max_size=4))
@@ -38,3 +39,16 @@ def test_settings_fit_the_requests():
     with pytest.raises(ValueError, match="ascending numbers"):
         dataclasses.replace(SETTINGS, chunks=(16, 8))
     assert VOCABULARY > FIRST_WORD
+
+
+def test_pictures_larger_than_the_prompts_images_have_room():
+    def draw(rows, columns):
+        return lambda tokens: random_image(np.random.default_rng(0), rows, columns)
+
+    request = make_request(make_prompt(0), 24, 3, method="pixels", draw_look=draw(1, 1))
+    small, large, broken = (
+        fit_settings([dataclasses.replace(request, draw_look=function)], 1, GEOMETRY, pictures=2)
+        for function in (draw(1, 1), draw(6, 6), draw(None, 1))
+    )
+    assert small.columns == broken.columns and large.columns >= len(request.prompt.tokens) + 24 + 2 * (4 + 36)
+    assert small.image_tokens[-1] < 36 <= large.image_tokens[-1]

@@ -39,7 +39,9 @@ def test_every_task_has_the_documented_functions(task):
         "controls": ["record"],
         "figures": ["records", "lines"],
         "edits": ["record", "seed"],
-        "draw_look": ["record", "text"],
+        "groups": ["record"],
+        "with_steps": ["record", "data"],
+        "draw_look": ["record", "texts", "data"],
     }
     functions |= {name: parameters for name, parameters in optional.items() if hasattr(task, name)}
     for name, parameters in functions.items():

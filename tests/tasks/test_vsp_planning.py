@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ilvr_jax.config.schema import FrozenLakeConfig
+from ilvr_jax.config.schema import DataConfig, FrozenLakeConfig
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.data.frozen_lake.source import (
     MOVE_WORDS,
@@ -20,7 +20,7 @@ from ilvr_jax.data.frozen_lake.source import (
     empty_map_distance,
     shortest_path,
 )
-from ilvr_jax.data.records import Look, Record
+from ilvr_jax.data.records import BadRecord, Look, Record
 from ilvr_jax.tasks import follows_donor, vsp_planning
 from ilvr_jax.tasks.final_answer import answer_text
 from ilvr_jax.tasks.vsp_planning import (
@@ -36,10 +36,12 @@ from ilvr_jax.tasks.vsp_planning import (
     play,
     stated_moves,
     walk,
+    with_steps,
     without_holes,
 )
 from tests.maps import maps
 
+DATA = DataConfig()
 REAL_MAPS = Path(__file__).parents[1] / "data" / "vsp_planning" / "test.jsonl"
 
 
@@ -122,9 +124,9 @@ def test_moves_in_words_are_read():
 def test_a_look_shows_the_map_after_the_moves_in_words(text, elf, last_move):
     map_desc = ((1, 0, 0), (0, -1, 2))
     record = Record("?", (draw_map(map_desc, 28),), (), map_desc=map_desc)
-    drawn = draw_look(record, text)
+    drawn = draw_look(record, [text], DATA)
     np.testing.assert_array_equal(drawn, draw_map(map_desc, 28, elf=elf, last_move=last_move))
-    assert draw_look(dataclasses.replace(record, images=(draw_map(map_desc),)), text).shape == (128, 192, 3)
+    assert draw_look(dataclasses.replace(record, images=(draw_map(map_desc),)), [text], DATA).shape == (128, 192, 3)
 
 
 @pytest.mark.parametrize("read_out", ["distances", "map", "none"])
@@ -135,9 +137,34 @@ def test_looks_of_generated_records_are_drawn_as_they_are(read_out):
         for number, step in enumerate(record.steps):
             if isinstance(step, Look):
                 text = answer_text(dataclasses.replace(record, steps=record.steps[:number]))
-                np.testing.assert_array_equal(draw_look(record, text), step.helper_image)
+                np.testing.assert_array_equal(draw_look(record, [text], DATA), step.helper_image)
                 looks += 1
     assert looks
+
+
+@pytest.mark.parametrize("looks", ["moves", "distances"])
+def test_a_record_is_given_the_steps_of_a_training_record(looks):
+    data = DataConfig(frozen_lake=FrozenLakeConfig(looks=looks, levels=(3, 5), sweeps=2, read_out="none"))
+    source = FrozenLakeSource(data.frozen_lake, seed=4, count=6)
+    for record in (source[number] for number in range(6)):
+        larger = dataclasses.replace(record, images=(draw_map(record.map_desc),), steps=(), question="?")
+        made = with_steps(larger, data)
+        assert (made.question, made.map_desc, len(made.steps)) == ("?", record.map_desc, len(record.steps))
+        np.testing.assert_array_equal(made.images[0], larger.images[0])
+        texts = []
+        for step, other in zip(made.steps, record.steps, strict=True):
+            if isinstance(step, Look):
+                scale = 64 / 28
+                assert step.helper_image.shape[0] == other.helper_image.shape[0] * scale
+                np.testing.assert_array_equal(draw_look(larger, texts, data), step.helper_image)
+                np.testing.assert_array_equal(draw_look(record, texts, data), other.helper_image)
+            else:
+                assert step == other
+                texts.append(step.content)
+        if looks == "distances":  # after the last sketch, it is drawn again
+            np.testing.assert_array_equal(draw_look(record, [""] * 5, data), record.steps[3].helper_image)
+    with pytest.raises(BadRecord, match="^map 1: the map must have a path from start to goal, got none$"):
+        with_steps(dataclasses.replace(record_of(((1, -1, 2),) * 1), name="map 1"), data)
 
 
 def record_of(map_desc, answer=None, cell_pixels=8):
