@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ilvr_jax.analysis.slot_use import main_figures, report_files, run_slot_evaluation
 from ilvr_jax.checkpoints.trained import TrainedModel
 from ilvr_jax.command import ArgumentParser, command, path_flag
 from ilvr_jax.config.fields import BadConfig
@@ -20,6 +21,7 @@ from ilvr_jax.distributed import add_flags, initialize_distributed, is_main
 from ilvr_jax.errors import quote
 from ilvr_jax.evaluation.evaluator import Evaluator, results_file, run_evaluation, summary_file
 from ilvr_jax.evaluation.records import EvaluationRecords, open_records
+from ilvr_jax.evaluation.slot_evaluation import NAMES, Chosen, missing_needs
 from ilvr_jax.generation_flags import (
     add_decoding_flags,
     check_sizes,
@@ -29,6 +31,7 @@ from ilvr_jax.generation_flags import (
     set_defaults,
 )
 from ilvr_jax.inference.sampling import check_whole
+from ilvr_jax.reports.slots import slot_table
 from ilvr_jax.tasks import TASKS
 
 MOST_SAMPLES, MOST_ROWS = 2**16, 2**16
@@ -56,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     initialize_distributed(options)
     with load_on_mesh(options) as trained:
         set_defaults(options, trained)
+        if options.slots:
+            return evaluate_slots(options, trained)
         evaluator = make_evaluator(options, trained)
         out = options.out or default_out(options, trained)
         summary = run_evaluation(evaluator, out)
@@ -100,6 +105,13 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=path_flag, help="a .jsonl file for the answers; a file with some of them is completed"
     )
+    parser.add_argument(
+        "--slots",
+        type=slots_flag,
+        help=f"ask everything again with other slots: all, or names, with commas between them, of {', '.join(NAMES)}",
+    )
+    parser.add_argument("--slots-look", type=int, help="replace the slots of this look alone, from 1 (default: all)")
+    parser.add_argument("--slots-place", type=int, help="replace this slot of each look alone, from 1 (default: all)")
     add_decoding_flags(parser)
     add_flags(parser)
     options = parser.parse_args(arguments)
@@ -107,13 +119,79 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         for name, most in (("samples_per_question", MOST_SAMPLES), ("batch_size", MOST_ROWS)):
             if getattr(options, name) is not None:
                 check_whole(name, getattr(options, name), 1, most)
-        if options.limit is not None:
-            check_whole("limit", options.limit)
+        for name, least in (("limit", 0), ("slots_look", 1), ("slots_place", 1)):
+            if getattr(options, name) is not None:
+                check_whole(name, getattr(options, name), least)
     if options.out is not None and options.out.suffix != ".jsonl":
         raise BadConfig(f"--out must be a file whose name ends with .jsonl, got {quote(str(options.out))}")
     if options.root is not None and options.data is None:
         raise BadConfig(f"--root must come with --data, got {quote(str(options.root))} alone")
+    if options.slots:
+        _check_slot_flags(options)
+    elif options.slots_look or options.slots_place:
+        raise BadConfig("--slots must be given with --slots-look and --slots-place, got none")
     return options
+
+
+def slots_flag(text: str) -> list[str]:
+    """Return the interventions that a flag names; raise ArgumentTypeError for an unknown name."""
+    names = list(NAMES) if text == "all" else text.split(",")
+    for name in names:
+        if name not in NAMES:
+            known = f"all, or names of {', '.join(NAMES)}"
+            raise argparse.ArgumentTypeError(f"must be {known}, with commas between them, got {quote(name)}")
+    return list(NAMES) if text == "all" else [name for name in NAMES if name in names]
+
+
+def _check_slot_flags(options: argparse.Namespace) -> None:
+    """Raise BadConfig, naming the flag, for flags that cannot be used with --slots."""
+    if options.method not in ("latent", "single"):
+        raise BadConfig(f"--method must be latent or single for --slots, whose looks have slots, got {options.method}")
+    if options.mesh is not None or options.distributed or (options.processes or 1) > 1:
+        raise BadConfig("--slots must be used on one device in one process, without --mesh and --distributed")
+    if (options.samples_per_question or 1) > 1:
+        raise BadConfig(f"--samples-per-question must be 1 for --slots, got {options.samples_per_question}")
+    if options.early_end:
+        raise BadConfig("--early-end must not be given with --slots, which counts the slots of whole looks")
+
+
+def evaluate_slots(options: argparse.Namespace, trained: TrainedModel) -> int:
+    """Ask the questions with own and with other slots, print the figures, and return the exit status."""
+    if options.method == "text":
+        raise BadConfig(f"--slots must be used with a checkpoint that has latent tokens, got {options.checkpoint}")
+    options.samples_per_question = 1
+    if options.early_end:
+        raise BadConfig("--no-early-end must be given with --slots, which counts the slots of whole looks")
+    chosen = Chosen(options.slots_look, options.slots_place)
+    if (chosen.place or 1) > options.latent_size:
+        raise BadConfig(
+            f"--slots-place must be at most the slots of a look ({options.latent_size}), got {chosen.place}"
+        )
+    evaluator = dataclasses.replace(make_evaluator(options, trained), controls=False)
+    names = _served(options, evaluator)
+    out = options.out or default_out(options, trained)
+    summary = run_slot_evaluation(evaluator, names, out, chosen)
+    Console().print(slot_table(summary["rows"]))
+    Console().print(figures_table(f"{options.task}, slots", main_figures(summary)))
+    files = report_files(out, chosen)
+    print(f"Figures written to {files['summary']}, page to {files['html']}")
+    return 1 if evaluator.skipped else 0
+
+
+def _served(options: argparse.Namespace, evaluator: Evaluator) -> list[str]:
+    """Return the interventions to try; with --slots=all those that cannot be tried are dropped, with a line on stderr.
+
+    Raises BadConfig for the others.
+    """
+    lacking = {name: need for name, need in missing_needs(evaluator).items() if name in options.slots}
+    served = [name for name in options.slots if name not in lacking]
+    reasons = "; ".join(f"{name} needs {need}" for name, need in lacking.items())
+    if lacking and len(options.slots) < len(NAMES):
+        can = ", ".join(name for name in NAMES if name not in lacking)
+        raise BadConfig(f"--slots must be interventions that {options.task} and its records serve ({can}): {reasons}")
+    if lacking:
+        print(f"not tried: {reasons}", file=sys.stderr)
+    return served
 
 
 def make_evaluator(options: argparse.Namespace, trained: TrainedModel) -> Evaluator:

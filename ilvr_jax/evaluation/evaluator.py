@@ -50,6 +50,7 @@ class Evaluator:
     question: str | None = None  # in place of every record's own; None: the run's, if it has one; empty: the record's
     instruction: str = ""  # text after every question
     samples: int = 1  # answers per question; controls are asked once
+    controls: bool = True  # whether the task's controls are asked
     rows: int = 16  # answers decoded in parallel
     limit: int = 0  # only the first records are asked; 0: all
     seed: int = 0
@@ -79,7 +80,8 @@ class Evaluator:
         """The task's functions."""
         return TASKS[self.task]
 
-    def _skip(self, key: tuple[Any, str], sentence: str) -> None:
+    def skip(self, key: tuple[Any, str], sentence: str) -> None:
+        """Print once why a record or control, by number and form, is not asked, and count it."""
         if key not in self.skipped:
             self.skipped[key] = sentence
             _print_skipped(sentence)
@@ -136,7 +138,7 @@ class Evaluator:
             for output in engine.serve(asked_requests()):
                 key, record = asked[output.number]
                 if output.stop_reason == "refused":
-                    self._skip((key.number, key.form), f"{record.name}: {output.error}")
+                    self.skip((key.number, key.form), f"{record.name}: {output.error}")
                     continue
                 in_main(functools.partial(self._add, results, key, record, output), exchange)
                 progress.advance_timed()
@@ -150,9 +152,10 @@ class Evaluator:
             try:
                 record = self.source[number]
                 self.module.check(record)
-                controls = self.module.controls(record) if hasattr(self.module, "controls") else {}
+                has_controls = self.controls and hasattr(self.module, "controls")
+                controls = self.module.controls(record) if has_controls else {}
             except BadRecord as error:
-                self._skip((number, ""), str(error))
+                self.skip((number, ""), str(error))
                 continue
             for form, variant in {"": record, **controls}.items():
                 for sample in range(1 if form else self.samples):
@@ -169,7 +172,7 @@ class Evaluator:
                 try:
                     prompt = self.prompt(record, key.number)
                 except InputError as error:
-                    self._skip(number_and_form, str(error))
+                    self.skip(number_and_form, str(error))
                     continue
                 previous = number_and_form
             yield key, record, self.request(key, record, prompt)

@@ -49,8 +49,8 @@ READINGS: dict[str, str] = {
     "permute": "As accurate as own: the order of slots does not matter.",
     "swap": "As accurate as own: slots hold nothing about their sample that the answer needs. Less accurate: they do. "
     "These are real slots, so the model has no other reason to be confused.",
-    "donor": "Answers that are right for the edited sample and wrong for the sample itself follow the slots. As "
-    "accurate as own: the answer comes from elsewhere, such as the image.",
+    "donor": "Compared with the edited samples' own slots. Less accurate: the answers follow the original's slots; "
+    "more of them are then right for the original. As accurate: they come from elsewhere, such as the image.",
     "oracle": "More accurate than own: the model can use better slots than it makes. As accurate: it cannot, or its "
     "own are as good.",
     "skip": "As accurate as own: the model does not need looks.",

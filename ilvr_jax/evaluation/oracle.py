@@ -1,0 +1,70 @@
+"""Slots that hold the features of a record's true helper images, as stage 1 fills them."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from ilvr_jax.checkpoints.trained import TrainedModel
+from ilvr_jax.config.schema import LatentsConfig
+from ilvr_jax.data.examples import ExampleSettings, build_example
+from ilvr_jax.data.records import Look, Record
+from ilvr_jax.evaluation.interventions import Slots
+from ilvr_jax.method.layout import Batch, Sample, collate, merge_layouts, required_layout
+from ilvr_jax.method.selection import select
+from ilvr_jax.method.slots import fill_slots
+from ilvr_jax.models.base import Model
+from ilvr_jax.models.lora import decoder_params
+
+
+def has_looks(record: Record) -> bool:
+    """Return whether a record's steps have looks."""
+    return any(isinstance(step, Look) for step in record.steps)
+
+
+def oracle_slots(
+    trained: TrainedModel, records: Iterable[tuple[int, Record]], latent_size: int, prompts: ExampleSettings, seed: int
+) -> dict[int, Slots]:
+    """Return the slots of records with looks, by their number, for answers with `latent_size` slots per look.
+
+    The model itself is the teacher, and the settings are the run's, or the defaults for a model of no run. Raises
+    BadRecord as `build_example` does.
+    """
+    latents = trained.config.latents if trained.config else LatentsConfig()
+    latents = dataclasses.replace(latents, latent_size=latent_size)
+    settings = dataclasses.replace(prompts, latent_size=latent_size, helper_images="latent")
+    records = [(number, record) for number, record in records if has_looks(record)]
+    geometry, special = trained.model.geometry, trained.special
+
+    def samples() -> Iterator[tuple[int, Sample]]:
+        for number, record in records:
+            yield number, build_example(record, trained.tokenizer, special, settings, number)
+
+    if not records:
+        return {}
+    # Samples are made twice: the images of all of them fill memory. One layout for all compiles once.
+    layout = merge_layouts([required_layout(sample, geometry) for _, sample in samples()])
+    found, key = {}, jax.random.key(seed)
+    for number, sample in samples():
+        batch = collate([sample], layout, special, geometry)
+        inputs = np.asarray(target_inputs(trained.model, trained.params, batch, latents, key))[0]
+        found[number] = Slots(inputs[: len(sample.slot_starts)].reshape(-1, inputs.shape[-1]))
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("model", "settings"))
+def target_inputs(
+    model: Model, params: PyTree, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
+) -> Float[Array, "rows segments slots channels"]:
+    """Return the inputs that stage 1 gives to slots: the targets, or where there are none what `latent_pad` embeds."""
+    decoder = decoder_params(params)
+    features, helper_features = (
+        model.encode_images(params["vision"], images) for images in (batch.images, batch.helper_images)
+    )
+    selection = select(model, decoder, batch, features, helper_features, settings, key)
+    pause = model.embed(decoder, batch.tokens[:, batch.layout.slot_columns])
+    return jnp.where(selection.valid[..., None], fill_slots(model, decoder, selection.targets, pause), pause)
