@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = read_flags(arguments)
     initialize_distributed(options)
     with load_on_mesh(options) as trained:
+        if options.slots and not trained.looks:
+            raise BadConfig(f"--slots must be used with a checkpoint that has latent tokens, got {options.checkpoint}")
         set_defaults(options, trained)
         if options.slots:
             return evaluate_slots(options, trained)
@@ -157,8 +159,6 @@ def _check_slot_flags(options: argparse.Namespace) -> None:
 
 def evaluate_slots(options: argparse.Namespace, trained: TrainedModel) -> int:
     """Ask the questions with own and with other slots, print the figures, and return the exit status."""
-    if options.method == "text":
-        raise BadConfig(f"--slots must be used with a checkpoint that has latent tokens, got {options.checkpoint}")
     options.samples_per_question = 1
     if options.early_end:
         raise BadConfig("--no-early-end must be given with --slots, which counts the slots of whole looks")
@@ -168,7 +168,7 @@ def evaluate_slots(options: argparse.Namespace, trained: TrainedModel) -> int:
             f"--slots-place must be at most the slots of a look ({options.latent_size}), got {chosen.place}"
         )
     evaluator = dataclasses.replace(make_evaluator(options, trained), controls=False)
-    names = _served(options, evaluator)
+    names = _served(options, evaluator, chosen)
     out = options.out or default_out(options, trained)
     summary = run_slot_evaluation(evaluator, names, out, chosen)
     Console().print(slot_table(summary["rows"]))
@@ -178,17 +178,18 @@ def evaluate_slots(options: argparse.Namespace, trained: TrainedModel) -> int:
     return 1 if evaluator.skipped else 0
 
 
-def _served(options: argparse.Namespace, evaluator: Evaluator) -> list[str]:
+def _served(options: argparse.Namespace, evaluator: Evaluator, chosen: Chosen) -> list[str]:
     """Return the interventions to try; with --slots=all those that cannot be tried are dropped, with a line on stderr.
 
     Raises BadConfig for the others.
     """
-    lacking = {name: need for name, need in missing_needs(evaluator).items() if name in options.slots}
+    missing = missing_needs(evaluator, chosen)
+    lacking = {name: need for name, need in missing.items() if name in options.slots}
     served = [name for name in options.slots if name not in lacking]
     reasons = "; ".join(f"{name} needs {need}" for name, need in lacking.items())
     if lacking and len(options.slots) < len(NAMES):
-        can = ", ".join(name for name in NAMES if name not in lacking)
-        raise BadConfig(f"--slots must be interventions that {options.task} and its records serve ({can}): {reasons}")
+        can = ", ".join(name for name in NAMES if name not in missing)
+        raise BadConfig(f"--slots must be among those that can be tried here ({can}); {reasons}")
     if lacking:
         print(f"not tried: {reasons}", file=sys.stderr)
     return served

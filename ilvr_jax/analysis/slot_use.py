@@ -50,14 +50,16 @@ def run_slot_evaluation(
     for file in files.values():
         check_output(file)
     settings = {**evaluator.settings(model), "limit": evaluator.limit, **chosen.settings}
-    content = _content_in_file(files["summary"], settings, conditions)
+    before = _summary_in_file(files["summary"], settings, conditions)
+    content, seconds = before.get("content"), before.get("seconds", 0)
     with Progress(path.with_name(f"{path.stem}-slots.log"), console) as progress:
         answers = ask_with_slots(evaluator, conditions, path, model, chosen, progress, record=content is None)
     if answers.recordings:
         forms = {condition.form for condition in conditions} - {""}
         content = content_figures(answers.recordings, evaluator.decoding["latent_size"], forms)
+        seconds += time.monotonic() - started
     summary = {**settings, **summarise_slots(evaluator, answers), "content": content}
-    summary["seconds"] = round(time.monotonic() - started, 2)
+    summary["seconds"] = round(seconds, 2)  # those of earlier calls that were complete included
     write_json(files["summary"], summary)
     for kind in ("png", "svg"):
         draw_slots(summary["rows"], files[kind])
@@ -80,16 +82,16 @@ def remark(evaluator: Evaluator, summary: Mapping[str, Any]) -> str:
     return f"{'; '.join(parts)}."
 
 
-def _content_in_file(path: Path, settings: Mapping[str, Any], conditions: Sequence[Condition]) -> dict[str, Any] | None:
-    """Return the content figures of an earlier summary of the same slots, None without one."""
+def _summary_in_file(path: Path, settings: Mapping[str, Any], conditions: Sequence[Condition]) -> dict[str, Any]:
+    """Return an earlier summary of the same own slots, or an empty one."""
     try:
         summary = read_object(path)
     except InputError:
-        return None
+        return {}
     content = summary.get("content")
     if not settings.items() <= summary.items() or not isinstance(content, dict):
-        return None
-    return content if "movement" in content or not any(condition.form for condition in conditions) else None
+        return {}
+    return summary if "movement" in content or not any(condition.form for condition in conditions) else {}
 
 
 def summarise_slots(evaluator: Evaluator, answers: SlotAnswers) -> dict[str, Any]:

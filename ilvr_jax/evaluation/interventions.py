@@ -59,7 +59,7 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """What the slots for one answer are made of.
+    """The material for the slots of one answer.
 
     Attributes:
         own: the slots of the sample's own answer.

@@ -1,5 +1,6 @@
 """Slots that hold the features of a record's true helper images, as stage 1 fills them."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from ilvr_jax.checkpoints.trained import TrainedModel
 from ilvr_jax.config.schema import LatentsConfig
 from ilvr_jax.data.examples import ExampleSettings, build_example
-from ilvr_jax.data.records import Look, Record
+from ilvr_jax.data.records import BadRecord, Look, Record
 from ilvr_jax.evaluation.interventions import Slots
 from ilvr_jax.method.layout import Batch, Sample, collate, merge_layouts, required_layout
 from ilvr_jax.method.selection import select
@@ -31,8 +32,8 @@ def oracle_slots(
 ) -> dict[int, Slots]:
     """Return the slots of records with looks, by their number, for answers with `latent_size` slots per look.
 
-    The model itself is the teacher, and the settings are the run's, or the defaults for a model of no run. Raises
-    BadRecord as `build_example` does.
+    The model itself is the teacher, and the settings are the run's, or the defaults for a model of no run. Records of
+    which no sample can be made, as their helper images cannot be read, have no slots.
     """
     latents = trained.config.latents if trained.config else LatentsConfig()
     latents = dataclasses.replace(latents, latent_size=latent_size)
@@ -42,13 +43,14 @@ def oracle_slots(
 
     def samples() -> Iterator[tuple[int, Sample]]:
         for number, record in records:
-            yield number, build_example(record, trained.tokenizer, special, settings, number)
+            with contextlib.suppress(BadRecord):
+                yield number, build_example(record, trained.tokenizer, special, settings, number)
 
-    if not records:
-        return {}
     # Samples are made twice: the images of all of them fill memory. One layout for all compiles once.
-    layout = merge_layouts([required_layout(sample, geometry) for _, sample in samples()])
-    found, key = {}, jax.random.key(seed)
+    layouts = [required_layout(sample, geometry) for _, sample in samples()]
+    if not layouts:
+        return {}
+    found, key, layout = {}, jax.random.key(seed), merge_layouts(layouts)
     for number, sample in samples():
         batch = collate([sample], layout, special, geometry)
         inputs = np.asarray(target_inputs(trained.model, trained.params, batch, latents, key))[0]

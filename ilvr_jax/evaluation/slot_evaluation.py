@@ -103,14 +103,21 @@ def conditions_of(names: Sequence[str]) -> list[Condition]:
     return conditions
 
 
-def missing_needs(evaluator: Evaluator) -> dict[str, str]:
-    """Return the interventions that the task and its records cannot serve, each with what they lack."""
-    lacking = {}
+def missing_needs(evaluator: Evaluator, chosen: Chosen) -> dict[str, str]:
+    """Return the interventions that cannot be tried, each with what it lacks: in the task, its records or `chosen`."""
+    lacking = dict.fromkeys(WITHOUT_SLOTS, "all looks and places") if chosen.settings else {}
     if not hasattr(evaluator.module, "edits"):
         lacking["donor"] = "a task with `edits`"
-    if not hasattr(evaluator.module, "with_steps") and not any(has_looks(record) for _, record in evaluator.keys()):
+    if not hasattr(evaluator.module, "with_steps") and not any(map(has_looks, _readable(evaluator))):
         lacking["oracle"] = "helper images in the records or a task with `with_steps`"
     return lacking
+
+
+def _readable(evaluator: Evaluator) -> Iterator[Record]:
+    """Yield the records that can be read, up to the limit."""
+    for number in range(min(len(evaluator.source), evaluator.limit or len(evaluator.source))):
+        with contextlib.suppress(BadRecord):
+            yield evaluator.source[number]
 
 
 def condition_file(path: Path, condition: Condition, chosen: Chosen) -> Path:
