@@ -79,6 +79,9 @@ def remark(evaluator: Evaluator, summary: Mapping[str, Any]) -> str:
     parts = [f"{summary['questions']} questions of {evaluator.records.name}"]
     parts += [f"without looks, and so with the same answers everywhere: {summary['without_looks']}"]
     parts += [f"only {name} {summary[name]} is replaced" for name in ("look", "place") if name in summary]
+    for replaced, donor in summary["donor"].items():
+        follows = f"{donor['follows']:.3f} of the answers follow the donor whose {replaced} they get"
+        parts += [f"{follows}, and {donor['follows_with_own_slots']:.3f} with their own slots"]
     return f"{'; '.join(parts)}."
 
 

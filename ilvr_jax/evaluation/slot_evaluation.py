@@ -33,7 +33,7 @@ from ilvr_jax.evaluation.oracle import has_looks, oracle_slots
 from ilvr_jax.evaluation.results import BadResults, Key, Results, open_results
 from ilvr_jax.inference.engine import Engine
 from ilvr_jax.inference.requests import Request, RequestOutput
-from ilvr_jax.inference.sizes import fit_settings
+from ilvr_jax.inference.sizes import EngineSettings, fit_settings
 from ilvr_jax.interrupts import stop_sentence
 from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.progress import Progress
@@ -109,7 +109,7 @@ def missing_needs(evaluator: Evaluator, chosen: Chosen) -> dict[str, str]:
     if not hasattr(evaluator.module, "edits"):
         lacking["donor"] = "a task with `edits`"
     if not hasattr(evaluator.module, "with_steps") and not any(map(has_looks, _readable(evaluator))):
-        lacking["oracle"] = "helper images in the records or a task with `with_steps`"
+        lacking["oracle"] = "held-out records with helper images, or a task with `with_steps`"
     return lacking
 
 
@@ -161,15 +161,16 @@ def ask_with_slots(
             for sentence in results.damaged:
                 print(sentence, file=sys.stderr)
         stack.enter_context(stop_sentence(asking.stopped))
-        engine = asking.make_engine()
+        settings, trained = asking.collect(), evaluator.trained
         expected = asking.expected()
         answered = sum(key in asking.results[condition].lines for condition, key in expected)
         with progress.stage("slots", answered, len(expected)):
             progress.log(f"{answered} of {len(expected)} answers with {len(conditions)} kinds of slots exist")
             if record or answered < len(expected):
+                engine = Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer)
                 asking.record_own(engine)
-            if answered < len(expected):
-                asking.intervene(engine)
+                if answered < len(expected):
+                    asking.intervene(engine)
         lines = {condition: {} for condition in conditions}
         for condition, key in asking.expected():
             lines[condition][key] = asking.results[condition].lines[key]
@@ -191,9 +192,9 @@ class _Asking:
         count = sum(results.stop() for results in self.results.values())
         return f"stopped; the files hold {count} answers, and the same command resumes it"
 
-    def make_engine(self) -> Engine:
-        """Return the engine for all questions, which are collected: those that make no prompt are skipped."""
-        evaluator, trained = self.evaluator, self.evaluator.trained
+    def collect(self) -> EngineSettings:
+        """Collect all questions, without those that make no prompt, and return settings of an engine for them."""
+        evaluator = self.evaluator
 
         def requests() -> Iterator[Request]:
             for key, record in self._questions():
@@ -210,17 +211,16 @@ class _Asking:
         if first is None:
             raise BadConfig(f"{evaluator.records.name} must have records that can be asked, got none")
         most = evaluator.decoding["sampling"].max_new_tokens
-        settings = fit_settings(
+        return fit_settings(
             requests(),
             evaluator.rows,
-            trained.model.geometry,
+            evaluator.trained.model.geometry,
             latent_vectors=True,
             slot_states=True,
             given_slots=most + 2 * evaluator.decoding["latent_size"],
             given_states=True,
             batch_invariant=True,
         )
-        return Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer)
 
     def _questions(self) -> Iterator[tuple[Key, Record]]:
         """Yield each record, and after it its edits if they are asked about."""
@@ -244,6 +244,9 @@ class _Asking:
     def record_own(self, engine: Engine) -> None:
         """Ask all questions with own slots, and record these; an answer that its file holds must be the same."""
         asked: list[Key] = []
+        again = sum(key in self.results[Condition("own", "", key.form)].lines for key in self.records)
+        if again:
+            self.progress.log(f"own slots of {again} questions are recorded again, as no file holds them")
 
         def requests() -> Iterator[Request]:
             for key in list(self.records):

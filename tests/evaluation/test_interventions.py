@@ -461,7 +461,7 @@ def test_others_are_of_another_kind(kinds, seed):
             "(self, zero, mean, noise, pause, first, permute, swap, donor, oracle);",
         ),
         (["--slots=swap,donor", "--task=vsp_reasoning"], "swap, skip, markers); donor needs a task with `edits`"),
-        (["--slots=oracle", "--task=vsp_reasoning"], "oracle needs helper images in the records or a task with"),
+        (["--slots=oracle", "--task=vsp_reasoning"], "oracle needs held-out records with helper images, or a task"),
     ],
 )
 def test_a_bad_flag_is_an_error_of_one_sentence(run, data, tmp_path, capsys, flags, sentence):
