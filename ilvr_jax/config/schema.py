@@ -258,6 +258,10 @@ class LatentsConfig:
     tau: float = setting("the teacher's momentum; 1.0 freezes it", 0.999, least=0, most=1)
     ce_weight: float = setting("weight of the cross-entropy", 1.0, least=0)
     sim_weight: float = setting("weight of the distance to targets", 1.0, least=0)
+    contrast_weight: float = setting(
+        "weight of telling a slot's target from the other targets of its answer", 0.0, least=0, added=True
+    )
+    contrast_temperature: float = setting("of the softmax over these", 0.1, above=0, added=True)
     target_noise: float = setting("deviation of the noise added to targets", 0.01, least=0)
     image_visibility: str = setting(
         "text after the first look attends to the image, or not to it nor to what has seen it, except slots",

@@ -69,4 +69,5 @@ def target_inputs(
     )
     selection = select(model, decoder, batch, features, helper_features, settings, key)
     pause = model.embed(decoder, batch.tokens[:, batch.layout.slot_columns])
-    return jnp.where(selection.valid[..., None], fill_slots(model, decoder, selection.targets, pause), pause)
+    targets = fill_slots(model, decoder, selection.targets, pause, jnp.arange(batch.layout.latent_size))
+    return jnp.where(selection.valid[..., None], targets, pause)

@@ -258,7 +258,7 @@ def decode_steps(
         in_slot, slot_state = state.token == special.latent_pad, state.slot_state
         slot = jnp.where(in_slot, slot_state.slots_written - 1, -1)
         places = given_places(state.given, slot, slot_state.latent_size)
-        inputs_embeds = next_inputs(model, decoder, state.token, state.hidden_states, special)
+        inputs_embeds = next_inputs(model, decoder, state, special)
         inputs_embeds = give_inputs(state.given, places, inputs_embeds)
         position_ids, distance = next_positions(state, in_slot)
         columns = kv_cache.lengths
@@ -299,7 +299,7 @@ def next_positions(
     """
     slot_state = state.slot_state
     size, side = jnp.maximum(slot_state.latent_size, 1), slot_state.grid_side
-    place, look = size - 1 - jnp.maximum(slot_state.slots_left, 0), (slot_state.slots_written - 1) // size
+    place, look = slot_places(slot_state), (slot_state.slots_written - 1) // size
     cell = jnp.where(slot_state.turning & (look % 2 == 1), size - 1 - place, place)
     in_grid, width = in_slot & (side > 0), jnp.maximum(side, 1)
     in_image = jnp.stack([jnp.zeros_like(cell), cell // width, cell % width], axis=1)
@@ -308,16 +308,17 @@ def next_positions(
 
 
 def next_inputs(
-    model: Model,
-    decoder: PyTree,
-    token: Int[Array, " rows"],
-    hidden_states: Float[Array, "rows channels"],
-    special: SpecialTokens,
+    model: Model, decoder: PyTree, state: DecodeState, special: SpecialTokens
 ) -> Float[Array, "rows 1 channels"]:
     """Return each row's next input: in a slot what `fill_slots` makes, else its last token's embedding."""
-    embedded = model.embed(decoder, token[:, None])
-    filled = fill_slots(model, decoder, hidden_states[:, None], embedded)
-    return jnp.where((token == special.latent_pad)[:, None, None], filled, embedded)
+    embedded = model.embed(decoder, state.token[:, None])
+    filled = fill_slots(model, decoder, state.hidden_states[:, None], embedded, slot_places(state.slot_state)[:, None])
+    return jnp.where((state.token == special.latent_pad)[:, None, None], filled, embedded)
+
+
+def slot_places(slot_state: SlotState) -> Int[Array, " rows"]:
+    """Return the number, in its look, of the slot that each row wrote last; meaningless in text."""
+    return slot_state.latent_size - 1 - jnp.maximum(slot_state.slots_left, 0)
 
 
 def _write_tokens(

@@ -22,6 +22,7 @@ from ilvr_jax.models.base import Model
 from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.models.sharding import divisor
 
+ALIKE = 0.99  # the cosine from which two targets are the same
 CHUNK_LOGITS = 2**26  # logits that exist at a time on a device: 256 MB in float32
 
 
@@ -113,7 +114,7 @@ def alignment_loss(
     decoder, features, inputs = _embedded(model, params, batch)
     selection = _select(model, params, teacher, batch, features, settings, key)
     slots = batch.layout.slot_columns
-    targets = fill_slots(model, decoder, selection.targets, inputs[:, slots])
+    targets = fill_slots(model, decoder, selection.targets, inputs[:, slots], jnp.arange(batch.layout.latent_size))
     inputs = inputs.at[:, slots].set(jnp.where(selection.valid[..., None], targets, inputs[:, slots]))
     keys = dropout_keys(model, key, batch)
     hidden, _ = model.decode(decoder, inputs, batch.positions, batch.attention_mask(settings), dropout_keys=keys)
@@ -123,10 +124,18 @@ def alignment_loss(
 def guided_loss(
     model: Model, params: PyTree, teacher: PyTree, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
 ) -> Losses:
-    """Return both losses of stage 1 when the student fills its slots as in stage 2: a stage between the two."""
+    """Return stage 1's losses when slots hold what the student makes of them, as in stage 2: a stage between the two.
+
+    Each hidden state learns to predict the true target after the student's own slots, errors included (DAgger, Ross et
+    al., 2011). The slots' inputs are fixed: no gradient flows from one to another.
+    """
     decoder, features, inputs = _embedded(model, params, batch)
     selection = _select(model, params, teacher, batch, features, settings, key)
-    hidden = roll_out(model, settings, decoder, inputs, batch, dropout_keys(model, key, batch))
+    slots, keys = batch.layout.slot_columns, dropout_keys(model, key, batch)
+    rolled_out = roll_out(model, settings, decoder, inputs, batch, keys)
+    own = fill_slots(model, decoder, rolled_out[:, slots - 1], inputs[:, slots], jnp.arange(batch.layout.latent_size))
+    inputs = inputs.at[:, slots].set(jax.lax.stop_gradient(own))
+    hidden, _ = model.decode(decoder, inputs, batch.positions, batch.attention_mask(settings), dropout_keys=keys)
     return _aligned_losses(model, decoder, batch, hidden, selection, settings, key)
 
 
@@ -166,11 +175,38 @@ def _aligned_losses(
     plain = _losses(model, decoder, batch, hidden)
     alignment = jnp.where(count > 0, 1.0 - similarity, 0.0)
     loss = settings.ce_weight * plain.cross_entropy + settings.sim_weight * alignment
+    if settings.contrast_weight:
+        loss += settings.contrast_weight * contrast(hidden[:, slots - 1], selection, settings.contrast_temperature)
     metrics = {
         "similarity": Metric(similarity, (count > 0).astype(jnp.float32)),  # mean cosine of hidden states and targets
         "filled_slots": Metric(count.astype(jnp.float32), jnp.ones_like(loss)),  # slots that had a target
     }
     return plain.replace(loss=loss, metrics=metrics, selection=selection)
+
+
+def contrast(
+    hidden_states: Float[Array, "rows segments slots channels"], selection: Selection, temperature: float
+) -> Float[Array, " rows"]:
+    """Return each row's mean negative log-probability that slots are told from those of its other targets.
+
+    The probabilities of a slot are the softmax of its hidden state's cosines with all targets of the row, divided by
+    the temperature (InfoNCE, van den Oord et al., 2018); targets equal to its own count as it. The distance to the
+    target alone changes little from one target to another that is alike.
+    """
+    rows, valid = len(hidden_states), selection.valid.reshape(len(hidden_states), -1)
+    states, targets = (_unit(array.reshape(rows, -1, array.shape[-1])) for array in (hidden_states, selection.targets))
+    logits = jnp.einsum("rsc,rtc->rst", states, targets) / temperature
+    alike = jnp.einsum("rsc,rtc->rst", targets, targets) > ALIKE
+    itself = jnp.eye(valid.shape[1], dtype=bool)  # never empty, as a gradient would not be a number
+    every = jax.nn.logsumexp(logits, axis=-1, where=valid[:, None] | itself)
+    right = jax.nn.logsumexp(logits, axis=-1, where=valid[:, None] & alike | itself)
+    return jnp.sum(every - right, axis=1, where=valid) / jnp.maximum(valid.sum(1), 1)
+
+
+def _unit(vectors: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+    """Return vectors of length 1, in float32."""
+    vectors = vectors.astype(jnp.float32)
+    return vectors * jax.lax.rsqrt(jnp.sum(jnp.square(vectors), axis=-1, keepdims=True) + 1e-12)
 
 
 def slot_noise(

@@ -63,7 +63,8 @@ def _backward(model: Model, settings: LatentsConfig, residuals: tuple, gradient:
     if slots.size:
         _, by_change = jax.vjp(after_prefix, jnp.zeros((*inputs[:, slots].shape,), hidden.dtype))
         own = {name: decoder[name] for name in (PARAMETERS,) if name in decoder}
-        filled, by_fill = jax.vjp(functools.partial(fill_slots, model), own, hidden[:, slots - 1], inputs[:, slots])
+        fill = functools.partial(fill_slots, model, places=jnp.arange(batch.layout.latent_size))
+        filled, by_fill = jax.vjp(fill, own, hidden[:, slots - 1], inputs[:, slots])
         of_fill, of_hidden, of_embedding = by_fill(by_change(gradient[:, end:])[0].astype(filled.dtype))
         gradient = gradient.at[:, slots - 1].add(of_hidden)
         inputs = inputs.at[:, slots].set(filled)
@@ -126,7 +127,7 @@ def _after_prefix(
             # A slot attends to the finished columns, the slots before it and itself.
             mask = jnp.concatenate([done, slots_valid & (jnp.arange(size) < index), jnp.ones((rows, 1), bool)], axis=1)
             embedding = columns_from(inputs, start + index, 1, 1)
-            filled = fill_slots(model, decoder, before, embedding) + change[:, None]
+            filled = fill_slots(model, decoder, before, embedding, index) + change[:, None]
             hidden, new = decode(filled, mask[:, None], [cache, slot_cache], start + index)
             slot_cache = jax.tree.map(lambda slots, column: write_columns(slots, column, index, 2), slot_cache, new)
             return (slot_cache, hidden), hidden[:, 0]

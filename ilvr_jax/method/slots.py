@@ -8,47 +8,62 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ilvr_jax.models.base import Model
 
+LONGEST_WAVE = 100.0  # of the sinusoids of places, in slots per radian
 PARAMETERS = "slot_input"  # key in the trained part of the parameters: decoder or adapters
 
 Channels = Float[Array, "*batch channels"]
+Places = Int[Array, "*batch"]
 
 
 class SlotInput(NamedTuple):
     """A rule that fills slots.
 
-    `fill(hidden_states, embeddings, parameters)` returns the inputs of slots from the hidden states of the columns
-    before them (in stage 1 from the teacher's targets), the embedding of `latent_pad`, and the rule's own parameters.
+    `fill(hidden_states, embeddings, parameters, places)` returns the inputs of slots from the hidden states of the
+    columns before them (in stage 1 from the teacher's targets), the embedding of `latent_pad`, the rule's own
+    parameters, and the slots' numbers in their looks, in a shape that broadcasts to that of the slots.
     `init(key, channels)` creates these; it is None for a rule without any.
     """
 
-    fill: Callable[[Channels, Channels, PyTree], Channels]
+    fill: Callable[[Channels, Channels, PyTree, Places], Channels]
     init: Callable[[PRNGKeyArray, int], PyTree] | None = None
 
 
-def fill_hidden(hidden_states: Channels, embeddings: Channels, parameters: PyTree) -> Channels:
+def fill_hidden(hidden_states: Channels, embeddings: Channels, parameters: PyTree, places: Places) -> Channels:
     """Return the hidden states themselves: the paper's rule (ILVR, section 3)."""
-    del parameters
+    del parameters, places
     return hidden_states.astype(embeddings.dtype)
 
 
-def fill_normed(hidden_states: Channels, embeddings: Channels, parameters: PyTree) -> Channels:
+def fill_normed(hidden_states: Channels, embeddings: Channels, parameters: PyTree, places: Places) -> Channels:
     """Return the hidden states scaled to a mean square of 1.
 
     Stage 1 aligns their directions with the targets' but not their lengths: so scaled, slots have the same inputs
     in stage 1 as when the model fills them.
     """
-    del parameters
+    del parameters, places
     hidden_states = hidden_states.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(hidden_states), axis=-1, keepdims=True)
     return (hidden_states * jax.lax.rsqrt(mean_square + 1e-6)).astype(embeddings.dtype)
 
 
-def fill_projected(hidden_states: Channels, embeddings: Channels, parameters: PyTree) -> Channels:
+def fill_placed(hidden_states: Channels, embeddings: Channels, parameters: PyTree, places: Places) -> Channels:
+    """Return those of `fill_normed` plus sinusoids of the slots' places (Vaswani et al., 2017, section 3.5).
+
+    Slots whose targets are the cells of a picture, in reading order, can then be found by their place.
+    """
+    normed = fill_normed(hidden_states, embeddings, parameters, places)
+    half = hidden_states.shape[-1] // 2
+    angles = jnp.asarray(places)[..., None] * LONGEST_WAVE ** (-jnp.arange(half) / half)
+    return normed + jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1).astype(normed.dtype)
+
+
+def fill_projected(hidden_states: Channels, embeddings: Channels, parameters: PyTree, places: Places) -> Channels:
     """Return the hidden states plus a small MLP of them, whose output is zero at the start."""
+    del places
     hidden_states = hidden_states.astype(embeddings.dtype)
     up, down = (parameters[name]["kernel"].astype(embeddings.dtype) for name in ("up", "down"))
     return hidden_states + jax.nn.gelu(hidden_states @ up) @ down
@@ -60,8 +75,9 @@ def init_projected(key: PRNGKeyArray, channels: int) -> PyTree:
     return {"up": {"kernel": up}, "down": {"kernel": jnp.zeros((channels // 2, channels))}}
 
 
-def fill_pause(hidden_states: Channels, embeddings: Channels, parameters: PyTree) -> Channels:
+def fill_pause(hidden_states: Channels, embeddings: Channels, parameters: PyTree, places: Places) -> Channels:
     """Return a learned constant, without information: a control for the effect of additional compute."""
+    del places
     return jnp.broadcast_to(parameters["embedding"].astype(embeddings.dtype), hidden_states.shape)
 
 
@@ -73,14 +89,17 @@ def init_pause(key: PRNGKeyArray, channels: int) -> PyTree:
 SLOT_INPUTS = {
     "hidden": SlotInput(fill_hidden),
     "normed": SlotInput(fill_normed),
+    "placed": SlotInput(fill_placed),
     "projected": SlotInput(fill_projected, init_projected),
     "pause": SlotInput(fill_pause, init_pause),
 }
 
 
-def fill_slots(model: Model, decoder: PyTree, hidden_states: Channels, embeddings: Channels) -> Channels:
+def fill_slots(
+    model: Model, decoder: PyTree, hidden_states: Channels, embeddings: Channels, places: Places
+) -> Channels:
     """Return the inputs of slots under the model's rule; see `SlotInput`. `decoder` has the rule's parameters."""
-    return SLOT_INPUTS[model.config.slot_input].fill(hidden_states, embeddings, decoder.get(PARAMETERS))
+    return SLOT_INPUTS[model.config.slot_input].fill(hidden_states, embeddings, decoder.get(PARAMETERS), places)
 
 
 def init_params(model: Model, key: PRNGKeyArray) -> PyTree:

@@ -202,9 +202,10 @@ def test_slots_past_the_last_given_one_repeat_the_last_look(engine, count, place
     np.testing.assert_array_equal(answer.latent_vectors[:9], given.inputs[places])
 
 
-def test_vectors_are_the_inputs_that_the_rule_makes():
+@pytest.mark.parametrize("rule", ["projected", "placed"])
+def test_vectors_are_the_inputs_that_the_rule_makes(rule):
     """Computed again from the whole sequence at once: what the rule makes of the hidden state before each slot."""
-    model, params = model_of("float32", "projected")
+    model, params = model_of("float32", rule)
     decoder, prompt = params["decoder"], make_prompt(4)
     engine = make_engine(params, model, latent_vectors=True)
     (answer,) = engine.answer([make_request(prompt, 18, K, forced_tokens=(11, *LOOK, 12, *LOOK), latent_vectors=True)])
@@ -216,7 +217,7 @@ def test_vectors_are_the_inputs_that_the_rule_makes():
     inputs = jnp.concatenate([inputs, after], axis=1)
     hidden, _ = model.decode(decoder, inputs, following(positions, len(tokens)), np.ones(inputs.shape[:2], bool))
     before = hidden[0, len(prompt.tokens) + slots - 1]
-    made = fill_slots(model, decoder, before, after[0, slots])
+    made = fill_slots(model, decoder, before, after[0, slots], np.arange(len(slots)) % K)
     np.testing.assert_allclose(answer.latent_vectors, made, atol=1e-4)
     assert np.abs(answer.latent_vectors - before).mean() > 0.1
 

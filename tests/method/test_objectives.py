@@ -16,10 +16,11 @@ from ilvr_jax.method.objectives import (
     OBJECTIVES,
     alignment_loss,
     autonomy_loss,
+    contrast,
     cross_entropy,
     slot_noise,
 )
-from ilvr_jax.method.selection import SELECTORS, group_neighbours, pick_coverage
+from ilvr_jax.method.selection import SELECTORS, Selection, group_neighbours, pick_coverage
 from ilvr_jax.method.slots import SLOT_INPUTS, SlotInput, fill_slots, init_params, with_slot_parameters
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
@@ -58,7 +59,7 @@ def figures(result, row):
     }
 
 
-VISIBILITIES = [SETTINGS, dataclasses.replace(SETTINGS, image_visibility="until_look")]
+VISIBILITIES = [SETTINGS, dataclasses.replace(SETTINGS, image_visibility="until_look", contrast_weight=0.7)]
 
 
 @pytest.mark.parametrize("settings", VISIBILITIES, ids=["all", "until_look"])
@@ -101,13 +102,13 @@ def model_with(slot_input):
     return model, {**params, "decoder": {**params["decoder"], "slot_input": jax.tree.unflatten(tree, moved)}}
 
 
-def add_embedding(hidden_states, embeddings, parameters):
+def add_embedding(hidden_states, embeddings, parameters, places):
     """A rule that uses the embedding too, as a fork might."""
     return 0.5 * hidden_states + embeddings
 
 
 @pytest.mark.parametrize("settings", VISIBILITIES, ids=["all", "until_look"])
-@pytest.mark.parametrize("slot_input", ["hidden", "normed", "projected", "add_embedding"])
+@pytest.mark.parametrize("slot_input", ["hidden", "normed", "placed", "projected", "add_embedding"])
 def test_the_roll_out_equals_recomputing_every_prefix(slot_input, settings, monkeypatch):
     """The published way: the whole sequence again for every slot."""
     monkeypatch.setitem(SLOT_INPUTS, "add_embedding", SlotInput(add_embedding))
@@ -127,12 +128,14 @@ def test_the_roll_out_equals_recomputing_every_prefix(slot_input, settings, monk
     def recomputed(decoder):
         embedded = model.embed(decoder, batch.tokens, batch.image_index, features)
 
-        def fill_column(inputs, column):
+        def fill_column(inputs, numbered_column):
+            place, column = numbered_column
             hidden, _ = model.decode(decoder, inputs, batch.positions, mask)
-            filled = fill(hidden[:, column - 1], embedded[:, column], decoder["slot_input"])
+            filled = fill(hidden[:, column - 1], embedded[:, column], decoder["slot_input"], place)
             return inputs.at[:, column].set(filled), None
 
-        inputs, _ = jax.lax.scan(fill_column, embedded, layout.slot_columns.reshape(-1))
+        columns = layout.slot_columns.reshape(-1)
+        inputs, _ = jax.lax.scan(fill_column, embedded, (np.arange(len(columns)) % 3, columns))
         hidden, _ = model.decode(decoder, inputs, batch.positions, mask)
         return jnp.where(batch.valid[..., None], hidden, 0.0)
 
@@ -163,7 +166,7 @@ def test_the_roll_out_equals_recomputing_every_prefix(slot_input, settings, monk
     ("selection", "slot_input"),
     [
         *((selection, "hidden") for selection in SELECTORS),
-        *(("coverage", slot_input) for slot_input in ("normed", "projected", "pause")),
+        *(("coverage", slot_input) for slot_input in ("normed", "placed", "projected", "pause")),
     ],
 )
 def test_every_rule_treats_a_ragged_batch_as_its_samples_alone(selection, slot_input):
@@ -182,7 +185,7 @@ def test_a_pause_carries_nothing_from_one_column_to_the_next():
     """Whatever the hidden states are, slots that hold a constant are filled alike."""
     model, params = model_with("pause")
     hidden, embedding = jax.random.normal(KEY, (2, 3, 4, CONFIG.hidden_size)), jnp.zeros((3, 4, CONFIG.hidden_size))
-    one, other = (fill_slots(model, params["decoder"], states, embedding) for states in hidden)
+    one, other = (fill_slots(model, params["decoder"], states, embedding, 0) for states in hidden)
     np.testing.assert_array_equal(one, other)
     assert len(np.unique(np.asarray(one).reshape(-1, CONFIG.hidden_size), axis=0)) == 1
 
@@ -191,7 +194,7 @@ def test_a_projection_starts_as_the_hidden_state_itself():
     model = Qwen2_5VL(dataclasses.replace(CONFIG, slot_input="projected"))
     decoder = init_params(model, KEY)["decoder"]
     hidden = jax.random.normal(KEY, (3, CONFIG.hidden_size))
-    np.testing.assert_array_equal(fill_slots(model, decoder, hidden, jnp.zeros_like(hidden)), hidden)
+    np.testing.assert_array_equal(fill_slots(model, decoder, hidden, jnp.zeros_like(hidden), 0), hidden)
 
 
 @pytest.mark.parametrize("selection", ["dense", "top_k", "random"])
@@ -288,6 +291,28 @@ def test_weights_of_the_two_losses_and_the_noise_of_the_targets():
     weighted = result(0.0, 2.0, 3.0)
     expected = 2 * quiet.cross_entropy + 3 * (1 - similarity)
     np.testing.assert_allclose(weighted.loss, expected, rtol=1e-5)
+
+
+def test_contrast_is_the_log_probability_of_the_target_among_those_of_the_answer():
+    rng = np.random.default_rng(4)
+    hidden, targets = rng.standard_normal((2, 2, 3, 2, 8)).astype(np.float32)
+    targets[0, 2, 1] = 3 * targets[0, 0, 0]  # the same direction: the same target
+    valid = np.array([[[True, True], [True, False], [False, True]], [[False, False]] * 3])
+    selection = Selection(targets, valid, None, None, None)
+    given, gradient = jax.value_and_grad(lambda hidden: contrast(hidden, selection, 0.2).sum())(jnp.asarray(hidden))
+    losses = []
+    for segment, slot in np.argwhere(valid[0]):
+        state = hidden[0, segment, slot]
+        exponentials = {
+            tuple(place): np.exp(
+                state @ targets[0, *place] / np.linalg.norm(state) / np.linalg.norm(targets[0, *place]) / 0.2
+            )
+            for place in np.argwhere(valid[0])
+        }
+        own = [(0, 0), (2, 1)] if (segment, slot) in ((0, 0), (2, 1)) else [(segment, slot)]
+        losses.append(-np.log(sum(exponentials[place] for place in own) / sum(exponentials.values())))
+    np.testing.assert_allclose(given, np.mean(losses), rtol=1e-4)
+    assert np.isfinite(gradient).all() and not np.asarray(gradient[1]).any()
 
 
 @settings(max_examples=100, deadline=None)
