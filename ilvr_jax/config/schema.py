@@ -181,13 +181,14 @@ class FrozenLakeConfig:
     detour_share: float = setting("share of maps with a longer path than without holes", 0.3, least=0, most=1)
     max_moves: int = setting("maps that need more moves are dropped", 12, least=1)
     looks: str = setting(
-        "what looks show: the map between moves, or, before all moves, distances to the goal in sweeps over the map",
+        "what looks show: the map between moves; or, before all moves, distances to the goal in sweeps over the map, "
+        "and then the best move from every cell",
         "moves",
         choices=("moves", "distances"),
         added=True,
     )
     moves_per_look: int = setting("moves between two looks at moves", 2, least=1)
-    sweeps: int = setting("looks at distances", 3, least=1, added=True)
+    sweeps: int = setting("looks at distances", 2, least=1, added=True)
     readings: float = setting(
         "share of records without looks, which ask for the map in words", 0.0, least=0, most=1, added=True
     )

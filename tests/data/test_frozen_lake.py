@@ -20,6 +20,7 @@ from ilvr_jax.data.frozen_lake.source import (
     FrozenLakeSource,
     cell_words,
     empty_map_distance,
+    move_signs,
     shortest_path,
     sweep_distances,
     symmetries,
@@ -228,10 +229,9 @@ def test_sweeps_come_down_to_scipys_distances_without_paths_through_the_start(ma
     np.testing.assert_array_equal(found[0], by_hand)  # each cell after those above it and to its left
 
 
-def read_sketch(sketch: np.ndarray) -> list[list[object]]:
-    """Return what each cell of a sketch shows, a pixel of each of its squares: a distance, or the name of a kind."""
-    names = {SIGNS[distance].tobytes(): distance for distance in range(13)}
-    names |= {SIGNS[13].tobytes(): "hole", SIGNS[14].tobytes(): "start", SIGNS[15].tobytes(): "unknown"}
+def read_sketch(sketch: np.ndarray) -> list[list[int]]:
+    """Return the number of the sign in each cell of a sketch."""
+    names = {sign.tobytes(): number for number, sign in enumerate(SIGNS)}
     assert len(names) == 16
     small = sketch[::14, ::14]
     np.testing.assert_array_equal(sketch, small.repeat(14, axis=0).repeat(14, axis=1))
@@ -241,24 +241,43 @@ def read_sketch(sketch: np.ndarray) -> list[list[object]]:
 
 @few
 @given(st.integers(0, 2**31), st.integers(1, 4))
-def test_looks_at_distances_precede_the_moves_and_every_second_is_turned(seed, sweeps):
+def test_looks_at_distances_and_at_moves_precede_the_moves_and_every_second_is_turned(seed, sweeps):
     chosen = FrozenLakeConfig(levels=(3, 4), looks="distances", sweeps=sweeps, read_out="none")
     record = FrozenLakeSource(chosen, seed=seed, count=1)[0]
     looks = [step.helper_image for step in record.steps if isinstance(step, Look)]
     texts = [step.content for step in record.steps if isinstance(step, Text)]
-    assert texts[:-1] == [""] * sweeps and len(looks) == sweeps
+    assert texts[:-1] == [""] * len(looks) and len(looks) == sweeps + 1
     assert [word for word in texts[-1].split() if word in WORDS.values()] == [WORDS[move] for move in record.answer]
+    assert all(look.shape == (4 * 28, 4 * 28, 3) for look in looks)  # the largest level
     side, map_desc = len(record.map_desc), record.map_desc
-    kinds = {-1: "hole", 1: "start"}
-    for number, distances in enumerate(sweep_distances(map_desc, sweeps)):
-        distances = {cell: distance for cell, distance in distances.items() if distance <= 12}
-        assert looks[number].shape == (4 * 28, 4 * 28, 3)  # the largest level
-        shown = read_sketch(looks[number])
-        shown = [row[::-1] for row in shown[::-1]] if number % 2 else shown
+    shown = [read_sketch(look) for look in looks]
+    shown = [[row[::-1] for row in look[::-1]] if number % 2 else look for number, look in enumerate(shown)]
+    *by_sweep, best = shown
+    for look, distances in zip(by_sweep, sweep_distances(map_desc, sweeps), strict=True):
         for row, column in np.ndindex(4, 4):
-            inside = row < side and column < side
-            kind = map_desc[row][column] if inside else -1
-            assert shown[row][column] == kinds.get(kind, distances.get((row, column), "unknown"))
+            kind = map_desc[row][column] if max(row, column) < side else -1
+            distance = distances.get((row, column), 15)
+            assert look[row][column] == {-1: 13, 1: 14}.get(kind, distance if distance <= 12 else 15)
+    last = np.full((6, 6), np.inf)  # a border around the cells
+    for (row, column), distance in distances.items():
+        last[row + 1, column + 1] = distance
+    for row, column in np.ndindex(4, 4):
+        kind = map_desc[row][column] if max(row, column) < side else -1
+        near = [last[row, column + 1], last[row + 2, column + 1], last[row + 1, column], last[row + 1, column + 2]]
+        move = int(np.argmin(near)) if np.isfinite(near).any() else 15
+        assert best[row][column] == {-1: 13, 2: 12, 1: move + 4 if move < 4 else 15}.get(kind, move)
+
+
+def test_following_the_best_moves_of_enough_sweeps_is_the_shortest_path():
+    source = FrozenLakeSource(FrozenLakeConfig(), seed=3, count=50)
+    for map_desc, answer in ((source[number].map_desc, source[number].answer) for number in range(50)):
+        signs, moves = move_signs(map_desc, sweep_distances(map_desc, 12)[-1], 6), ""
+        ((row, column),) = np.argwhere((signs >= 4) & (signs < 8))
+        while signs[row, column] != 12:
+            moves += "UDLR"[signs[row, column] % 4]
+            down, right = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}[moves[-1]]
+            row, column = row + down, column + right
+        assert moves == answer
 
 
 def test_readings_ask_for_the_map_in_words():

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,12 @@ CELL_PIXELS = 64  # side of a cell in gymnasium's pictures
 BORDER = (180, 200, 230)
 SPRITES = {1: "stool", 2: "goal", -1: "hole"}  # on the ice of a cell; the elf hides the stool
 ELVES = {"L": "elf_left", "D": "elf_down", "R": "elf_right", "U": "elf_up"}
-# Signs of the kinds of cells in a sketch, each four squares of colours: rows of a Hadamard matrix of order 16, so that
+# Signs of cells in a sketch, each four squares of colours: rows of a Hadamard matrix of order 16, so that
 # any two signs differ in half of their values. A vision tower then sees them as very different from the start, where
 # plain colours have features of almost the same direction, and slots must match directions.
 SIGNS = 255 * (
     np.array([[bin(row & column).count("1") % 2 for column in range(4, 16)] for row in range(16)], np.uint8)
 ).reshape(16, 2, 2, 3)
-FARTHEST_SIGN = 12  # cells up to this many moves from the goal have the sign of their distance
-HOLE_SIGN, START_SIGN, UNKNOWN_SIGN = 13, 14, 15
 TILES_DIGEST = "6b8e053155dce23a9198a3bb7a161021676dc69d2708894b5e39a49ce8d95bc4"
 
 
@@ -49,27 +46,10 @@ def draw_map(
     return picture
 
 
-def draw_distances(
-    map_desc: MapDesc,
-    distances: Mapping[tuple[int, int], int],
-    side: int,
-    cell_pixels: int = CELL_PIXELS,
-    turned: bool = False,
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Draw a map as a sketch of `side` x `side` cells, each with the sign of its distance to the goal.
-
-    Distances up to FARTHEST_SIGN have signs of their own; so have holes, with all that is outside the map, the start,
-    and the cells whose distance is not known or larger. `turned`: by half a turn, but not the signs themselves.
-    `cell_pixels` must be even.
-    """
-    signs = np.full((side, side), HOLE_SIGN)
-    for row, cells in enumerate(map_desc):
-        for column, cell in enumerate(cells):
-            distance = distances.get((row, column), UNKNOWN_SIGN)
-            sign = distance if distance <= FARTHEST_SIGN else UNKNOWN_SIGN
-            signs[row, column] = {1: START_SIGN, -1: HOLE_SIGN}.get(cell, sign)
-    signs = signs[::-1, ::-1] if turned else signs
-    squares = SIGNS[signs].swapaxes(1, 2).reshape(2 * side, 2 * side, 3)
+def draw_signs(signs: Int[np.ndarray, "rows columns"], cell_pixels: int) -> UInt8[np.ndarray, "height width 3"]:
+    """Draw a sketch of cells that each show one of SIGNS; `cell_pixels` must be even."""
+    rows, columns = signs.shape
+    squares = SIGNS[signs].swapaxes(1, 2).reshape(2 * rows, 2 * columns, 3)
     return squares.repeat(cell_pixels // 2, axis=0).repeat(cell_pixels // 2, axis=1)
 
 

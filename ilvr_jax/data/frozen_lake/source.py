@@ -1,13 +1,15 @@
 """Generated records of FrozenLake maps like those of VSP spatial planning: maps, shortest paths, answers."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 
 from ilvr_jax.config.schema import FrozenLakeConfig
-from ilvr_jax.data.frozen_lake.drawing import draw_distances, draw_map
+from ilvr_jax.data.frozen_lake.drawing import draw_map, draw_signs
 from ilvr_jax.data.ilvr import check_map
 from ilvr_jax.data.json_lines import has_no_lines, open_records, read_object, read_pieces
 from ilvr_jax.data.records import Fingerprint, Look, MapDesc, Record, Text, prefix_errors
@@ -19,6 +21,9 @@ MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}  # in the order t
 CELL_WORDS = {1: "elf", 2: "goal", -1: "hole", 0: "ice"}
 MOVE_WORDS = {"U": "up", "D": "down", "L": "left", "R": "right"}
 READING = "Read the map."  # the question of records that ask for the map in words
+FARTHEST_SIGN = 12  # cells up to this many moves from the goal have the sign of their distance
+HOLE_SIGN, START_SIGN, UNKNOWN_SIGN = 13, 14, 15
+GOAL_SIGN = 12  # at moves; at distances it is that of 0
 FARTHEST = 9  # larger distances are written as "far"
 ATTEMPTS = 20_000  # to draw a map for a record: with the defaults, one map in 25 to 120 needs a detour
 
@@ -145,18 +150,19 @@ def _step(cell: Cell, move: str) -> Cell:
 def make_record(map_desc: MapDesc, moves: str, settings: FrozenLakeConfig, name: str = "") -> Record:
     r"""Return the record of a map and its path: the map in words, then each move after its cell, then `\boxed{moves}`.
 
-    A look at the map as it then is follows every `moves_per_look` moves, except at the end; or looks at distances, one
-    a sweep, precede the moves. Every word has a space before it, so that it is the same single token everywhere.
+    A look at the map as it then is follows every `moves_per_look` moves, except at the end. Or looks at distances, one
+    a sweep, and one at the best move from every cell precede the moves. Every word has a space before it, so that it is
+    the same single token everywhere.
     """
     text, steps, cell = "", [], find_cell(map_desc, 1)
     if settings.read_out != "none":
         text = map_text(map_desc, settings.read_out)
     if settings.looks == "distances":
-        side = max(len(map_desc), *settings.levels)
-        for number, distances in enumerate(sweep_distances(map_desc, settings.sweeps)):
+        found, side = sweep_distances(map_desc, settings.sweeps), max(len(map_desc), *settings.levels)
+        sketches = [distance_signs(map_desc, distances, side) for distances in found]
+        for number, signs in enumerate([*sketches, move_signs(map_desc, found[-1], side)]):
             # A look is filled in reading order: a sweep from the last cell to the first is in that order when turned.
-            sketch = draw_distances(map_desc, distances, side, settings.cell_pixels, turned=bool(number % 2))
-            steps += [Text(text), Look(sketch)]
+            steps += [Text(text), Look(draw_signs(signs[::-1, ::-1] if number % 2 else signs, settings.cell_pixels))]
             text = ""
     for number, move in enumerate(moves, start=1):
         text += f" {cell[0]} {cell[1]}" if settings.cell_names == "row_column" else ""
@@ -195,7 +201,7 @@ def sweep_distances(map_desc: MapDesc, sweeps: int) -> list[dict[Cell, int]]:
     after two sweeps.
     """
     distances = {find_cell(map_desc, 2): 0}
-    cells = [(row, column) for row, kinds in enumerate(map_desc) for column, kind in enumerate(kinds) if kind == 0]
+    cells = [(row, column) for row, column, kind in _cells(map_desc) if kind == 0]
     found = []
     for number in range(sweeps):
         for cell in cells[::-1] if number % 2 else cells:
@@ -204,6 +210,41 @@ def sweep_distances(map_desc: MapDesc, sweeps: int) -> list[dict[Cell, int]]:
                 distances[cell] = min(min(known) + 1, distances.get(cell, min(known) + 1))
         found.append(dict(distances))
     return found
+
+
+def distance_signs(map_desc: MapDesc, distances: Mapping[Cell, int], side: int) -> Int[np.ndarray, "side side"]:
+    """Return the numbers of the SIGNS of a map's distances, known so far, in the upper left of a square of holes.
+
+    Each distance up to FARTHEST_SIGN has its own; holes, the start, and cells with no or a larger distance share one.
+    """
+    signs = np.full((side, side), HOLE_SIGN)
+    for row, column, kind in _cells(map_desc):
+        distance = distances.get((row, column), UNKNOWN_SIGN)
+        sign = distance if distance <= FARTHEST_SIGN else UNKNOWN_SIGN
+        signs[row, column] = {1: START_SIGN, -1: HOLE_SIGN}.get(kind, sign)
+    return signs
+
+
+def move_signs(map_desc: MapDesc, distances: Mapping[Cell, int], side: int) -> Int[np.ndarray, "side side"]:
+    """Return the numbers of the SIGNS of the move from each cell to its neighbour with the smallest distance.
+
+    They are the moves' numbers in MOVES, and 4 more at the start. Among equals it is the first of MOVES; a cell without
+    such a neighbour is unknown.
+    """
+    signs = np.full((side, side), HOLE_SIGN)
+    for row, column, kind in _cells(map_desc):
+        near = [distances.get(_step((row, column), move), math.inf) for move in MOVES]
+        best = near.index(min(near)) if min(near) < math.inf else UNKNOWN_SIGN
+        from_start = best + len(MOVES) if best < len(MOVES) else UNKNOWN_SIGN
+        signs[row, column] = {1: from_start, 2: GOAL_SIGN, -1: HOLE_SIGN}.get(kind, best)
+    return signs
+
+
+def _cells(map_desc: MapDesc) -> Iterator[tuple[int, int, int]]:
+    """Yield the row, the column and the kind of each cell."""
+    for row, kinds in enumerate(map_desc):
+        for column, kind in enumerate(kinds):
+            yield row, column, kind
 
 
 def cell_words(map_desc: MapDesc, read_out: str) -> list[list[str]]:

@@ -1,0 +1,65 @@
+"""FrozenLake maps of which the text knows only what slots hand on: sketches of distances, swept over the map.
+
+The answer begins with three looks, and then moves. In the first look the distances to the goal spread from the goal
+towards the last cell, in the second back towards the first, and the third shows the best move from every cell. Each
+slot stands for a cell. From the first look on, text does not see the image (`image_visibility`).
+Evaluate it with `python -m ilvr_jax.evaluate RUN --slots=all`; docs/evidence.md has the results.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from ilvr_jax.config.experiments import stage_config
+
+SIDE = 6  # of the largest map, and of every sketch
+
+
+def bucket(prefix: int, segments: int = 0, tail: int = 0, tokens: int = SIDE**2, images: int = 1) -> ConfigDict:
+    """Return the sizes of a batch of maps: up to 4 x 4 cells take 16 vision tokens, up to 6 x 6 take 36."""
+    return ConfigDict(
+        {
+            "prefix": prefix,
+            "segments": segments,
+            "text": 2 if segments else 0,  # the markers between two looks
+            "tail": tail,
+            "images": images,
+            "image_tokens": tokens,
+            "helper_tokens": SIDE**2 if segments else 0,
+        }
+    )
+
+
+def get_config() -> ConfigDict:
+    """Return the configuration of the run."""
+    config = base.get_config()
+    config.stages = ("warm_up", "stage1", "guided", "stage2")
+    # True sketches as pictures: the vision tower and the text learn to read them.
+    config.warm_up = stage_config("text", helper_images="encode", train=("vision", "decoder"), steps=200)
+    config.stage1 = stage_config("alignment", steps=600, learning_rate=1.5e-3)
+    # Slots on top of the model's own slots, which have errors, still with targets.
+    config.guided = stage_config("guided", steps=250, learning_rate=1e-3)
+    config.stage2 = stage_config("autonomy", helper_images="slots", steps=60, learning_rate=3e-4)
+    config.model.slot_input = "placed"
+    # Low frequencies of rotary positions could not tell the columns of so small a map apart.
+    config.model.rope_theta = 30.0
+    config.model.mrope_section = (2, 5, 9)
+    config.data.frozen_lake.update(looks="distances", sweeps=2, read_out="none", readings=0.3)
+    config.data.buckets = ConfigDict(
+        {
+            "reading_small": bucket(52, tokens=16),
+            "reading_large": bucket(96),
+            "looks_small": bucket(34, segments=3, tail=44, tokens=16),
+            "looks_large": bucket(56, segments=3, tail=58),
+            "pictures_small": bucket(192, images=4),
+            "pictures_large": bucket(234, images=4),
+        }
+    )
+    config.latents.update(
+        latent_size=SIDE**2,
+        selection="dense",
+        contrast_weight=3.0,
+        image_visibility="until_look",
+        slot_positions="turning_grid",
+    )
+    config.eval.max_new_tokens = 192
+    return config
