@@ -92,7 +92,7 @@ def test_overrides_keep_the_type_of_the_value(config_file):
         ("--config.warm_up.steps=0", "`warm_up.steps` must be at least 1, got 0"),
         ("--config.stages=stage3", "got 'stage3'"),
         ("--config.stages=warm_up,warm_up", "must name each stage once, got warm_up, warm_up"),
-        ("--config.warm_up.objective=texts", "must be one of text, alignment, autonomy, got 'texts'"),
+        ("--config.warm_up.objective=texts", "must be one of text, alignment, guided, autonomy, got 'texts'"),
         ("--config.warm_up.helper_images=slots", "must be one of omit, encode with objective text, got 'slots'"),
         ("--config.warm_up.objective=alignment", "must be one of latent with objective alignment"),
         ("--config.warm_up.accumulation=0", "`warm_up.accumulation` must be at least 1, got 0"),

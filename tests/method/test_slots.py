@@ -44,7 +44,7 @@ def test_a_run_with_pauses_trains_resumes_answers_and_is_not_exported(tmp_path):
 def test_a_rule_that_does_not_exist_is_one_sentence_that_lists_those_that_do():
     config = tiny_config()
     config.model.slot_input = "hiden"
-    with pytest.raises(BadConfig, match="`model.slot_input` .*hidden, projected, pause.*hiden"):
+    with pytest.raises(BadConfig, match="`model.slot_input` .*hidden, normed, placed, projected, pause.*hiden"):
         check_choices(parse(config))
     config = tiny_config()
     config.latents.selection = "cover"

@@ -167,7 +167,7 @@ def test_bad_settings_are_named(changes, message):
 
 def test_an_objective_that_does_not_exist_and_parts_that_do_not_divide_are_named():
     model, optimizer = Qwen2_5VL(CONFIG), make_optimizer(stage())
-    with pytest.raises(BadConfig, match="must be one of text, alignment, autonomy, got 'alignement'"):
+    with pytest.raises(BadConfig, match="must be one of text, alignment, guided, autonomy, got 'alignement'"):
         make_train_step(model, stage(objective="alignement"), LATENTS, optimizer)
     with pytest.raises(ValueError, match=r"accumulation must divide batch_size \(4\), got 3"):
         make_train_step(model, stage(accumulation=3), LATENTS, optimizer)
