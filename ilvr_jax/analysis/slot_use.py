@@ -162,8 +162,9 @@ def donor_figures(lines: Mapping[Condition, Mapping[Key, Line]]) -> dict[str, An
     """Return, by what is replaced, how many answers about edited records follow the originals whose slots they got.
 
     `follows` is the share of those that are right for the original and wrong for the edit; `follows_with_own_slots`
-    that of the same questions with own slots, and `follows_unrelated` that of answers to the originals with slots of
-    unrelated records, by these. `difference` is `follows` minus `follows_unrelated`.
+    that of the same questions with own slots, `follows_unrelated` with the slots of unrelated records, and `difference`
+    is `follows` minus the last. `follows_swap` is the share of answers to the originals that follow the unrelated
+    records whose slots they got.
     """
     figures = {}
     for condition, others in lines.items():
@@ -171,21 +172,28 @@ def donor_figures(lines: Mapping[Condition, Mapping[Key, Line]]) -> dict[str, An
         if condition.name != "donor" or not given:
             continue
         own = [lines[condition.own][key] for key in given]
-        unrelated = lines.get(Condition("swap", condition.replaced), {}).values()
-        unrelated = [line["follows_donor"] for line in unrelated if line["intervened"]]
         follows = fmean(line["follows_donor"] for line in given.values())
-        of_unrelated = fmean(unrelated) if unrelated else None
+        unrelated, of_unrelated = _follows(lines, Condition("unrelated", condition.replaced, condition.form))
+        swapped, of_swap = _follows(lines, Condition("swap", condition.replaced))
         figures[condition.replaced] = {
             "samples": len(given),
             "follows": follows,
             "follows_with_own_slots": fmean(line["follows_donor"] for line in own),
-            "unrelated_samples": len(unrelated),
+            "unrelated_samples": unrelated,
             "follows_unrelated": of_unrelated,
             "difference": None if of_unrelated is None else follows - of_unrelated,
+            "swap_samples": swapped,
+            "follows_swap": of_swap,
             "accuracy_with_own_slots": fmean(line["right"] for line in own),
             "accuracy": fmean(line["right"] for line in given.values()),
         }
     return figures
+
+
+def _follows(lines: Mapping[Condition, Mapping[Key, Line]], condition: Condition) -> tuple[int, float | None]:
+    """Return the number of answers with other slots under a condition, and the share that follow the donor."""
+    follows = [line["follows_donor"] for line in lines.get(condition, {}).values() if line["intervened"]]
+    return len(follows), fmean(follows) if follows else None
 
 
 def content_figures(recordings: Mapping[Key, Slots], latent_size: int, edits: Collection[str]) -> dict[str, Any]:
@@ -236,7 +244,8 @@ def main_figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     for replaced, donor in summary["donor"].items():
         figures[f"answers that follow the donor ({replaced})"] = donor["follows"]
         figures["the same with own slots"] = donor["follows_with_own_slots"]
-        figures[f"answers that follow an unrelated sample ({replaced})"] = donor["follows_unrelated"]
+        figures[f"the same with unrelated slots ({replaced})"] = donor["follows_unrelated"]
+        figures[f"answers that follow the unrelated sample of swap ({replaced})"] = donor["follows_swap"]
     content = summary["content"] or {}
     figures |= {name: _mean(content.get(name)) for name in ("cosine_between_samples", "effective_rank")}
     figures |= {f"movement, {kind} edits": _mean(places) for kind, places in content.get("movement", {}).items()}

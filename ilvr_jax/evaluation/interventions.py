@@ -23,12 +23,14 @@ INTERVENTIONS: dict[str, str] = {
     "permute": "The answer's own slots in another order.",
     "swap": "The slots of another, unrelated sample.",
     "donor": "For a sample edited so that another answer is right: the slots of the original.",
+    "unrelated": "For the same edited sample: the slots of another, unrelated sample.",
     "oracle": "The features of the true helper images.",
     "skip": "No look: the answer continues without markers and slots.",
     "markers": "Looks without slots: the markers alone.",
 }
 WITHOUT_SLOTS = ("skip", "markers")  # replace looks as a whole, by the settings of requests
-WITH_STATES = ("self", "first", "permute", "swap", "donor")  # can replace keys and values, too
+WITH_STATES = ("self", "first", "permute", "swap", "donor", "unrelated")  # can replace keys and values, too
+OF_EDITS = ("donor", "unrelated")  # ask about samples that are edited
 
 Vector = Float[np.ndarray, " channels"]
 
@@ -122,6 +124,7 @@ MAKERS: dict[str, Callable[[Material], Slots | None]] = {  # None where there ar
     "permute": lambda material: shuffle(material.own, material.seed),
     "swap": lambda material: material.swap,
     "donor": lambda material: material.own,  # those of the original, for the question about its edit
+    "unrelated": lambda material: material.swap,
     "oracle": lambda material: material.oracle,
 }
 

@@ -20,6 +20,7 @@ from ilvr_jax.evaluation.evaluator import Evaluator
 from ilvr_jax.evaluation.interventions import (
     INTERVENTIONS,
     MAKERS,
+    OF_EDITS,
     WITH_STATES,
     WITHOUT_SLOTS,
     Material,
@@ -40,7 +41,7 @@ from ilvr_jax.progress import Progress
 from ilvr_jax.tasks import follows_donor
 
 NAMES = tuple(name for name in INTERVENTIONS if name != "own")
-OF_ALL_RECORDS = ("mean", "noise", "swap")  # depend on which records are asked
+OF_ALL_RECORDS = ("mean", "noise", "swap", "unrelated")  # depend on which records are asked
 RELEVANT, IRRELEVANT = "relevant", "irrelevant"  # edits
 
 Line = dict[str, Any]
@@ -94,12 +95,12 @@ class SlotAnswers:
 def conditions_of(names: Sequence[str]) -> list[Condition]:
     """Return the conditions of some interventions, those with own slots first."""
     conditions = [Condition("own")]
-    if "donor" in names:
+    if set(OF_EDITS) & set(names):
         conditions += [Condition("own", "", RELEVANT), Condition("own", "", IRRELEVANT)]
     for name in NAMES:
         if name in names:
             replaced = [""] if name in WITHOUT_SLOTS else ["inputs"] + ["states"] * (name in WITH_STATES)
-            conditions += [Condition(name, part, RELEVANT if name == "donor" else "") for part in replaced]
+            conditions += [Condition(name, part, RELEVANT if name in OF_EDITS else "") for part in replaced]
     return conditions
 
 
@@ -107,7 +108,7 @@ def missing_needs(evaluator: Evaluator, chosen: Chosen) -> dict[str, str]:
     """Return the interventions that cannot be tried, each with what it lacks: in the task, its records or `chosen`."""
     lacking = dict.fromkeys(WITHOUT_SLOTS, "all looks and places") if chosen.settings else {}
     if not hasattr(evaluator.module, "edits"):
-        lacking["donor"] = "a task with `edits`"
+        lacking |= dict.fromkeys(OF_EDITS, "a task with `edits`")
     if not hasattr(evaluator.module, "with_steps") and not any(map(has_looks, _readable(evaluator))):
         lacking["oracle"] = "held-out records with helper images, or a task with `with_steps`"
     return lacking
@@ -314,7 +315,7 @@ class _Asking:
             condition, key = asked[output.number]
             if output.stop_reason == "refused":
                 raise BadRecord(f"{output.name}: {output.error}")
-            donors = {"donor": key.number, "swap": self.others.get(key.number)}
+            donors = {"donor": key.number, "unrelated": key.number, "swap": self.others.get(key.number)}
             donor = donors.get(condition.name)
             record = None if donor is None else self.records[Key(donor, "", 0)]
             self.results[condition].add({**self._line(key, output, record), "intervened": True})

@@ -51,6 +51,7 @@ READINGS: dict[str, str] = {
     "These are real slots, so the model has no other reason to be confused.",
     "donor": "Compared with the edited samples' own slots. Less accurate: the answers follow the original's slots; "
     "more of them are then right for the original. As accurate: they come from elsewhere, such as the image.",
+    "unrelated": "Beside donor: how many answers turn out right for the original without its slots.",
     "oracle": "More accurate than own: the model can use better slots than it makes. As accurate: it cannot, or its "
     "own are as good.",
     "skip": "As accurate as own: the model does not need looks.",

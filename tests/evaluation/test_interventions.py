@@ -26,6 +26,7 @@ from ilvr_jax.evaluation.evaluator import Evaluator
 from ilvr_jax.evaluation.interventions import (
     INTERVENTIONS,
     MAKERS,
+    OF_EDITS,
     WITH_STATES,
     WITHOUT_SLOTS,
     Material,
@@ -120,13 +121,17 @@ def test_own_slots_given_back_change_nothing(finished):
             assert {field: others[key][field] for field in COMPARED} == {field: line[field] for field in COMPARED}
 
 
+def about_edits(name: str) -> bool:
+    return name.startswith(OF_EDITS)
+
+
 def test_every_intervention_has_answers_of_its_own(finished):
     own, relevant = answers(finished, "own"), answers(finished, "own-relevant")
     assert {file.stem for file in files_of(finished)} == {f"out-slots-{name}" for name in FILES}
     assert {form for _, form in relevant} == {"relevant"} and len(relevant) > 2
     for name in FILES:
         lines = answers(finished, name)
-        assert lines.keys() == (relevant if "donor" in name or name == "own-relevant" else own).keys() or (
+        assert lines.keys() == (relevant if about_edits(name) or name == "own-relevant" else own).keys() or (
             name == "own-irrelevant" and {form for _, form in lines} == {"irrelevant"}
         )
     for name in ("zero", "noise"):
@@ -159,22 +164,22 @@ def test_figures_are_those_of_the_files(run, data, finished, tmp_path):
         if row["name"] == "own":
             assert row["difference"] is row["interval"] is row["p"] is None
             continue
-        paired = compare([(relevant if row["name"] == "donor" else own)[key]["right"] for key in lines], right, 0)
+        paired = compare([(relevant if about_edits(row["name"]) else own)[key]["right"] for key in lines], right, 0)
         assert (row["difference"], row["p"], row["own_accuracy"]) == (paired.difference, paired.p, paired.own)
         assert tuple(row["interval"]) == paired.interval
         # The path on FREE, which is there twice, is too short for a look.
         assert row["intervened"] == len(lines) - 2 * (row["name"] == "oracle")
-        if row["name"] != "donor":
+        if not about_edits(row["name"]):
             in_the_way = [line["right"] for line in lines.values() if vsp_planning.holes_matter(MAPS[line["number"]])]
             assert row["groups"]["holes in the way"] == np.mean(in_the_way)
     for replaced, suffix in (("inputs", ""), ("states", "-states")):
-        follows, unrelated = (
+        follows, unrelated, swapped = (
             np.mean([line["follows_donor"] for line in answers(out, name + suffix).values()])
-            for name in ("donor", "swap")
+            for name in ("donor", "unrelated", "swap")
         )
         donor = summary["donor"][replaced]
         assert (donor["follows"], donor["follows_unrelated"]) == (follows, unrelated)
-        assert donor["difference"] == follows - unrelated
+        assert donor["difference"] == follows - unrelated and donor["follows_swap"] == swapped
         assert donor["accuracy_with_own_slots"] == np.mean([line["right"] for line in relevant.values()])
     content = summary["content"]
     assert len(content["cosine_between_samples"][0]) == len(content["movement"]["relevant"][0]) == 4
@@ -316,15 +321,16 @@ LEFT, RIGHT, DOWN = (  # each one is answered by moves that fail on the others, 
 def test_answers_that_follow_donors_are_counted(tokenizer, tmp_path, monkeypatch):
     """All follow the slots that they get, except RIGHT's edit and DOWN, which are answered by what they show."""
     edited = vsp_planning.edits(Record("?", (draw_map(RIGHT, 28),), (), map_desc=RIGHT), 0)["relevant"].map_desc
-    maps, names = [LEFT, RIGHT, DOWN], ["swap", "donor"]
+    maps, names = [LEFT, RIGHT, DOWN], ["swap", "donor", "unrelated"]
     summary, _ = play_slots(tokenizer, tmp_path, monkeypatch, maps, names, stubborn=[edited, DOWN])
     for replaced in ("inputs", "states"):
         figures = summary["donor"][replaced]
-        assert figures["samples"] == figures["unrelated_samples"] == 3
+        assert figures["samples"] == figures["unrelated_samples"] == figures["swap_samples"] == 3
         assert figures["follows"] == pytest.approx(2 / 3) and figures["follows_with_own_slots"] == 0
-        assert figures["follows_unrelated"] == pytest.approx(2 / 3) and figures["difference"] == pytest.approx(0)
+        assert figures["follows_unrelated"] == 0 and figures["difference"] == pytest.approx(2 / 3)
+        assert figures["follows_swap"] == pytest.approx(2 / 3)
         assert figures["accuracy_with_own_slots"] == 1 and figures["accuracy"] == pytest.approx(1 / 3)
-    own, swap, _, donor, _ = summary["rows"]
+    own, swap, _, donor, _, _, _ = summary["rows"]
     assert (own["accuracy"], swap["accuracy"], donor["accuracy"]) == (1, pytest.approx(1 / 3), pytest.approx(1 / 3))
     assert (donor["own_accuracy"], donor["difference"]) == (1, pytest.approx(-2 / 3))
 
@@ -387,7 +393,7 @@ def test_slots_of_each_intervention():
     made = material()
     own, slots = made.own, {name: function(made) for name, function in MAKERS.items()}
     assert MAKERS.keys() | {*WITHOUT_SLOTS} == {*NAMES} and slots["oracle"] is None
-    assert slots["self"] is slots["donor"] is own and slots["swap"] is made.swap
+    assert slots["self"] is slots["donor"] is own and slots["swap"] is slots["unrelated"] is made.swap
     for name, value in (("zero", 0), ("mean", 1), ("pause", 2)):
         np.testing.assert_array_equal(slots[name].inputs, np.full((6, 5), value))
     assert slots["noise"].inputs.shape == (6, 5)
@@ -458,7 +464,7 @@ def test_others_are_of_another_kind(kinds, seed):
         (["--slots=all", "--slots-look=0"], "--slots-look must be a whole number from 1 to 2147483647, got 0"),
         (
             ["--slots=markers", "--slots-look=1"],
-            "(self, zero, mean, noise, pause, first, permute, swap, donor, oracle);",
+            "(self, zero, mean, noise, pause, first, permute, swap, donor, unrelated, oracle);",
         ),
         (["--slots=swap,donor", "--task=vsp_reasoning"], "swap, skip, markers); donor needs a task with `edits`"),
         (["--slots=oracle", "--task=vsp_reasoning"], "oracle needs held-out records with helper images, or a task"),
