@@ -29,7 +29,7 @@ from ilvr_jax.inference.sampling import RowSampling, exclude_tokens, penalize_re
 from ilvr_jax.inference.sizes import EngineSettings
 from ilvr_jax.method.slots import fill_slots
 from ilvr_jax.method.tokens import SpecialTokens
-from ilvr_jax.models.attention import KVCache
+from ilvr_jax.models.attention import KVCache, outside
 from ilvr_jax.models.base import Model
 from ilvr_jax.models.sharding import replicate
 
@@ -183,8 +183,8 @@ def prefill(
     cached = kv_cache._replace(lengths=starts) if rows is None else caches.take_rows(kv_cache, rows, starts)
     places = starts[:, None] + columns
     unseen = jnp.where((tokens == special.latent_end)[..., None], hidden[:, None], 0)
-    attention_mask = ~((places[:, None] >= unseen[..., :1]) & (places[:, None] < unseen[..., 1:]))
-    attention_mask &= columns[:, None] >= columns  # padding comes last, so that no token sees it
+    # Padding comes last, so that no token sees it.
+    attention_mask = (columns[:, None] >= columns) & outside(places[:, None], unseen)
     cached = cached._replace(hidden=unseen)
     hidden_states, new = model.decode(decoder, inputs_embeds, position_ids, attention_mask, cached)
     room = last_hidden.shape[0]

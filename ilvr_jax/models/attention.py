@@ -126,7 +126,7 @@ def cached_attention(
         seen = places < cache.lengths[:, None, None]
         if cache.hidden is None:
             return seen
-        return seen & ~((places >= cache.hidden[..., :1]) & (places < cache.hidden[..., 1:]))
+        return seen & outside(places, cache.hidden)
 
     def add_block(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         start = jnp.minimum(number * block, columns - block)  # the last block may overlap the one before it
@@ -140,6 +140,11 @@ def cached_attention(
         sums = jax.lax.fori_loop(0, (cache.lengths.max() + block - 1) // block, add_block, sums)
     output = (sums[2] / sums[1]).astype(query.dtype).reshape(batch, shared, -1, queries, head_dim)
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head_dim)
+
+
+def outside(places: Int[Array, "*batch columns"], hidden: Int[Array, "rows queries 2"]) -> Bool[Array, "..."]:
+    """Return which columns are not hidden from each query: those before the first number, and from the second on."""
+    return ~((places >= hidden[..., :1]) & (places < hidden[..., 1:]))
 
 
 def causal_mask(valid: Bool[Array, "rows columns"]) -> Bool[Array, "rows columns columns"]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ilvr_jax.data.frozen_lake.source import MOVES, Cell, distance_to_goal, find_cell, shortest_path
+from ilvr_jax.data.frozen_lake.source import MOVES, Cell, cells_of, distance_to_goal, find_cell, shortest_path
 from ilvr_jax.data.records import MapDesc
 
 MOST_EXTRA_MOVES = 2  # of the path of a relevant edit
@@ -78,7 +78,7 @@ def _with_hole_moved(map_desc: MapDesc, hole: Cell | None, ice: Cell) -> MapDesc
 
 
 def _cells(map_desc: MapDesc, kind: int) -> list[Cell]:
-    return [(r, c) for r, row in enumerate(map_desc) for c, cell in enumerate(row) if cell == kind]
+    return [(row, column) for row, column, cell in cells_of(map_desc) if cell == kind]
 
 
 def _path_cells(map_desc: MapDesc, path: str) -> list[Cell]:

@@ -201,7 +201,7 @@ def sweep_distances(map_desc: MapDesc, sweeps: int) -> list[dict[Cell, int]]:
     after two sweeps.
     """
     distances = {find_cell(map_desc, 2): 0}
-    cells = [(row, column) for row, column, kind in _cells(map_desc) if kind == 0]
+    cells = [(row, column) for row, column, kind in cells_of(map_desc) if kind == 0]
     found = []
     for number in range(sweeps):
         for cell in cells[::-1] if number % 2 else cells:
@@ -218,7 +218,7 @@ def distance_signs(map_desc: MapDesc, distances: Mapping[Cell, int], side: int) 
     Each distance up to FARTHEST_SIGN has its own; holes, the start, and cells with no or a larger distance share one.
     """
     signs = np.full((side, side), HOLE_SIGN)
-    for row, column, kind in _cells(map_desc):
+    for row, column, kind in cells_of(map_desc):
         distance = distances.get((row, column), UNKNOWN_SIGN)
         sign = distance if distance <= FARTHEST_SIGN else UNKNOWN_SIGN
         signs[row, column] = {1: START_SIGN, -1: HOLE_SIGN}.get(kind, sign)
@@ -232,7 +232,7 @@ def move_signs(map_desc: MapDesc, distances: Mapping[Cell, int], side: int) -> I
     such a neighbour is unknown.
     """
     signs = np.full((side, side), HOLE_SIGN)
-    for row, column, kind in _cells(map_desc):
+    for row, column, kind in cells_of(map_desc):
         near = [distances.get(_step((row, column), move), math.inf) for move in MOVES]
         best = near.index(min(near)) if min(near) < math.inf else UNKNOWN_SIGN
         from_start = best + len(MOVES) if best < len(MOVES) else UNKNOWN_SIGN
@@ -240,7 +240,7 @@ def move_signs(map_desc: MapDesc, distances: Mapping[Cell, int], side: int) -> I
     return signs
 
 
-def _cells(map_desc: MapDesc) -> Iterator[tuple[int, int, int]]:
+def cells_of(map_desc: MapDesc) -> Iterator[tuple[int, int, int]]:
     """Yield the row, the column and the kind of each cell."""
     for row, kinds in enumerate(map_desc):
         for column, kind in enumerate(kinds):
