@@ -207,6 +207,10 @@ class FrozenLakeConfig:
         (),
     )
 
+    def conflicts(self) -> Conflicts:
+        if self.looks == "distances" and self.cell_pixels % 2:
+            yield "cell_pixels", "even with looks at distances, whose cells are four squares"
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:

@@ -373,6 +373,11 @@ def test_a_bad_setting_is_named(key, value, rule):
         read(FrozenLakeConfig, {key: value}, "data.frozen_lake")
 
 
+def test_cells_of_four_squares_have_even_sides():
+    with pytest.raises(BadConfig, match="`data.frozen_lake.cell_pixels` must be even with looks at distances.*got 27"):
+        read(FrozenLakeConfig, {"looks": "distances", "cell_pixels": 27}, "data.frozen_lake")
+
+
 def test_settings_are_read_from_a_config():
     section = {"levels": [4], "hole_probability": 0, "exclude": ("a.jsonl",)}
     settings = FrozenLakeConfig(levels=(4,), hole_probability=0.0, exclude=("a.jsonl",))
