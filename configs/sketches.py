@@ -13,6 +13,31 @@ from ilvr_jax.config.experiments import stage_config
 
 SIDE = 6  # of the largest map, and of every sketch
 
+# Controls that take as long to train as the run itself. Those whose slots carry nothing see the image all along.
+WITHOUT_LOOKS = {"stages": ("warm_up",), "warm_up.helper_images": "omit"}
+WITHOUT_TARGETS = {"latents.sim_weight": 0.0, "latents.contrast_weight": 0.0, "latents.image_visibility": "all"}
+VARIANTS = {
+    "text": {**WITHOUT_LOOKS, "warm_up.steps": 2600},
+    # The sketches in words, about as many as there are slots.
+    "text_tokens": {**WITHOUT_LOOKS, "warm_up.steps": 1400, "data.frozen_lake.read_out": "sketches"},
+    "pause": {
+        **WITHOUT_TARGETS,
+        "stages": ("warm_up", "stage1"),
+        "stage1.steps": 1100,
+        "model.slot_input": "pause",
+    },
+    "unrelated_targets": {"data.frozen_lake.sketches": "unrelated", "latents.image_visibility": "all"},
+    "single": {
+        "data.frozen_lake.sketches": "last",
+        "warm_up.steps": 400,
+        "stage1.steps": 1100,
+        "guided.steps": 700,
+    },
+    "stage1": {"stages": ("warm_up", "stage1"), "stage1.steps": 1100},
+    "stage2": {"stages": ("warm_up", "stage1", "stage2"), "stage2.steps": 200},
+    "pixels": {"stages": ("warm_up",), "warm_up.steps": 1100},
+}
+
 
 def bucket(prefix: int, segments: int = 0, tail: int = 0, tokens: int = SIDE**2, images: int = 1) -> ConfigDict:
     """Return the sizes of a batch of maps: up to 4 x 4 cells take 16 vision tokens, up to 6 x 6 take 36."""
@@ -29,8 +54,10 @@ def bucket(prefix: int, segments: int = 0, tail: int = 0, tokens: int = SIDE**2,
     )
 
 
-def get_config() -> ConfigDict:
-    """Return the configuration of the run."""
+def get_config(variant: str = "") -> ConfigDict:
+    """Return the configuration of the run, or of a variant; raise ValueError, listing them, for an unknown one."""
+    if variant and variant not in VARIANTS:
+        raise ValueError(f"the variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     config = base.get_config()
     config.stages = ("warm_up", "stage1", "guided", "stage2")
     # True sketches as pictures: the vision tower and the text learn to read them.
@@ -50,6 +77,10 @@ def get_config() -> ConfigDict:
             "reading_large": bucket(96),
             "looks_small": bucket(34, segments=3, tail=44, tokens=16),
             "looks_large": bucket(56, segments=3, tail=58),
+            "text_small": bucket(78, tokens=16),
+            "text_large": bucket(114),
+            "words_small": bucket(150, tokens=16),
+            "words_large": bucket(240),
             "pictures_small": bucket(192, images=4),
             "pictures_large": bucket(234, images=4),
         }
@@ -62,4 +93,6 @@ def get_config() -> ConfigDict:
         slot_positions="turning_grid",
     )
     config.eval.max_new_tokens = 192
+    if variant:
+        config.update_from_flattened_dict(VARIANTS[variant])
     return config

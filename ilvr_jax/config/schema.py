@@ -189,15 +189,29 @@ class FrozenLakeConfig:
     )
     moves_per_look: int = setting("moves between two looks at moves", 2, least=1)
     sweeps: int = setting("looks at distances", 2, least=1, added=True)
+    sketches: str = setting(
+        "looks at distances: all, the last alone, or those of an unrelated map",
+        "all",
+        choices=("all", "last", "unrelated"),
+        added=True,
+    )
     readings: float = setting(
         "share of records without looks, which ask for the map in words", 0.0, least=0, most=1, added=True
+    )
+    move_readings: float = setting(
+        "share of the other records, with looks at distances, which ask for the best moves from random cells",
+        0.0,
+        least=0,
+        most=1,
+        added=True,
     )
     cell_pixels: int = setting("pixels along a side of a cell; 28 are one vision token", 28, least=1)
     question: str = setting("the question of every record", "Find the shortest safe path.")
     read_out: str = setting(
-        "the beginning of answers, cell by cell: moves to the goal, the cell's content, or nothing",
+        "the beginning of answers, cell by cell: moves to the goal, the cell's content, what looks at distances show, "
+        "or nothing",
         "distances",
-        choices=("distances", "map", "none"),
+        choices=("distances", "map", "sketches", "none"),
     )
     cell_names: str = setting(
         "row_column: each move is written with its starting cell", "row_column", choices=("row_column", "none")
@@ -210,6 +224,8 @@ class FrozenLakeConfig:
     def conflicts(self) -> Conflicts:
         if self.looks == "distances" and self.cell_pixels % 2:
             yield "cell_pixels", "even with looks at distances, whose cells are four squares"
+        if self.looks != "distances" and self.move_readings:
+            yield "move_readings", 'zero unless looks is "distances"'
 
 
 @dataclasses.dataclass(frozen=True)

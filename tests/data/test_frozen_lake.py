@@ -20,6 +20,7 @@ from ilvr_jax.data.frozen_lake.source import (
     FrozenLakeSource,
     cell_words,
     empty_map_distance,
+    make_record,
     move_signs,
     shortest_path,
     sweep_distances,
@@ -291,6 +292,49 @@ def test_readings_ask_for_the_map_in_words():
         np.testing.assert_array_equal(record.images[0], draw_map(record.map_desc, 28))
 
 
+def test_sketches_may_be_the_last_alone_or_those_of_an_unrelated_map():
+    def looks(sketches):
+        source = FrozenLakeSource(
+            FrozenLakeConfig(looks="distances", read_out="none", levels=(4,), sketches=sketches), seed=1, count=20
+        )
+        records = [source[number] for number in range(20)]
+        return records, [[step.helper_image for step in record.steps if isinstance(step, Look)] for record in records]
+
+    (records, every), (_, last), (others, unrelated) = (looks(name) for name in ("all", "last", "unrelated"))
+    assert [record.map_desc for record in records] == [record.map_desc for record in others]
+    for shown, alone, other in zip(every, last, unrelated, strict=True):
+        assert len(shown) == len(other) == 3 and len(alone) == 1
+        np.testing.assert_array_equal(alone[0], shown[-1])
+        assert not np.array_equal(other[-1], shown[-1])
+
+
+def test_sketches_in_words_say_what_looks_show():
+    map_desc = ((1, -1, 2), (0, 0, 0), (0, -1, 0))
+    record = make_record(map_desc, "DRRU", FrozenLakeConfig(looks="moves", moves_per_look=9, read_out="sketches"))
+    words = record.steps[0].content.split()
+    assert words[:9] == "elf hole 0 far far 1 far hole 2".split()
+    assert words[9:18] == "elf hole 0 3 2 1 far hole 2".split()
+    assert words[18:27] == "down hole goal right right up up hole up".split()
+    assert words[27:] == "0 0 down 1 0 right 1 1 right 1 2 up \\boxed{DRRU}".split()
+
+
+def test_move_readings_ask_for_the_best_moves_from_cells_in_any_order():
+    settings = FrozenLakeConfig(looks="distances", read_out="none", move_readings=0.4, max_moves=9)
+    source = FrozenLakeSource(settings, seed=0, count=300)
+    readings = [record for record in (source[number] for number in range(300)) if record.question == "Read the moves."]
+    assert 90 < len(readings) < 150
+    for record in readings:
+        text, looks = record.steps[-1], record.steps[1:-1:2]
+        assert [look.helper_image.shape for look in looks] == 3 * [(168, 168, 3)] and record.answer is None
+        signs = move_signs(record.map_desc, sweep_distances(record.map_desc, 2)[-1], 6)
+        words = text.content.split()
+        cells = [(int(row), int(column)) for row, column in zip(words[::3], words[1::3], strict=True)]
+        assert len(set(cells)) == len(cells) == min(9, (signs < 8).sum())
+        assert [["up", "down", "left", "right"][signs[cell] % 4] for cell in cells] == words[2::3]
+    orders = [record.steps[-1].content.split()[:2] for record in readings]
+    assert sorted(orders) != orders and len({tuple(order) for order in orders}) > 20
+
+
 def test_cells_cut_off_and_far_away():
     corridor = ((2, *[0] * 11, 1), (0, -1, *[0] * 11), (-1, 0, -1, *[0] * 10))
     words = cell_words(corridor, "distances")
@@ -360,7 +404,7 @@ def test_a_record_has_the_map_the_moves_and_looks_in_between(seed, per_look, rea
         ("moves_per_look", 0, "at least 1"),
         ("cell_pixels", -28, "at least 1"),
         ("question", None, "text"),
-        ("read_out", "words", "one of distances, map, none"),
+        ("read_out", "words", "one of distances, map, sketches, none"),
         ("cell_names", "", "one of row_column, none"),
         ("exclude", "maps.jsonl", "a tuple"),
         ("exclude", (1,), "a tuple of str"),

@@ -21,9 +21,13 @@ MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}  # in the order t
 CELL_WORDS = {1: "elf", 2: "goal", -1: "hole", 0: "ice"}
 MOVE_WORDS = {"U": "up", "D": "down", "L": "left", "R": "right"}
 READING = "Read the map."  # the question of records that ask for the map in words
+MOVE_READING = "Read the moves."  # the question of records that ask for the best moves from random cells
 FARTHEST_SIGN = 12  # cells up to this many moves from the goal have the sign of their distance
 HOLE_SIGN, START_SIGN, UNKNOWN_SIGN = 13, 14, 15
 GOAL_SIGN = 12  # at moves; at distances it is that of 0
+# The signs in words. At moves the sign of the start tells its move too.
+DISTANCE_SIGN_WORDS = np.array([*map(str, range(FARTHEST_SIGN + 1)), "hole", "elf", "far"])
+MOVE_SIGN_WORDS = np.array([*MOVE_WORDS.values(), *MOVE_WORDS.values(), *4 * [""], "goal", "hole", "", "far"])
 FARTHEST = 9  # larger distances are written as "far"
 ATTEMPTS = 20_000  # to draw a map for a record: with the defaults, one map in 25 to 120 needs a detour
 
@@ -64,7 +68,10 @@ class FrozenLakeSource:
         map_desc, moves = self._make_map(random)
         if self.settings.readings and random.random() < self.settings.readings:
             return make_reading(map_desc, self.settings, name)
-        return make_record(map_desc, moves, self.settings, name)
+        sketched = self._make_map(random)[0] if self.settings.sketches == "unrelated" else map_desc
+        if self.settings.move_readings and random.random() < self.settings.move_readings:
+            return make_move_reading(map_desc, self.settings, random, name, sketched)
+        return make_record(map_desc, moves, self.settings, name, sketched)
 
     def _make_map(self, random: np.random.Generator) -> tuple[MapDesc, str]:
         """Draw maps until one can be solved, is not excluded, and needs a detour if this record is one that must."""
@@ -147,26 +154,19 @@ def _step(cell: Cell, move: str) -> Cell:
     return cell[0] + MOVES[move][0], cell[1] + MOVES[move][1]
 
 
-def make_record(map_desc: MapDesc, moves: str, settings: FrozenLakeConfig, name: str = "") -> Record:
+def make_record(
+    map_desc: MapDesc, moves: str, settings: FrozenLakeConfig, name: str = "", sketched: MapDesc | None = None
+) -> Record:
     r"""Return the record of a map and its path: the map in words, then each move after its cell, then `\boxed{moves}`.
 
     A look at the map as it then is follows every `moves_per_look` moves, except at the end. Or looks at distances, one
-    a sweep, and one at the best move from every cell precede the moves. Every word has a space before it, so that it is
-    the same single token everywhere.
+    a sweep, and one at the best move from every cell precede the moves; they are those of `sketched`, by default the
+    map. Every word has a space before it, so that it is the same single token everywhere.
     """
-    text, steps, cell = "", [], find_cell(map_desc, 1)
-    if settings.read_out != "none":
-        text = map_text(map_desc, settings.read_out)
-    if settings.looks == "distances":
-        found, side = sweep_distances(map_desc, settings.sweeps), max(len(map_desc), *settings.levels)
-        sketches = [distance_signs(map_desc, distances, side) for distances in found]
-        for number, signs in enumerate([*sketches, move_signs(map_desc, found[-1], side)]):
-            # A look is filled in reading order: a sweep from the last cell to the first is in that order when turned.
-            steps += [Text(text), Look(draw_signs(signs[::-1, ::-1] if number % 2 else signs, settings.cell_pixels))]
-            text = ""
+    steps, text = make_opening(map_desc, settings, sketched or map_desc)
+    cell = find_cell(map_desc, 1)
     for number, move in enumerate(moves, start=1):
-        text += f" {cell[0]} {cell[1]}" if settings.cell_names == "row_column" else ""
-        text += f" {MOVE_WORDS[move]}"
+        text += move_text(cell, move, settings.cell_names)
         cell = _step(cell, move)
         if settings.looks == "moves" and number % settings.moves_per_look == 0 and number < len(moves):
             steps += [Text(text), Look(draw_map(map_desc, settings.cell_pixels, elf=cell, last_move=move))]
@@ -181,16 +181,69 @@ def make_record(map_desc: MapDesc, moves: str, settings: FrozenLakeConfig, name:
     )
 
 
+def make_opening(map_desc: MapDesc, settings: FrozenLakeConfig, sketched: MapDesc) -> tuple[list[Text | Look], str]:
+    """Return what precedes the moves: steps with looks at the distances of `sketched`, and the text after them.
+
+    With `read_out` the text begins with the map in words, before the looks if there are any.
+    """
+    text, steps = "", []
+    if settings.read_out == "sketches":
+        *distances, moves = sketch_signs(map_desc, settings.sweeps, len(map_desc))
+        words = [*(DISTANCE_SIGN_WORDS[signs] for signs in distances), MOVE_SIGN_WORDS[moves]]
+        text = "".join(map(lines, words))
+    elif settings.read_out != "none":
+        text = lines(cell_words(map_desc, settings.read_out))
+    if settings.looks == "distances":
+        signs = sketch_signs(sketched, settings.sweeps, max(len(sketched), *settings.levels))
+        # A look is filled in reading order: a sweep from the last cell to the first is in that order when turned.
+        turned = [one[::-1, ::-1] if number % 2 else one for number, one in enumerate(signs)]
+        for one in turned[-1:] if settings.sketches == "last" else turned:
+            steps += [Text(text), Look(draw_signs(one, settings.cell_pixels))]
+            text = ""
+    return steps, text
+
+
+def move_text(cell: Cell, move: str, cell_names: str) -> str:
+    """Return a move in words, after its cell if cells are named."""
+    name = f" {cell[0]} {cell[1]}" if cell_names == "row_column" else ""
+    return f"{name} {MOVE_WORDS[move]}"
+
+
+def make_move_reading(
+    map_desc: MapDesc, settings: FrozenLakeConfig, random: np.random.Generator, name: str, sketched: MapDesc
+) -> Record:
+    """Return a record that asks for the best moves from up to `max_moves` random cells, after the same opening.
+
+    On a path a move is often the one before it; from random cells it can only be read.
+    """
+    signs = sketch_signs(map_desc, settings.sweeps, len(map_desc))[-1]
+    known = np.argwhere(signs < 2 * len(MOVES))
+    cells = random.permutation(known)[: settings.max_moves].tolist()
+    moves = [
+        move_text((row, column), tuple(MOVES)[signs[row, column] % len(MOVES)], "row_column") for row, column in cells
+    ]
+    steps, text = make_opening(map_desc, settings, sketched)
+    steps.append(Text(text + "".join(moves)))
+    image = draw_map(map_desc, settings.cell_pixels)
+    return Record(MOVE_READING, (image,), tuple(steps), map_desc=map_desc, name=name)
+
+
 def make_reading(map_desc: MapDesc, settings: FrozenLakeConfig, name: str = "") -> Record:
     """Return a record that asks for the content of a map, cell by cell, in words."""
-    text = map_text(map_desc, "map")
+    text = lines(cell_words(map_desc, "map"))
     image = draw_map(map_desc, settings.cell_pixels)
     return Record(READING, (image,), (Text(text),), map_desc=map_desc, name=name)
 
 
-def map_text(map_desc: MapDesc, read_out: str) -> str:
-    """Return the words of `cell_words`, a line for each row."""
-    return "".join("".join(f" {word}" for word in row) + "\n" for row in cell_words(map_desc, read_out))
+def lines(words: Iterable[Iterable[str]]) -> str:
+    """Return rows of words as text, a line for each."""
+    return "".join("".join(f" {word}" for word in row) + "\n" for row in words)
+
+
+def sketch_signs(map_desc: MapDesc, sweeps: int, side: int) -> list[Int[np.ndarray, "side side"]]:
+    """Return the signs of the looks at distances: one a sweep, and one of the best move from every cell."""
+    found = sweep_distances(map_desc, sweeps)
+    return [*(distance_signs(map_desc, distances, side) for distances in found), move_signs(map_desc, found[-1], side)]
 
 
 def sweep_distances(map_desc: MapDesc, sweeps: int) -> list[dict[Cell, int]]:

@@ -1,0 +1,35 @@
+"""configs/sketches.py and its variants: every record has a bucket, and no larger one than needed."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.sketches import VARIANTS
+from ilvr_jax.checkpoints.runs import build_run_model
+from ilvr_jax.config.experiments import BadConfig, load_config, parse
+from ilvr_jax.data.examples import build_example
+from ilvr_jax.data.sources import config_buckets, example_settings, make_tokenizer, open_source
+from ilvr_jax.data.tokenizer import special_tokens
+from ilvr_jax.method.layout import fits
+from tests.paths import REPOSITORY
+
+CONFIG = REPOSITORY / "configs" / "sketches.py"
+
+
+@pytest.mark.parametrize("variant", ["", *VARIANTS])
+def test_every_record_of_every_stage_has_a_bucket(variant):
+    config = parse(load_config(f"{CONFIG}:{variant}" if variant else CONFIG))
+    source = open_source(config.data, config.seed)
+    tokenizer = make_tokenizer(config, source)
+    special, geometry = special_tokens(tokenizer), build_run_model(config, Path(), tokenizer).geometry
+    for stage in config.stages.values():
+        settings = example_settings(config, geometry, stage.helper_images)
+        buckets = config_buckets(config, stage.helper_images)
+        for number in range(60):
+            sample = build_example(source[number], tokenizer, special, settings, number)
+            assert any(fits(sample, layout, geometry) for layout in buckets.values()), (stage, number)
+
+
+def test_an_unknown_variant_is_named():
+    with pytest.raises(BadConfig, match="must be one of text, text_tokens, pause, .*got 'texts'"):
+        load_config(f"{CONFIG}:texts")
