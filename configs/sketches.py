@@ -20,6 +20,12 @@ VARIANTS = {
     "text": {**WITHOUT_LOOKS, "warm_up.steps": 2600},
     # The sketches in words, about as many as there are slots.
     "text_tokens": {**WITHOUT_LOOKS, "warm_up.steps": 1400, "data.frozen_lake.read_out": "sketches"},
+    "markers": {
+        **WITHOUT_TARGETS,
+        "stages": ("warm_up", "stage1"),
+        "stage1.steps": 2000,
+        "latents.latent_size": 0,
+    },
     "pause": {
         **WITHOUT_TARGETS,
         "stages": ("warm_up", "stage1"),

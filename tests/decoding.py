@@ -30,6 +30,22 @@ def changed(request: Request, **changes) -> Request:
     return dataclasses.replace(request, **{"sampling": sampling} | changes)
 
 
+def positions_by_definition(tokens, rule, first):
+    """Return the rotary positions of an answer's tokens [3, tokens], with 4 slots a look."""
+    positions, place, look = [], 0, -1
+    for token in tokens:
+        look, place = (look + 1, 0) if token == SPECIAL.latent_start else (look, place)
+        if token != SPECIAL.latent_pad or rule == "text":
+            positions.append([first] * 3)
+            first += 1
+            continue
+        row, column = divmod(3 - place if rule == "turning_grid" and look % 2 else place, 2)
+        positions.append([first, first + row, first + column])
+        place += 1
+        first += 2 * (place == 4)
+    return np.array(positions).T
+
+
 def eager_to_look(scale: float = 3.0):
     """Return parameters under which `latent_start` is likely, so that latent mode occurs."""
     params = MODEL.init(jax.random.key(3))

@@ -267,7 +267,7 @@ class DataConfig:
 class LatentsConfig:
     """The settings of the method; the defaults are the published ones."""
 
-    latent_size: int = setting("K, slots per look", 8, least=1, most=LONGEST)
+    latent_size: int = setting("K, slots per look; 0: markers alone", 8, least=0, most=LONGEST)
     coverage: float = setting("p, the mass of the softmax that the targets cover", 0.9, above=0, most=1)
     candidates: int = setting("L, the most features after grouping", 256, least=1)
     temperature: float = setting("of the softmax over candidates", 1.0, above=0)

@@ -47,10 +47,10 @@ class ExampleSettings:
     def __post_init__(self):
         if self.helper_images not in HELPER_IMAGES:
             raise ValueError(f"helper_images must be one of {', '.join(HELPER_IMAGES)}, got {self.helper_images!r}")
-        if self.latent_size < 1 or self.image_scale <= 0:
-            raise ValueError(
-                f"latent_size and image_scale must be positive numbers, got {self.latent_size} and {self.image_scale}"
-            )
+        if self.latent_size < 0:
+            raise ValueError(f"latent_size must be at least 0, got {self.latent_size}")
+        if self.image_scale <= 0:
+            raise ValueError(f"image_scale must be a positive number, got {self.image_scale}")
         bounds = [bound for bound in (self.min_pixels, self.max_pixels) if bound is not None]
         if any(bound < 1 for bound in bounds) or bounds != sorted(bounds):
             raise ValueError(

@@ -16,6 +16,7 @@ from ilvr_jax.data.examples import ExampleSettings, build_example
 from ilvr_jax.data.records import BadRecord, Look, Record
 from ilvr_jax.evaluation.interventions import Slots
 from ilvr_jax.method.layout import Batch, Sample, collate, merge_layouts, required_layout
+from ilvr_jax.method.positions import grid_places
 from ilvr_jax.method.selection import select
 from ilvr_jax.method.slots import fill_slots
 from ilvr_jax.models.base import Model
@@ -69,5 +70,6 @@ def target_inputs(
     )
     selection = select(model, decoder, batch, features, helper_features, settings, key)
     pause = model.embed(decoder, batch.tokens[:, batch.layout.slot_columns])
-    targets = fill_slots(model, decoder, selection.targets, pause, jnp.arange(batch.layout.latent_size))
+    places = grid_places(batch.positions[..., batch.layout.slot_columns])
+    targets = fill_slots(model, decoder, selection.targets, pause, places)
     return jnp.where(selection.valid[..., None], targets, pause)

@@ -27,6 +27,7 @@ from ilvr_jax.inference.interventions import (
 from ilvr_jax.inference.requests import Request
 from ilvr_jax.inference.sampling import RowSampling, exclude_tokens, penalize_repetition, sample_tokens
 from ilvr_jax.inference.sizes import EngineSettings
+from ilvr_jax.method.positions import grid_places
 from ilvr_jax.method.slots import fill_slots
 from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.attention import KVCache, outside
@@ -258,9 +259,9 @@ def decode_steps(
         in_slot, slot_state = state.token == special.latent_pad, state.slot_state
         slot = jnp.where(in_slot, slot_state.slots_written - 1, -1)
         places = given_places(state.given, slot, slot_state.latent_size)
-        inputs_embeds = next_inputs(model, decoder, state, special)
-        inputs_embeds = give_inputs(state.given, places, inputs_embeds)
         position_ids, distance = next_positions(state, in_slot)
+        inputs_embeds = next_inputs(model, decoder, state, position_ids, special)
+        inputs_embeds = give_inputs(state.given, places, inputs_embeds)
         columns = kv_cache.lengths
         cached = kv_cache._replace(lengths=jnp.where(running, columns, 0))  # other rows attend to nothing
         cached = cached._replace(hidden=hide(state, columns, special)[:, None])
@@ -299,7 +300,8 @@ def next_positions(
     """
     slot_state = state.slot_state
     size, side = jnp.maximum(slot_state.latent_size, 1), slot_state.grid_side
-    place, look = slot_places(slot_state), (slot_state.slots_written - 1) // size
+    place = slot_state.latent_size - 1 - jnp.maximum(slot_state.slots_left, 0)  # of the slot that was written last
+    look = (slot_state.slots_written - 1) // size
     cell = jnp.where(slot_state.turning & (look % 2 == 1), size - 1 - place, place)
     in_grid, width = in_slot & (side > 0), jnp.maximum(side, 1)
     in_image = jnp.stack([jnp.zeros_like(cell), cell // width, cell % width], axis=1)
@@ -308,17 +310,12 @@ def next_positions(
 
 
 def next_inputs(
-    model: Model, decoder: PyTree, state: DecodeState, special: SpecialTokens
+    model: Model, decoder: PyTree, state: DecodeState, position_ids: Int[Array, "rows 3 1"], special: SpecialTokens
 ) -> Float[Array, "rows 1 channels"]:
     """Return each row's next input: in a slot what `fill_slots` makes, else its last token's embedding."""
     embedded = model.embed(decoder, state.token[:, None])
-    filled = fill_slots(model, decoder, state.hidden_states[:, None], embedded, slot_places(state.slot_state)[:, None])
+    filled = fill_slots(model, decoder, state.hidden_states[:, None], embedded, grid_places(position_ids))
     return jnp.where((state.token == special.latent_pad)[:, None, None], filled, embedded)
-
-
-def slot_places(slot_state: SlotState) -> Int[Array, " rows"]:
-    """Return the number, in its look, of the slot that each row wrote last; meaningless in text."""
-    return slot_state.latent_size - 1 - jnp.maximum(slot_state.slots_left, 0)
 
 
 def _write_tokens(

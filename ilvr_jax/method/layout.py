@@ -50,9 +50,13 @@ class Layout:
         return self.prefix + self.segments * (self.latent_size + self.text) + self.tail
 
     @property
+    def segment_starts(self) -> Int[np.ndarray, " segments"]:
+        """The column of each segment's first slot."""
+        return self.prefix + np.arange(self.segments) * (self.latent_size + self.text)
+
+    @property
     def slot_columns(self) -> Int[np.ndarray, "segments latent_size"]:
-        starts = self.prefix + np.arange(self.segments) * (self.latent_size + self.text)
-        return starts[:, None] + np.arange(self.latent_size)
+        return self.segment_starts[:, None] + np.arange(self.latent_size)
 
     @property
     def text_columns(self) -> Int[np.ndarray, " text_columns"]:
@@ -63,7 +67,8 @@ class Layout:
         """For each column the segment whose slots come next (`segments` after the last)."""
         if not self.segments:
             return np.zeros(self.columns, np.int32)
-        return np.searchsorted(self.slot_columns[:, -1], np.arange(self.columns)).astype(np.int32)
+        ends = self.segment_starts + self.latent_size
+        return np.searchsorted(ends, np.arange(self.columns), side="right").astype(np.int32)
 
 
 def padded_tokens(layout: Layout) -> int:
@@ -227,7 +232,7 @@ def sample_columns(sample: Sample, layout: Layout) -> Int[np.ndarray, " time"]:
 
     Raises ValueError if the layout has too few segments, slots or text columns.
     """
-    size, slots = sample.latent_size, layout.slot_columns
+    size, starts = sample.latent_size, layout.segment_starts
     if len(sample.slot_starts) > layout.segments:
         raise ValueError(f"a sample must have at most {layout.segments} latent segments, got {len(sample.slot_starts)}")
     if sample.slot_starts and size > layout.latent_size:
@@ -236,12 +241,11 @@ def sample_columns(sample: Sample, layout: Layout) -> Int[np.ndarray, " time"]:
     index, first_free = 0, 0
     for segment, start in enumerate(sample.slot_starts):
         count = start - index
-        columns[index:start] = np.arange(slots[segment, 0] - count, slots[segment, 0])
-        columns[start : start + size] = slots[segment, :size]
-        room = slots[segment, 0] - first_free
+        columns[index : start + size] = np.arange(starts[segment] - count, starts[segment] + size)
+        room = starts[segment] - first_free
         if count > room:
             raise ValueError(f"text {segment + 1} must have at most {room} tokens, got {count}")
-        index, first_free = start + size, slots[segment, -1] + 1
+        index, first_free = start + size, starts[segment] + layout.latent_size
     remaining = layout.text_columns[layout.text_columns >= first_free]
     count = len(sample.tokens) - index
     if count > len(remaining):

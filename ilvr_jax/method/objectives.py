@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from ilvr_jax.config.schema import LatentsConfig
 from ilvr_jax.method.layout import Batch
+from ilvr_jax.method.positions import grid_places
 from ilvr_jax.method.rollout import roll_out
 from ilvr_jax.method.selection import Selection, cosine, select
 from ilvr_jax.method.slots import fill_slots
@@ -114,7 +115,7 @@ def alignment_loss(
     decoder, features, inputs = _embedded(model, params, batch)
     selection = _select(model, params, teacher, batch, features, settings, key)
     slots = batch.layout.slot_columns
-    targets = fill_slots(model, decoder, selection.targets, inputs[:, slots], jnp.arange(batch.layout.latent_size))
+    targets = fill_slots(model, decoder, selection.targets, inputs[:, slots], grid_places(batch.positions[..., slots]))
     inputs = inputs.at[:, slots].set(jnp.where(selection.valid[..., None], targets, inputs[:, slots]))
     keys = dropout_keys(model, key, batch)
     hidden, _ = model.decode(decoder, inputs, batch.positions, batch.attention_mask(settings), dropout_keys=keys)
@@ -133,7 +134,8 @@ def guided_loss(
     selection = _select(model, params, teacher, batch, features, settings, key)
     slots, keys = batch.layout.slot_columns, dropout_keys(model, key, batch)
     rolled_out = roll_out(model, settings, decoder, inputs, batch, keys)
-    own = fill_slots(model, decoder, rolled_out[:, slots - 1], inputs[:, slots], jnp.arange(batch.layout.latent_size))
+    places = grid_places(batch.positions[..., slots])
+    own = fill_slots(model, decoder, rolled_out[:, slots - 1], inputs[:, slots], places)
     inputs = inputs.at[:, slots].set(jax.lax.stop_gradient(own))
     hidden, _ = model.decode(decoder, inputs, batch.positions, batch.attention_mask(settings), dropout_keys=keys)
     return _aligned_losses(model, decoder, batch, hidden, selection, settings, key)

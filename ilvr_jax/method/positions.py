@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.base import PositionIds
@@ -41,6 +42,14 @@ def sample_positions(
         look = slice(start, start + latent_size)
         positions[:, look] = positions[:, look][:, ::-1]
     return positions
+
+
+def grid_places(position_ids: Int[Array, "rows axes *columns"]) -> Int[Array, "rows *columns 2"]:
+    """Return the row and the column of slots in the grid of their look, by their positions; 0 with those of text.
+
+    A look that is turned has those of the cells that its slots stand for.
+    """
+    return jnp.moveaxis(position_ids[:, 1:] - position_ids[:, :1], 1, -1)
 
 
 def answer_positions(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from ilvr_jax.config.schema import LatentsConfig
 from ilvr_jax.method.layout import Batch
+from ilvr_jax.method.positions import grid_places
 from ilvr_jax.method.slots import PARAMETERS, fill_slots
 from ilvr_jax.models.base import Model
 from ilvr_jax.models.qwen2_5_vl.decoder import KeyValues
@@ -63,7 +64,7 @@ def _backward(model: Model, settings: LatentsConfig, residuals: tuple, gradient:
     if slots.size:
         _, by_change = jax.vjp(after_prefix, jnp.zeros((*inputs[:, slots].shape,), hidden.dtype))
         own = {name: decoder[name] for name in (PARAMETERS,) if name in decoder}
-        fill = functools.partial(fill_slots, model, places=jnp.arange(batch.layout.latent_size))
+        fill = functools.partial(fill_slots, model, places=grid_places(batch.positions[..., slots]))
         filled, by_fill = jax.vjp(fill, own, hidden[:, slots - 1], inputs[:, slots])
         of_fill, of_hidden, of_embedding = by_fill(by_change(gradient[:, end:])[0].astype(filled.dtype))
         gradient = gradient.at[:, slots - 1].add(of_hidden)
@@ -127,7 +128,8 @@ def _after_prefix(
             # A slot attends to the finished columns, the slots before it and itself.
             mask = jnp.concatenate([done, slots_valid & (jnp.arange(size) < index), jnp.ones((rows, 1), bool)], axis=1)
             embedding = columns_from(inputs, start + index, 1, 1)
-            filled = fill_slots(model, decoder, before, embedding, index) + change[:, None]
+            places = grid_places(columns_from(positions, start + index, 1, 2))
+            filled = fill_slots(model, decoder, before, embedding, places) + change[:, None]
             hidden, new = decode(filled, mask[:, None], [cache, slot_cache], start + index)
             slot_cache = jax.tree.map(lambda slots, column: write_columns(slots, column, index, 2), slot_cache, new)
             return (slot_cache, hidden), hidden[:, 0]

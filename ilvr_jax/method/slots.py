@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ilvr_jax.models.base import Model
 
-LONGEST_WAVE = 100.0  # of the sinusoids of places, in slots per radian
+LONGEST_WAVE, SHORTEST_WAVE = 16.0, 2.0  # of the sinusoids of places, in rows or columns
 PARAMETERS = "slot_input"  # key in the trained part of the parameters: decoder or adapters
 
 Channels = Float[Array, "*batch channels"]
-Places = Int[Array, "*batch"]
+Places = Int[Array, "*batch 2"]
 
 
 class SlotInput(NamedTuple):
@@ -24,7 +24,7 @@ class SlotInput(NamedTuple):
 
     `fill(hidden_states, embeddings, parameters, places)` returns the inputs of slots from the hidden states of the
     columns before them (in stage 1 from the teacher's targets), the embedding of `latent_pad`, the rule's own
-    parameters, and the slots' numbers in their looks, in a shape that broadcasts to that of the slots.
+    parameters, and the rows and columns of slots in the grids of their looks (`method.positions.grid_places`).
     `init(key, channels)` creates these; it is None for a rule without any.
     """
 
@@ -51,14 +51,17 @@ def fill_normed(hidden_states: Channels, embeddings: Channels, parameters: PyTre
 
 
 def fill_placed(hidden_states: Channels, embeddings: Channels, parameters: PyTree, places: Places) -> Channels:
-    """Return those of `fill_normed` plus sinusoids of the slots' places (Vaswani et al., 2017, section 3.5).
+    """Return those of `fill_normed` plus sinusoids of the slots' rows and columns (Vaswani et al., 2017, section 3.5).
 
-    Slots whose targets are the cells of a picture, in reading order, can then be found by their place.
+    Text can then find the slot of a cell by its content. Half of the channels are for the rows, half for the columns,
+    so that what it looks for is a sum of the two; the waves are short enough that neighbours differ.
     """
     normed = fill_normed(hidden_states, embeddings, parameters, places)
-    half = hidden_states.shape[-1] // 2
-    angles = jnp.asarray(places)[..., None] * LONGEST_WAVE ** (-jnp.arange(half) / half)
-    return normed + jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1).astype(normed.dtype)
+    count = hidden_states.shape[-1] // 4
+    waves = SHORTEST_WAVE * (LONGEST_WAVE / SHORTEST_WAVE) ** (jnp.arange(count) / max(count - 1, 1))
+    angles = 2 * jnp.pi * places[..., None] / waves
+    codes = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return normed + codes.reshape(*codes.shape[:-2], 4 * count).astype(normed.dtype)
 
 
 def fill_projected(hidden_states: Channels, embeddings: Channels, parameters: PyTree, places: Places) -> Channels:

@@ -43,6 +43,8 @@ def check_choices(config: RunConfig) -> None:
     """Raise BadConfig for a name that no table has, listing those it has, and a stage that its objective refuses."""
     choose(SELECTORS, config.latents.selection, "latents.selection")
     choose(SLOT_INPUTS, config.model.slot_input, "model.slot_input")
+    if config.model.slot_input == "placed" and config.latents.slot_positions == "text":
+        raise BadConfig("`latents.slot_positions` must be grid or turning_grid with model.slot_input placed, got text")
     choose(BACKBONES, config.model.backbone, "model.backbone")
     choose(TASKS, config.eval.task, "eval.task")
     for name, stage in config.stages.items():

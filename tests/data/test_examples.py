@@ -281,8 +281,10 @@ def test_bad_records_are_named(tmp_path):
 def test_wrong_settings_are_named():
     with pytest.raises(ValueError, match="helper_images must be one of latent, slots, omit, encode, got 'all'"):
         ExampleSettings(helper_images="all")
-    with pytest.raises(ValueError, match="latent_size and image_scale must be positive numbers, got 0 and 1.0"):
-        ExampleSettings(latent_size=0)
+    with pytest.raises(ValueError, match="latent_size must be at least 0, got -1"):
+        ExampleSettings(latent_size=-1)
+    with pytest.raises(ValueError, match="image_scale must be a positive number, got 0"):
+        ExampleSettings(image_scale=0)
     for bounds in ({"min_pixels": 0}, {"max_pixels": -1}, {"min_pixels": 10, "max_pixels": 9}):
         with pytest.raises(
             ValueError, match=f"ascending order, got {bounds.get('min_pixels')} and {bounds.get('max_pixels')}"

@@ -11,7 +11,7 @@ from ilvr_jax.inference.engine import generate
 from ilvr_jax.inference.kv_cache import init_kv_cache, write_columns
 from ilvr_jax.inference.sampling import RowSampling, check_sampling, sample_tokens
 from ilvr_jax.models.attention import causal_mask
-from tests.decoding import MODEL, PARAMS, eager_to_look, lay_out, make_request, prompts
+from tests.decoding import MODEL, PARAMS, eager_to_look, lay_out, make_request, positions_by_definition, prompts
 from tests.samples import SPECIAL, seen_until_look
 
 
@@ -46,22 +46,6 @@ def test_latent_segments_are_whole_and_closed():
         assert len(outside) == sum(len(tokens[place + 1 : place + 5]) for place in starts)
         looks += len(starts)
     assert looks > 3
-
-
-def positions_by_definition(tokens, rule, first):
-    """Return the rotary positions of an answer's tokens [3, tokens], with 4 slots a look."""
-    positions, place, look = [], 0, -1
-    for token in tokens:
-        look, place = (look + 1, 0) if token == SPECIAL.latent_start else (look, place)
-        if token != SPECIAL.latent_pad or rule == "text":
-            positions.append([first] * 3)
-            first += 1
-            continue
-        row, column = divmod(3 - place if rule == "turning_grid" and look % 2 else place, 2)
-        positions.append([first, first + row, first + column])
-        place += 1
-        first += 2 * (place == 4)
-    return np.array(positions).T
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,18 @@ from ilvr_jax.method.slots import fill_slots, with_slot_parameters
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.qwen2_5_vl.model import Qwen2_5VL
 from ilvr_jax.models.sharding import make_mesh, on_mesh, shardings
-from tests.decoding import MODEL, PARAMS, changed, draw_look, make_engine, make_prompt, make_request, prompts, same
+from tests.decoding import (
+    MODEL,
+    PARAMS,
+    changed,
+    draw_look,
+    make_engine,
+    make_prompt,
+    make_request,
+    positions_by_definition,
+    prompts,
+    same,
+)
 from tests.paths import REPOSITORY
 from tests.samples import CONFIG, FIRST_WORD, GEOMETRY, SPECIAL
 
@@ -202,22 +213,26 @@ def test_slots_past_the_last_given_one_repeat_the_last_look(engine, count, place
     np.testing.assert_array_equal(answer.latent_vectors[:9], given.inputs[places])
 
 
-@pytest.mark.parametrize("rule", ["projected", "placed"])
-def test_vectors_are_the_inputs_that_the_rule_makes(rule):
+@pytest.mark.parametrize(("rule", "slot_positions"), [("projected", "text"), ("placed", "turning_grid")])
+def test_vectors_are_the_inputs_that_the_rule_makes(rule, slot_positions):
     """Computed again from the whole sequence at once: what the rule makes of the hidden state before each slot."""
     model, params = model_of("float32", rule)
     decoder, prompt = params["decoder"], make_prompt(4)
     engine = make_engine(params, model, latent_vectors=True)
-    (answer,) = engine.answer([make_request(prompt, 18, K, forced_tokens=(11, *LOOK, 12, *LOOK), latent_vectors=True)])
+    look, settings = (SPECIAL.latent_start, *[-1] * 5), {"latent_vectors": True, "slot_positions": slot_positions}
+    (answer,) = engine.answer([make_request(prompt, 18, 4, forced_tokens=(11, *look, 12, *look), **settings)])
     tokens = np.array(answer.tokens[:-1])
     slots = np.flatnonzero(tokens == SPECIAL.latent_pad)
     inputs, positions = prompt_inputs(prompt, params)
     after = np.array(model.embed(decoder, tokens[None]))
     after[0, slots] = answer.latent_vectors
     inputs = jnp.concatenate([inputs, after], axis=1)
-    hidden, _ = model.decode(decoder, inputs, following(positions, len(tokens)), np.ones(inputs.shape[:2], bool))
+    following = positions_by_definition(tokens, slot_positions, positions.max() + 1)[None]
+    positions = np.concatenate([positions, following], axis=2)
+    hidden, _ = model.decode(decoder, inputs, positions, np.ones(inputs.shape[:2], bool))
     before = hidden[0, len(prompt.tokens) + slots - 1]
-    made = fill_slots(model, decoder, before, after[0, slots], np.arange(len(slots)) % K)
+    places = (following[0, 1:] - following[0, 0])[:, slots].T
+    made = fill_slots(model, decoder, before, after[0, slots], places)
     np.testing.assert_allclose(answer.latent_vectors, made, atol=1e-4)
     assert np.abs(answer.latent_vectors - before).mean() > 0.1
 

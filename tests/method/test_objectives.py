@@ -44,6 +44,14 @@ def unequal_samples():
     ]
 
 
+def in_grids(sample):
+    """Return a sample with its slots at other places of grids than those before and after."""
+    slots = np.flatnonzero(sample.tokens == SPECIAL.latent_pad)
+    positions = sample.positions.copy()
+    positions[1:, slots] += np.stack([np.arange(len(slots)) // 2, 3 * np.arange(len(slots)) % 4])
+    return dataclasses.replace(sample, positions=positions)
+
+
 def loss_and_gradient(name, batch, settings=SETTINGS, model=MODEL, params=PARAMS):
     def loss(params):
         result = OBJECTIVES[name].loss(model, params, TEACHER, batch, settings, KEY)
@@ -117,7 +125,7 @@ def test_the_roll_out_equals_recomputing_every_prefix(slot_input, visibility, mo
     settings = VISIBILITIES[visibility]
     monkeypatch.setitem(SLOT_INPUTS, "add_embedding", SlotInput(add_embedding))
     model, params = model_with(slot_input)
-    samples = unequal_samples()[:2]
+    samples = [in_grids(sample) for sample in unequal_samples()[:2]]
     layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in samples])
     batch = collate(samples, layout, SPECIAL, GEOMETRY)
     features = jax.jit(model.encode_images)(params["vision"], batch.images)
@@ -132,14 +140,15 @@ def test_the_roll_out_equals_recomputing_every_prefix(slot_input, visibility, mo
     def recomputed(decoder):
         embedded = model.embed(decoder, batch.tokens, batch.image_index, features)
 
-        def fill_column(inputs, numbered_column):
-            place, column = numbered_column
+        def fill_column(inputs, column):
             hidden, _ = model.decode(decoder, inputs, batch.positions, mask)
-            filled = fill(hidden[:, column - 1], embedded[:, column], decoder["slot_input"], place)
+            positions = jnp.asarray(batch.positions)[..., column]
+            places = positions[:, 1:] - positions[:, :1]
+            filled = fill(hidden[:, column - 1], embedded[:, column], decoder["slot_input"], places)
             return inputs.at[:, column].set(filled), None
 
         columns = layout.slot_columns.reshape(-1)
-        inputs, _ = jax.lax.scan(fill_column, embedded, (np.arange(len(columns)) % 3, columns))
+        inputs, _ = jax.lax.scan(fill_column, embedded, columns)
         hidden, _ = model.decode(decoder, inputs, batch.positions, mask)
         return jnp.where(batch.valid[..., None], hidden, 0.0)
 
@@ -176,7 +185,7 @@ def test_the_roll_out_equals_recomputing_every_prefix(slot_input, visibility, mo
 def test_every_rule_treats_a_ragged_batch_as_its_samples_alone(selection, slot_input):
     model, params = model_with(slot_input)
     settings = dataclasses.replace(SETTINGS, selection=selection)
-    samples = unequal_samples()
+    samples = [in_grids(sample) for sample in unequal_samples()]
     layout = merge_layouts([required_layout(sample, GEOMETRY) for sample in samples])
     loss = jax.jit(lambda *parts: alignment_loss(model, *parts, settings, KEY).loss)
     together = loss(params, TEACHER, collate(samples, layout, SPECIAL, GEOMETRY))
@@ -185,11 +194,24 @@ def test_every_rule_treats_a_ragged_batch_as_its_samples_alone(selection, slot_i
         np.testing.assert_allclose(together[row], alone[0], atol=2e-5)
 
 
+def test_placed_slots_are_told_apart_by_the_row_and_the_column_of_their_place():
+    """Codes of neighbours are nearly orthogonal, and a cell's is the sum of its row's and its column's."""
+    model, params = model_with("placed")
+    states = jnp.zeros((8, 8, 128))
+    rows, columns = jnp.meshgrid(jnp.arange(8), jnp.arange(8), indexing="ij")
+    codes = fill_slots(model, params["decoder"], states, states, jnp.stack([rows, columns], axis=-1))
+    np.testing.assert_allclose(codes, codes[:, :1] + codes[:1] - codes[:1, :1], atol=1e-5)
+    cosines = jnp.einsum("rcx,sdx->rcsd", codes, codes) / 64
+    np.testing.assert_allclose(jnp.einsum("rcrc->rc", cosines), 1.0, atol=1e-5)
+    others = cosines - jnp.einsum("rs,cd->rcsd", jnp.eye(8), jnp.eye(8))
+    assert others.max() < 0.7 and jnp.abs(others).mean() < 0.2
+
+
 def test_a_pause_carries_nothing_from_one_column_to_the_next():
     """Whatever the hidden states are, slots that hold a constant are filled alike."""
     model, params = model_with("pause")
     hidden, embedding = jax.random.normal(KEY, (2, 3, 4, CONFIG.hidden_size)), jnp.zeros((3, 4, CONFIG.hidden_size))
-    one, other = (fill_slots(model, params["decoder"], states, embedding, 0) for states in hidden)
+    one, other = (fill_slots(model, params["decoder"], states, embedding, None) for states in hidden)
     np.testing.assert_array_equal(one, other)
     assert len(np.unique(np.asarray(one).reshape(-1, CONFIG.hidden_size), axis=0)) == 1
 
@@ -198,7 +220,7 @@ def test_a_projection_starts_as_the_hidden_state_itself():
     model = Qwen2_5VL(dataclasses.replace(CONFIG, slot_input="projected"))
     decoder = init_params(model, KEY)["decoder"]
     hidden = jax.random.normal(KEY, (3, CONFIG.hidden_size))
-    np.testing.assert_array_equal(fill_slots(model, decoder, hidden, jnp.zeros_like(hidden), 0), hidden)
+    np.testing.assert_array_equal(fill_slots(model, decoder, hidden, jnp.zeros_like(hidden), None), hidden)
 
 
 @pytest.mark.parametrize("selection", ["dense", "top_k", "random"])

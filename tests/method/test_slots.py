@@ -47,6 +47,10 @@ def test_a_rule_that_does_not_exist_is_one_sentence_that_lists_those_that_do():
     with pytest.raises(BadConfig, match="`model.slot_input` .*hidden, normed, placed, projected, pause.*hiden"):
         check_choices(parse(config))
     config = tiny_config()
+    config.model.slot_input = "placed"
+    with pytest.raises(BadConfig, match="`latents.slot_positions` must be grid or turning_grid .* got text"):
+        check_choices(parse(config))
+    config = tiny_config()
     config.latents.selection = "cover"
     with pytest.raises(
         BadConfig, match="`latents.selection` must be one of coverage, dense, top_k, random, got 'cover'"
