@@ -31,5 +31,5 @@ def test_every_record_of_every_stage_has_a_bucket(variant):
 
 
 def test_an_unknown_variant_is_named():
-    with pytest.raises(BadConfig, match="must be one of text, text_tokens, pause, .*got 'texts'"):
+    with pytest.raises(BadConfig, match="must be one of text, text_tokens, markers, pause, .*got 'texts'"):
         load_config(f"{CONFIG}:texts")
