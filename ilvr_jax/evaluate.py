@@ -12,11 +12,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ilvr_jax.analysis.slot_use import main_figures, report_files, run_slot_evaluation
+from ilvr_jax.analysis import slot_use
+from ilvr_jax.analysis.slot_probes import FEWEST, report_files, run_probes
 from ilvr_jax.checkpoints.trained import TrainedModel
 from ilvr_jax.command import ArgumentParser, command, path_flag
 from ilvr_jax.config.fields import BadConfig
-from ilvr_jax.config.schema import RunConfig
+from ilvr_jax.config.schema import LatentsConfig, RunConfig
 from ilvr_jax.distributed import add_flags, initialize_distributed, is_main
 from ilvr_jax.errors import quote
 from ilvr_jax.evaluation.evaluator import Evaluator, results_file, run_evaluation, summary_file
@@ -31,10 +32,12 @@ from ilvr_jax.generation_flags import (
     set_defaults,
 )
 from ilvr_jax.inference.sampling import check_whole
+from ilvr_jax.reports.probes import describe_records, probe_tables
 from ilvr_jax.reports.slots import slot_table
 from ilvr_jax.tasks import TASKS
 
 MOST_SAMPLES, MOST_ROWS = 2**16, 2**16
+PROBE_RECORDS = 400  # that probes are fitted on
 LABELS = {  # of figures whose names in the summary need an explanation
     "unparsed": "without a readable answer",
     "cut_off": "stopped before their end",
@@ -58,11 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = read_flags(arguments)
     initialize_distributed(options)
     with load_on_mesh(options) as trained:
-        if options.slots and not trained.looks:
-            raise BadConfig(f"--slots must be used with a checkpoint that has latent tokens, got {options.checkpoint}")
+        flag = slot_flag(options)
+        if flag and not trained.looks:
+            raise BadConfig(f"{flag} must be used with a checkpoint that has latent tokens, got {options.checkpoint}")
         set_defaults(options, trained)
         if options.slots:
             return evaluate_slots(options, trained)
+        if options.probes is not None:
+            return evaluate_probes(options, trained)
         evaluator = make_evaluator(options, trained)
         out = options.out or default_out(options, trained)
         summary = run_evaluation(evaluator, out)
@@ -112,6 +118,14 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=slots_flag,
         help=f"ask everything again with other slots: all, or names, with commas between them, of {', '.join(NAMES)}",
     )
+    parser.add_argument(
+        "--probes",
+        type=int,
+        nargs="?",
+        const=PROBE_RECORDS,
+        help="read from slots, with linear probes that are fitted on so many records, what they should show "
+        f"(default: {PROBE_RECORDS})",
+    )
     parser.add_argument("--slots-look", type=int, help="replace the slots of this look alone, from 1 (default: all)")
     parser.add_argument("--slots-place", type=int, help="replace this slot of each look alone, from 1 (default: all)")
     add_decoding_flags(parser)
@@ -121,18 +135,23 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         for name, most in (("samples_per_question", MOST_SAMPLES), ("batch_size", MOST_ROWS)):
             if getattr(options, name) is not None:
                 check_whole(name, getattr(options, name), 1, most)
-        for name, least in (("limit", 0), ("slots_look", 1), ("slots_place", 1)):
+        for name, least in (("limit", 0), ("slots_look", 1), ("slots_place", 1), ("probes", FEWEST)):
             if getattr(options, name) is not None:
                 check_whole(name, getattr(options, name), least)
     if options.out is not None and options.out.suffix != ".jsonl":
         raise BadConfig(f"--out must be a file whose name ends with .jsonl, got {quote(str(options.out))}")
     if options.root is not None and options.data is None:
         raise BadConfig(f"--root must come with --data, got {quote(str(options.root))} alone")
-    if options.slots:
+    if slot_flag(options):
         _check_slot_flags(options)
-    elif options.slots_look or options.slots_place:
+    if not options.slots and (options.slots_look or options.slots_place):
         raise BadConfig("--slots must be given with --slots-look and --slots-place, got none")
     return options
+
+
+def slot_flag(options: argparse.Namespace) -> str | None:
+    """Return the flag that asks for figures of slots, None without one."""
+    return "--slots" if options.slots else None if options.probes is None else "--probes"
 
 
 def slots_flag(text: str) -> list[str]:
@@ -146,34 +165,66 @@ def slots_flag(text: str) -> list[str]:
 
 
 def _check_slot_flags(options: argparse.Namespace) -> None:
-    """Raise BadConfig, naming the flag, for flags that cannot be used with --slots."""
+    """Raise BadConfig, naming the flag, for flags that cannot be used with --slots or --probes."""
+    flag = slot_flag(options)
+    if options.slots and options.probes is not None:
+        raise BadConfig("--probes must not be given with --slots, which asks all questions again")
     if options.method not in ("latent", "single"):
-        raise BadConfig(f"--method must be latent or single for --slots, whose looks have slots, got {options.method}")
+        raise BadConfig(f"--method must be latent or single for {flag}, whose looks have slots, got {options.method}")
     if options.mesh is not None or options.distributed or (options.processes or 1) > 1:
-        raise BadConfig("--slots must be used on one device in one process, without --mesh and --distributed")
+        raise BadConfig(f"{flag} must be used on one device in one process, without --mesh and --distributed")
     if (options.samples_per_question or 1) > 1:
-        raise BadConfig(f"--samples-per-question must be 1 for --slots, got {options.samples_per_question}")
+        raise BadConfig(f"--samples-per-question must be 1 for {flag}, got {options.samples_per_question}")
     if options.early_end:
-        raise BadConfig("--early-end must not be given with --slots, which counts the slots of whole looks")
+        raise BadConfig(f"--early-end must not be given with {flag}, which counts the slots of whole looks")
 
 
 def evaluate_slots(options: argparse.Namespace, trained: TrainedModel) -> int:
     """Ask the questions with own and with other slots, print the figures, and return the exit status."""
-    options.samples_per_question = 1
-    if options.early_end:
-        raise BadConfig("--no-early-end must be given with --slots, which counts the slots of whole looks")
     chosen = Chosen(options.slots_look, options.slots_place)
     if (chosen.place or 1) > options.latent_size:
         raise BadConfig(
             f"--slots-place must be at most the slots of a look ({options.latent_size}), got {chosen.place}"
         )
-    evaluator = dataclasses.replace(make_evaluator(options, trained), controls=False)
+    evaluator = _whole_looks(options, trained)
     names = _served(options, evaluator, chosen)
     out = options.out or default_out(options, trained)
-    summary = run_slot_evaluation(evaluator, names, out, chosen)
+    summary = slot_use.run_slot_evaluation(evaluator, names, out, chosen)
     Console().print(slot_table(summary["rows"]))
-    Console().print(figures_table(f"{options.task}, slots", main_figures(summary)))
-    files = report_files(out, chosen)
+    Console().print(figures_table(f"{options.task}, slots", slot_use.main_figures(summary)))
+    files = slot_use.report_files(out, chosen)
+    print(f"Figures written to {files['summary']}, page to {files['html']}")
+    return 1 if evaluator.skipped else 0
+
+
+def _whole_looks(options: argparse.Namespace, trained: TrainedModel) -> Evaluator:
+    """Return an evaluator of one answer per question, without controls, whose looks have all their slots."""
+    options.samples_per_question = 1
+    if options.early_end:
+        raise BadConfig(
+            f"--no-early-end must be given with {slot_flag(options)}, which counts the slots of whole looks"
+        )
+    return dataclasses.replace(make_evaluator(options, trained), controls=False)
+
+
+def evaluate_probes(options: argparse.Namespace, trained: TrainedModel) -> int:
+    """Read states from slots with probes, print the figures, and return the exit status."""
+    evaluator = _whole_looks(options, trained)
+    if not hasattr(evaluator.module, "slot_states"):
+        known = ", ".join(name for name, module in TASKS.items() if hasattr(module, "slot_states"))
+        raise BadConfig(f"--task must be one whose slots have states ({known}) for --probes, got {options.task}")
+    selection = (trained.config.latents if trained.config else LatentsConfig()).selection
+    if selection != "dense":
+        raise BadConfig(
+            "`latents.selection` must be dense for --probes, since other slots have no place of the helper image of "
+            f"their own, got {selection}"
+        )
+    out = options.out or default_out(options, trained)
+    summary = run_probes(evaluator, options.probes, out)
+    for table in probe_tables(summary):
+        Console().print(table)
+    print(describe_records(summary))
+    files = report_files(out)
     print(f"Figures written to {files['summary']}, page to {files['html']}")
     return 1 if evaluator.skipped else 0
 

@@ -143,11 +143,13 @@ class Probe:
         accuracy: [targets], on the test samples.
         baseline: [targets], the accuracy of the most frequent training label on the test samples.
         penalty: [targets], the chosen penalty.
+        predicted: [test, targets], the labels that are predicted for the test samples.
     """
 
     accuracy: Float[np.ndarray, " targets"]
     baseline: Float[np.ndarray, " targets"]
     penalty: Float[np.ndarray, " targets"]
+    predicted: Int[np.ndarray, "test targets"]
 
 
 def probe(
@@ -175,26 +177,27 @@ def probe(
     classes = [np.unique(column) for column in train_labels.T]
     one_hot = np.concatenate([train_labels[:, [t]] == values for t, values in enumerate(classes)], axis=1)
 
-    def right(training: np.ndarray, vectors: np.ndarray, labels: np.ndarray) -> Float[np.ndarray, "penalties targets"]:
+    def predict(training: np.ndarray, vectors: np.ndarray) -> Int[np.ndarray, "penalties samples targets"]:
         fits = fit_ridge(train_vectors[training], one_hot[training], penalties)
-        return np.array([(_classify(fit.predict(vectors), classes) == labels).sum(0) for fit in fits])
+        return np.array([_classify(fit.predict(vectors), classes) for fit in fits])
 
     everything = np.arange(len(train_vectors))
     right_in_folds = np.zeros((len(penalties), len(classes)))
     if len(penalties) > 1:
         for held_out in np.array_split(np.random.default_rng(seed).permutation(everything), folds):
             training = np.setdiff1d(everything, held_out)
-            right_in_folds += right(training, train_vectors[held_out], train_labels[held_out])
+            right_in_folds += (predict(training, train_vectors[held_out]) == train_labels[held_out]).sum(1)
     chosen = right_in_folds.argmax(0)
-    accuracy = right(everything, test_vectors, test_labels) / len(test_labels)
+    predicted = predict(everything, test_vectors)[chosen, :, np.arange(len(classes))].T
     most_frequent = [
         values[(column[:, None] == values).sum(0).argmax()]
         for column, values in zip(train_labels.T, classes, strict=True)
     ]
     return Probe(
-        accuracy=accuracy[chosen, np.arange(len(classes))],
+        accuracy=(predicted == test_labels).mean(0),
         baseline=(test_labels == most_frequent).mean(0),
         penalty=np.array(penalties)[chosen],
+        predicted=predicted,
     )
 
 
@@ -207,29 +210,65 @@ def _classify(
     return np.stack([values[part.argmax(1)] for values, part in zip(classes, parts, strict=True)], axis=1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """How well predictions find their own candidates: means over samples of functions of its rank, from 1."""
+
+    recall_at_1: float
+    recall_at_10: float
+    mean_reciprocal_rank: float
+
+
 def retrieval(
     predicted: Float[np.ndarray, "samples channels"],
     candidates: Float[np.ndarray, "samples channels"],
     count: int = 100,
     seed: int = 0,
-) -> float:
-    """Return the share of samples whose prediction is nearer to their own candidate than to others, by cosine.
+) -> Retrieval:
+    """Return how well each sample's prediction finds its own candidate among others, by cosine.
 
-    Each sample's candidate competes with those of `count` - 1 other samples, drawn without replacement: chance is
-    1 / `count`. A tie between n candidates counts as 1 / n. Raises ValueError if there are too few samples.
+    Each sample's candidate competes with those of `count` - 1 other samples, drawn without replacement: chance is a
+    recall of 1 / `count` at 1. Among n candidates that tie with it, each of the ranks that they share is equally
+    likely. Raises ValueError if there are too few samples.
     """
     samples = len(predicted)
     if len(candidates) != samples:
         raise ValueError(f"`candidates` must be one for each prediction ({samples}), got {len(candidates)}")
     if not 2 <= count <= samples:
         raise ValueError(f"`count` must be from 2 to the number of samples ({samples}), got {count}")
-    random, wins = np.random.default_rng(seed), 0.0
+    random, found = np.random.default_rng(seed), []
     predicted, candidates = _units(predicted), _units(candidates)
     for sample, vector in enumerate(predicted):
         others = random.choice(samples - 1, count - 1, replace=False)
         others += others >= sample  # skips the sample itself
         cosines = candidates[others] @ vector
         own = candidates[sample] @ vector
-        if (cosines <= own + TIE).all():
-            wins += 1 / (1 + (cosines >= own - TIE).sum())
-    return wins / samples
+        better, not_worse = (cosines > own + TIE).sum(), (cosines >= own - TIE).sum()
+        ranks = np.arange(better, not_worse + 1) + 1
+        found.append([(ranks <= 1).mean(), (ranks <= 10).mean(), (1 / ranks).mean()])
+    return Retrieval(*np.mean(found, axis=0).tolist())
+
+
+def cosine_with_own(
+    predicted: Float[np.ndarray, "samples channels"], candidates: Float[np.ndarray, "samples channels"]
+) -> tuple[float, float]:
+    """Return the mean cosine of predictions with their own candidates, and with those of all other samples.
+
+    Raises ValueError for a single sample.
+    """
+    samples = len(predicted)
+    if samples < 2:
+        raise ValueError(f"`predicted` must have two samples or more, got {samples}")
+    cosines = _units(predicted) @ _units(candidates).T
+    own = np.trace(cosines)
+    return float(own / samples), float((cosines.sum() - own) / (samples * (samples - 1)))
+
+
+def side_by_side(
+    slots: Float[np.ndarray, "samples slots channels"], valid: Bool[np.ndarray, "samples slots"]
+) -> Float[np.ndarray, "samples slots*channels"]:
+    """Return each sample's slots as one vector, of which the cosine is the mean of the slots' cosines.
+
+    Each slot has length 1, or 0 where it is not valid: it then adds nothing to the mean.
+    """
+    return (_units(slots) * valid[..., None]).reshape(len(slots), -1)

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from ilvr_jax.data.records import BadRecord, Look, Record
 from ilvr_jax.evaluation.interventions import Slots
 from ilvr_jax.method.layout import Batch, Sample, collate, merge_layouts, required_layout
 from ilvr_jax.method.positions import grid_places
-from ilvr_jax.method.selection import select
+from ilvr_jax.method.selection import Selection, select
 from ilvr_jax.method.slots import fill_slots
 from ilvr_jax.models.base import Model
 from ilvr_jax.models.lora import decoder_params
@@ -40,23 +41,36 @@ def oracle_slots(
     latents = dataclasses.replace(latents, latent_size=latent_size)
     settings = dataclasses.replace(prompts, latent_size=latent_size, helper_images="latent")
     records = [(number, record) for number, record in records if has_looks(record)]
-    geometry, special = trained.model.geometry, trained.special
 
     def samples() -> Iterator[tuple[int, Sample]]:
         for number, record in records:
             with contextlib.suppress(BadRecord):
-                yield number, build_example(record, trained.tokenizer, special, settings, number)
+                yield number, build_example(record, trained.tokenizer, trained.special, settings, number)
 
-    # Samples are made twice: the images of all of them fill memory. One layout for all compiles once.
-    layouts = [required_layout(sample, geometry) for _, sample in samples()]
-    if not layouts:
-        return {}
-    found, key, layout = {}, jax.random.key(seed), merge_layouts(layouts)
-    for number, sample in samples():
-        batch = collate([sample], layout, special, geometry)
+    found, key = {}, jax.random.key(seed)
+    for ((number, sample),), batch in answer_batches(trained, samples, rows=1):
         inputs = np.asarray(target_inputs(trained.model, trained.params, batch, latents, key))[0]
         found[number] = Slots(inputs[: len(sample.slot_starts)].reshape(-1, inputs.shape[-1]))
     return found
+
+
+def answer_batches(
+    trained: TrainedModel, samples: Callable[[], Iterable[tuple[int, Sample]]], rows: int
+) -> Iterator[tuple[list[tuple[int, Sample]], Batch]]:
+    """Yield numbered samples with their batch, up to `rows` at a time, all batches in one shape, which compiles once.
+
+    The last batch repeats its last sample. `samples` is called twice: the images of all of them fill memory.
+    """
+    geometry = trained.model.geometry
+    layouts = [required_layout(sample, geometry) for _, sample in samples()]
+    if not layouts:
+        return
+    layout = merge_layouts(layouts)
+    remaining = iter(samples())
+    while numbered := list(itertools.islice(remaining, rows)):
+        filled = [sample for _, sample in numbered]
+        filled += filled[-1:] * (rows - len(filled))
+        yield numbered, collate(filled, layout, trained.special, geometry)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "settings"))
@@ -65,11 +79,18 @@ def target_inputs(
 ) -> Float[Array, "rows segments slots channels"]:
     """Return the inputs that stage 1 gives to slots: the targets, or where there are none what `latent_pad` embeds."""
     decoder = decoder_params(params)
-    features, helper_features = (
-        model.encode_images(params["vision"], images) for images in (batch.images, batch.helper_images)
-    )
-    selection = select(model, decoder, batch, features, helper_features, settings, key)
+    _, selection = select_targets(model, params, batch, settings, key)
     pause = model.embed(decoder, batch.tokens[:, batch.layout.slot_columns])
     places = grid_places(batch.positions[..., batch.layout.slot_columns])
     targets = fill_slots(model, decoder, selection.targets, pause, places)
     return jnp.where(selection.valid[..., None], targets, pause)
+
+
+def select_targets(
+    model: Model, params: PyTree, batch: Batch, settings: LatentsConfig, key: PRNGKeyArray
+) -> tuple[Float[Array, "rows images units channels"], Selection]:
+    """Return the features of the user images, and the targets of slots with the model itself as the teacher."""
+    features, helper_features = (
+        model.encode_images(params["vision"], images) for images in (batch.images, batch.helper_images)
+    )
+    return features, select(model, decoder_params(params), batch, features, helper_features, settings, key)

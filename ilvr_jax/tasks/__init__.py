@@ -37,6 +37,11 @@ These functions are optional; without one, evaluation skips what it is for:
         Return the record with the steps, texts and looks with helper images, that a training record of it has in a run
         with this `data`; images and question stay. Raise BadRecord if it has none. Default: records have the steps of
         their file, and without looks among these the slots of helper images ("oracle") are not tried.
+    slot_states(record: Record, data: DataConfig) -> Shaped[np.ndarray, "looks places"]
+        Return the names of the states that the record's looks show in a run with this `data`, at each place of the
+        helper image in the order in which dense targets fill slots; "" where there is none to read. Probes are trained
+        to read these from slots. Raise BadConfig if looks have no such states in a run with this `data`.
+        Default: evaluation refuses --probes.
     draw_look(record: Record, texts: Sequence[str], data: DataConfig) -> UInt8[np.ndarray, "height width 3"]
         Return the picture for a look. `texts` are the answer's texts before each look so far: the last one precedes
         this look, and len(texts) - 1 looks precede that. The method "pixels" shows it to the model in place of slots.

@@ -15,13 +15,22 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 
+from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.schema import DataConfig
 from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.data.frozen_lake.edits import irrelevant_edit, relevant_edit
-from ilvr_jax.data.frozen_lake.source import MOVE_WORDS, MOVES, Cell, find_cell, make_record, shortest_path
+from ilvr_jax.data.frozen_lake.source import (
+    MOVE_WORDS,
+    MOVES,
+    Cell,
+    cell_states,
+    find_cell,
+    make_record,
+    shortest_path,
+)
 from ilvr_jax.data.images import open_image
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import BadRecord, Look, MapDesc, Record, prefix_errors
@@ -186,6 +195,19 @@ def with_steps(record: Record, data: DataConfig) -> Record:
         raise BadRecord(f"{record.name}: the map must have a path from start to goal, got none")
     settings = dataclasses.replace(data.frozen_lake, cell_pixels=cell_pixels(record))
     return dataclasses.replace(record, steps=make_record(record.map_desc, path, settings).steps)
+
+
+def slot_states(record: Record, data: DataConfig) -> Shaped[np.ndarray, "looks cells"]:
+    """Return the words for what looks at distances show of each cell of the record's map, "" beside the map.
+
+    Raises BadConfig for a run with other looks: the map between two moves depends on the moves of the answer.
+    """
+    if data.frozen_lake.looks != "distances":
+        raise BadConfig(
+            "`data.frozen_lake.looks` must be distances for slots whose states are known, got "
+            f"{data.frozen_lake.looks}, with which looks depend on the answer's moves"
+        )
+    return cell_states(record.map_desc, data.frozen_lake)
 
 
 def draw_look(record: Record, texts: Sequence[str], data: DataConfig) -> UInt8[np.ndarray, "height width 3"]:

@@ -8,11 +8,13 @@ from scipy.stats import binom
 
 from ilvr_jax.analysis.slots import (
     cosine_between_samples,
+    cosine_with_own,
     effective_rank,
     fit_ridge,
     movement,
     probe,
     retrieval,
+    side_by_side,
 )
 
 UNLIKELY = 1e-4  # of each tail of a binomial bound
@@ -146,6 +148,7 @@ def test_probes_read_planted_labels_and_no_others(channels):
     # The third label is 0 with probability 1/2: no reader of the vectors does better on average.
     assert result.accuracy[2] * 400 <= binom.isf(UNLIKELY, 400, 0.5)
     assert {result.accuracy.shape, result.baseline.shape, result.penalty.shape} == {(3,)}
+    np.testing.assert_array_equal((result.predicted == test_labels).mean(0), result.accuracy)
 
 
 def test_probes_of_random_vectors_are_at_chance():
@@ -180,23 +183,25 @@ def test_probes_have_labels_for_every_vector():
 def test_retrieval_finds_planted_candidates():
     random = np.random.default_rng(0)
     candidates = random.normal(size=(150, 40))
-    assert retrieval(candidates * random.uniform(0.1, 9, (150, 1)), candidates) == 1
-    assert retrieval(-candidates, candidates) == 0
-    assert 0.5 < retrieval(candidates + 2 * random.normal(size=(150, 40)), candidates, 20) < 1
+    assert retrieval(candidates * random.uniform(0.1, 9, (150, 1)), candidates).recall_at_1 == 1
+    assert retrieval(-candidates, candidates).recall_at_1 == 0
+    assert 0.5 < retrieval(candidates + 2 * random.normal(size=(150, 40)), candidates, 20).recall_at_1 < 1
 
 
 def test_retrieval_of_random_predictions_is_at_chance():
     random = np.random.default_rng(1)
-    share = retrieval(random.normal(size=(2000, 10)), random.normal(size=(2000, 10)), 50)
+    share = retrieval(random.normal(size=(2000, 10)), random.normal(size=(2000, 10)), 50).recall_at_1
     assert binom.ppf(UNLIKELY, 2000, 1 / 50) <= share * 2000 <= binom.isf(UNLIKELY, 2000, 1 / 50)
 
 
 def test_candidates_that_are_equal_are_found_by_chance():
     predicted = np.random.default_rng(1).normal(size=(30, 10))
-    assert retrieval(predicted, np.ones((30, 10)), 10) == pytest.approx(1 / 10)
-    assert retrieval(np.zeros((30, 10)), predicted, 30) == pytest.approx(1 / 30)
+    assert retrieval(predicted, np.ones((30, 10)), 10).recall_at_1 == pytest.approx(1 / 10)
+    assert retrieval(np.zeros((30, 10)), predicted, 30).recall_at_1 == pytest.approx(1 / 30)
     # Every candidate is there twice, and all of them compete.
-    assert retrieval(np.repeat(predicted[:15], 2, 0), np.repeat(predicted[:15], 2, 0), 30) == pytest.approx(1 / 2)
+    assert retrieval(np.repeat(predicted[:15], 2, 0), np.repeat(predicted[:15], 2, 0), 30).recall_at_1 == pytest.approx(
+        1 / 2
+    )
 
 
 def test_retrieval_needs_enough_samples():
@@ -205,3 +210,33 @@ def test_retrieval_needs_enough_samples():
         retrieval(vectors, vectors)
     with pytest.raises(ValueError, match=r"`candidates` must be one for each prediction \(20\), got 19"):
         retrieval(vectors, vectors[1:], 5)
+
+
+def test_ranks_among_all_candidates_are_those_by_sorting():
+    random = np.random.default_rng(3)
+    candidates = random.normal(size=(60, 8))
+    candidates[30:34] = candidates[30]
+    predicted = candidates + 1.5 * random.normal(size=(60, 8))
+    result, ranks = retrieval(predicted, candidates, 60), []
+    for sample, vector in enumerate(predicted):
+        cosines = np.array([cosine(vector, candidate) for candidate in candidates])
+        alike = np.isclose(cosines, cosines[sample])
+        ranks.append(1 + (cosines[~alike] > cosines[sample]).sum() + np.arange(alike.sum()))
+    assert {len(shared) for shared in ranks} == {1, 4}
+    assert result.recall_at_1 == pytest.approx(np.mean([(shared <= 1).mean() for shared in ranks]))
+    assert result.recall_at_10 == pytest.approx(np.mean([(shared <= 10).mean() for shared in ranks]))
+    assert result.mean_reciprocal_rank == pytest.approx(np.mean([(1 / shared).mean() for shared in ranks]))
+    assert result.recall_at_1 < result.mean_reciprocal_rank < result.recall_at_10 < 1
+
+
+def test_cosines_of_slots_side_by_side_are_the_means_over_slots():
+    random = np.random.default_rng(4)
+    slots, others = random.normal(size=(2, 5, 3, 6)) * random.uniform(0.1, 9, (2, 5, 3, 1))
+    valid = np.ones((5, 3), bool)
+    valid[:, 2] = False
+    cosines = np.array([[np.mean([cosine(a[place], b[place]) for place in range(2)]) for b in others] for a in slots])
+    own, of_others = cosine_with_own(side_by_side(slots, valid), side_by_side(others, valid))
+    assert own == pytest.approx(np.trace(cosines) / 5)
+    assert of_others == pytest.approx(cosines[~np.eye(5, dtype=bool)].mean())
+    with pytest.raises(ValueError, match="`predicted` must have two samples or more, got 1"):
+        cosine_with_own(np.ones((1, 3)), np.ones((1, 3)))

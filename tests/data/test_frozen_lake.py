@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import shortest_path as scipy_distances
 
 from ilvr_jax.config.fields import BadConfig, read
 from ilvr_jax.config.schema import FrozenLakeConfig
-from ilvr_jax.data.frozen_lake.drawing import SIGNS, draw_map
+from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.data.frozen_lake.source import (
     FrozenLakeSource,
     cell_words,
@@ -27,7 +27,7 @@ from ilvr_jax.data.frozen_lake.source import (
     symmetries,
 )
 from ilvr_jax.data.records import BadRecord, Look, Text
-from tests.maps import maps
+from tests.maps import maps, read_sketch
 
 REAL_MAPS = Path(__file__).parent / "vsp_planning" / "test.jsonl"
 WORDS = {"U": "up", "D": "down", "L": "left", "R": "right"}
@@ -228,16 +228,6 @@ def test_sweeps_come_down_to_scipys_distances_without_paths_through_the_start(ma
             near = [by_hand[cell] for cell in near if min(cell) >= 0 and (np.array(cell) < by_hand.shape).all()]
             by_hand[row, column] = min(near, default=np.inf) + 1
     np.testing.assert_array_equal(found[0], by_hand)  # each cell after those above it and to its left
-
-
-def read_sketch(sketch: np.ndarray) -> list[list[int]]:
-    """Return the number of the sign in each cell of a sketch."""
-    names = {sign.tobytes(): number for number, sign in enumerate(SIGNS)}
-    assert len(names) == 16
-    small = sketch[::14, ::14]
-    np.testing.assert_array_equal(sketch, small.repeat(14, axis=0).repeat(14, axis=1))
-    cells = np.split(small, len(small) // 2)
-    return [[names[cell.tobytes()] for cell in np.split(row, row.shape[1] // 2, axis=1)] for row in cells]
 
 
 @few

@@ -8,9 +8,10 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.schema import DataConfig, FrozenLakeConfig
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.data.frozen_lake.source import (
@@ -39,7 +40,7 @@ from ilvr_jax.tasks.vsp_planning import (
     with_steps,
     without_holes,
 )
-from tests.maps import maps
+from tests.maps import maps, read_sketch
 
 DATA = DataConfig()
 REAL_MAPS = Path(__file__).parents[1] / "data" / "vsp_planning" / "test.jsonl"
@@ -326,3 +327,30 @@ def test_hole_blind_figures_of_the_real_maps():
     assert (round(rates.where_holes_matter, 2), rates.on_detours) == (0.35, 0)
     assert (sum(map(holes_matter, real)), sum(map(is_detour, real))) == (85, 20)
     assert all(play(map_desc, shortest_path(map_desc)) == Outcome.GOAL for map_desc in real)
+
+
+@settings(deadline=None, max_examples=20)
+@given(maps(st.just(3), st.just(3)) | maps(st.just(4), st.just(4)), st.integers(1, 3), st.booleans())
+def test_states_of_slots_are_what_the_sketches_show(map_desc, sweeps, last):
+    lake = FrozenLakeConfig(levels=(3, 5), looks="distances", sweeps=sweeps, sketches="last" if last else "all")
+    data, side = DataConfig(frozen_lake=lake), len(map_desc)
+    record = Record("?", (draw_map(map_desc, 28),), (), map_desc=map_desc)
+    assume(shortest_path(map_desc) is not None)
+    states = vsp_planning.slot_states(record, data)
+    sketches = [step.helper_image for step in vsp_planning.with_steps(record, data).steps if isinstance(step, Look)]
+    assert states.shape == (1 if last else sweeps + 1, 25) and len(sketches) == len(states)
+    moves = ["up", "down", "left", "right"]
+    of_moves = {**dict(enumerate(2 * moves)), 12: "goal", 13: "hole", 15: "far"}
+    of_distances = {**{number: str(number) for number in range(13)}, 13: "hole", 14: "elf", 15: "far"}
+    for number, (named, sketch) in enumerate(zip(states, sketches, strict=True)):
+        number = sweeps if last else number
+        words = of_moves if number == sweeps else of_distances
+        for place, sign in enumerate(itertools.chain.from_iterable(read_sketch(sketch))):
+            row, column = divmod(24 - place if number % 2 else place, 5)
+            assert named[place] == (words[sign] if max(row, column) < side else "")
+
+
+def test_states_of_slots_are_those_of_looks_at_distances():
+    record = Record("?", (), (), map_desc=((1, 0, 2), (0, 0, 0), (0, 0, 0)))
+    with pytest.raises(BadConfig, match="`data.frozen_lake.looks` must be distances for slots .*, got moves"):
+        vsp_planning.slot_states(record, DataConfig())

@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
 from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.data.frozen_lake.drawing import draw_map, draw_signs
@@ -188,17 +188,12 @@ def make_opening(map_desc: MapDesc, settings: FrozenLakeConfig, sketched: MapDes
     """
     text, steps = "", []
     if settings.read_out == "sketches":
-        *distances, moves = sketch_signs(map_desc, settings.sweeps, len(map_desc))
-        words = [*(DISTANCE_SIGN_WORDS[signs] for signs in distances), MOVE_SIGN_WORDS[moves]]
-        text = "".join(map(lines, words))
+        text = "".join(map(lines, sketch_words(map_desc, settings.sweeps, len(map_desc))))
     elif settings.read_out != "none":
         text = lines(cell_words(map_desc, settings.read_out))
     if settings.looks == "distances":
-        signs = sketch_signs(sketched, settings.sweeps, max(len(sketched), *settings.levels))
-        # A look is filled in reading order: a sweep from the last cell to the first is in that order when turned.
-        turned = [one[::-1, ::-1] if number % 2 else one for number, one in enumerate(signs)]
-        for one in turned[-1:] if settings.sketches == "last" else turned:
-            steps += [Text(text), Look(draw_signs(one, settings.cell_pixels))]
+        for signs in in_looks(sketch_signs(sketched, settings.sweeps, sketch_side(sketched, settings)), settings):
+            steps += [Text(text), Look(draw_signs(signs, settings.cell_pixels))]
             text = ""
     return steps, text
 
@@ -244,6 +239,36 @@ def sketch_signs(map_desc: MapDesc, sweeps: int, side: int) -> list[Int[np.ndarr
     """Return the signs of the looks at distances: one a sweep, and one of the best move from every cell."""
     found = sweep_distances(map_desc, sweeps)
     return [*(distance_signs(map_desc, distances, side) for distances in found), move_signs(map_desc, found[-1], side)]
+
+
+def sketch_words(map_desc: MapDesc, sweeps: int, side: int) -> list[Shaped[np.ndarray, "side side"]]:
+    """Return the signs of `sketch_signs` in words."""
+    *distances, moves = sketch_signs(map_desc, sweeps, side)
+    return [*(DISTANCE_SIGN_WORDS[signs] for signs in distances), MOVE_SIGN_WORDS[moves]]
+
+
+def sketch_side(sketched: MapDesc, settings: FrozenLakeConfig) -> int:
+    """Return the cells along a side of the sketches of a map: those of the largest map."""
+    return max(len(sketched), *settings.levels)
+
+
+def in_looks(
+    sketches: Sequence[Shaped[np.ndarray, "side side"]], settings: FrozenLakeConfig
+) -> list[Shaped[np.ndarray, "side side"]]:
+    """Return those of a map's sketches that an answer's looks show, every second one turned by half a turn.
+
+    A look is filled in reading order: a sweep from the last cell to the first is in that order when turned.
+    """
+    turned = [one[::-1, ::-1] if number % 2 else one for number, one in enumerate(sketches)]
+    return turned[-1:] if settings.sketches == "last" else turned
+
+
+def cell_states(map_desc: MapDesc, settings: FrozenLakeConfig) -> Shaped[np.ndarray, "looks cells"]:
+    """Return the words of the signs that looks at distances show, in reading order; "" for cells beside the map."""
+    sketches = sketch_words(map_desc, settings.sweeps, sketch_side(map_desc, settings))
+    for words in sketches:
+        words[len(map_desc) :] = words[:, len(map_desc[0]) :] = ""
+    return np.stack([words.reshape(-1) for words in in_looks(sketches, settings)])
 
 
 def sweep_distances(map_desc: MapDesc, sweeps: int) -> list[dict[Cell, int]]:
