@@ -137,13 +137,13 @@ def gather_vectors(questions: Sequence[Question], progress: Progress) -> tuple[l
     slots, pause, targets = (np.zeros((*shape, channels), np.float32) for _ in range(3))
     states, valid = np.zeros(shape, questions[0].states.dtype), np.zeros(shape, bool)
     for row, number in enumerate(numbers):
-        answer, measured, named = own[number], true[number], questions[number].states
-        count = min(len(answer), len(named))
-        slots[row, :count] = answer[:count] - measured.added[:count]
-        pause[row, : len(measured.pause)], targets[row, : len(measured.targets)] = measured.pause, measured.targets
-        valid[row, : len(measured.valid)] = measured.valid
-        valid[row, count:] = False
-        states[row, : len(named), : named.shape[1]] = named
+        measured, named = true[number], questions[number].states
+        there = min(len(measured.valid), len(named))
+        count = min(len(own[number]), there)  # the looks that both answers have
+        slots[row, :count] = own[number][:count] - measured.added[:count]
+        pause[row, :there], targets[row, :there] = measured.pause[:there], measured.targets[:there]
+        valid[row, :count] = measured.valid[:count]
+        states[row, :count, : named.shape[1]] = named[:count]
     text = np.stack([true[number].text for number in numbers]) if numbers else np.zeros((0, channels), np.float32)
     return numbers, SlotVectors(np.where(valid, states, ""), valid, slots, pause, targets, text)
 
