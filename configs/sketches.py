@@ -1,8 +1,9 @@
 """FrozenLake maps of which the text knows only what slots hand on: sketches of distances, swept over the map.
 
 The answer begins with three looks, and then moves. In the first look the distances to the goal spread from the goal
-towards the last cell, in the second back towards the first, and the third shows the best move from every cell. Each
-slot stands for a cell. From the first look on, text does not see the image (`image_visibility`).
+towards the last cell, in the second back towards the first, and the third shows the best move from every cell, which
+the moves of the answer follow. Each slot stands for a cell. From the first look on, text does not see the image
+(`image_visibility`).
 Evaluate it with `python -m ilvr_jax.evaluate RUN --slots=all`; docs/evidence.md has the results.
 """
 
@@ -65,18 +66,18 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant and variant not in VARIANTS:
         raise ValueError(f"the variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     config = base.get_config()
-    config.stages = ("warm_up", "stage1", "guided", "stage2")
+    config.stages = ("warm_up", "stage1", "guided")
     # True sketches as pictures: the vision tower and the text learn to read them.
     config.warm_up = stage_config("text", helper_images="encode", train=("vision", "decoder"), steps=200)
     config.stage1 = stage_config("alignment", steps=600, learning_rate=1.5e-3)
     # Slots on top of the model's own slots, which have errors, still with targets.
-    config.guided = stage_config("guided", steps=250, learning_rate=1e-3)
+    config.guided = stage_config("guided", steps=400, learning_rate=1e-3)
     config.stage2 = stage_config("autonomy", helper_images="slots", steps=60, learning_rate=3e-4)
     config.model.slot_input = "placed"
     # Low frequencies of rotary positions could not tell the columns of so small a map apart.
     config.model.rope_theta = 30.0
     config.model.mrope_section = (2, 5, 9)
-    config.data.frozen_lake.update(looks="distances", sweeps=2, read_out="none", readings=0.3)
+    config.data.frozen_lake.update(levels=(3, 4, 5, 6, 6), looks="distances", sweeps=2, read_out="none", readings=0.3)
     config.data.buckets = ConfigDict(
         {
             "reading_small": bucket(52, tokens=16),

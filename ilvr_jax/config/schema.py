@@ -198,13 +198,6 @@ class FrozenLakeConfig:
     readings: float = setting(
         "share of records without looks, which ask for the map in words", 0.0, least=0, most=1, added=True
     )
-    move_readings: float = setting(
-        "share of the other records, with looks at distances, which ask for the best moves from random cells",
-        0.0,
-        least=0,
-        most=1,
-        added=True,
-    )
     cell_pixels: int = setting("pixels along a side of a cell; 28 are one vision token", 28, least=1)
     question: str = setting("the question of every record", "Find the shortest safe path.")
     read_out: str = setting(
@@ -224,8 +217,6 @@ class FrozenLakeConfig:
     def conflicts(self) -> Conflicts:
         if self.looks == "distances" and self.cell_pixels % 2:
             yield "cell_pixels", "even with looks at distances, whose cells are four squares"
-        if self.looks != "distances" and self.move_readings:
-            yield "move_readings", 'zero unless looks is "distances"'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,7 @@ def fresh_records(evaluator: Evaluator, count: int) -> Evaluator | None:
     config = evaluator.trained.config
     if config is None or config.data.source != "frozen_lake":
         return None
-    lake = dataclasses.replace(config.data.frozen_lake, readings=0.0, move_readings=0.0)
+    lake = dataclasses.replace(config.data.frozen_lake, readings=0.0)
     evaluated = {record.map_desc for _, record in evaluator.keys()}
     # A few records more, of which those that are evaluated are dropped.
     source = open_source(

@@ -29,6 +29,7 @@ from ilvr_jax.data.frozen_lake.source import (
     cell_states,
     find_cell,
     make_record,
+    path_to_goal,
     shortest_path,
 )
 from ilvr_jax.data.images import open_image
@@ -185,12 +186,13 @@ def walk(map_desc: MapDesc, moves: str) -> list[Cell]:
 
 
 def with_steps(record: Record, data: DataConfig) -> Record:
-    """Return the record with the steps that `make_record` gives its map and `shortest_path` in a run with this data.
+    """Return the record with the steps that `make_record` gives its map in a run with this data.
 
+    Its moves are those of `path_to_goal`, or of the shortest path where looks at distances do not reach the start.
     Cells of helper images are as large as in the record's image. Raises BadRecord if the map has no path or the image
     cannot be read.
     """
-    path = shortest_path(record.map_desc)
+    path = path_to_goal(record.map_desc, data.frozen_lake) or shortest_path(record.map_desc)
     if path is None:
         raise BadRecord(f"{record.name}: the map must have a path from start to goal, got none")
     settings = dataclasses.replace(data.frozen_lake, cell_pixels=cell_pixels(record))

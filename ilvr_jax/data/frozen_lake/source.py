@@ -21,7 +21,6 @@ MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}  # in the order t
 CELL_WORDS = {1: "elf", 2: "goal", -1: "hole", 0: "ice"}
 MOVE_WORDS = {"U": "up", "D": "down", "L": "left", "R": "right"}
 READING = "Read the map."  # the question of records that ask for the map in words
-MOVE_READING = "Read the moves."  # the question of records that ask for the best moves from random cells
 FARTHEST_SIGN = 12  # cells up to this many moves from the goal have the sign of their distance
 HOLE_SIGN, START_SIGN, UNKNOWN_SIGN = 13, 14, 15
 GOAL_SIGN = 12  # at moves; at distances it is that of 0
@@ -69,8 +68,6 @@ class FrozenLakeSource:
         if self.settings.readings and random.random() < self.settings.readings:
             return make_reading(map_desc, self.settings, name)
         sketched = self._make_map(random)[0] if self.settings.sketches == "unrelated" else map_desc
-        if self.settings.move_readings and random.random() < self.settings.move_readings:
-            return make_move_reading(map_desc, self.settings, random, name, sketched)
         return make_record(map_desc, moves, self.settings, name, sketched)
 
     def _make_map(self, random: np.random.Generator) -> tuple[MapDesc, str]:
@@ -80,10 +77,10 @@ class FrozenLakeSource:
         detour_needed = random.random() < settings.detour_share
         for _ in range(ATTEMPTS):
             map_desc = random_map(random, side, settings.hole_probability)
-            moves = shortest_path(map_desc)
+            moves = path_to_goal(map_desc, settings)
             if moves is None or len(moves) > settings.max_moves or map_desc in self.excluded:
                 continue
-            if not detour_needed or len(moves) > empty_map_distance(map_desc):
+            if not detour_needed or len(shortest_path(map_desc)) > empty_map_distance(map_desc):
                 return map_desc, moves
         raise NoMap(
             f"data.frozen_lake: hole_probability {settings.hole_probability}, detour_share {settings.detour_share}, "
@@ -136,18 +133,30 @@ def shortest_path(map_desc: MapDesc) -> str | None:
 
     Ties are broken at every cell by the first of up, down, left and right that comes nearer to the goal.
     """
-    distances = distance_to_goal(map_desc)
-    cell = find_cell(map_desc, 1)
-    if cell not in distances:
-        return None
-    path = ""
-    while distances[cell]:
-        for move in MOVES:
-            nearer = _step(cell, move)
-            if distances.get(nearer) == distances[cell] - 1:
-                break
-        path, cell = path + move, nearer
+    return descend(map_desc, distance_to_goal(map_desc))
+
+
+def descend(map_desc: MapDesc, distances: Mapping[Cell, int]) -> str | None:
+    """Return the path from the start that always moves to the neighbour with the smallest of some distances.
+
+    They must be numbers of moves of paths to the goal. Among equals the first of MOVES is taken. Returns None if no
+    neighbour of the start has a distance.
+    """
+    cell, path = find_cell(map_desc, 1), ""
+    while not path or distances[cell]:
+        near = {move: distances.get(_step(cell, move), math.inf) for move in MOVES}
+        move = min(near, key=near.__getitem__)
+        if near[move] == math.inf:
+            return None
+        path, cell = path + move, _step(cell, move)
     return path
+
+
+def path_to_goal(map_desc: MapDesc, settings: FrozenLakeConfig) -> str | None:
+    """Return the path that an answer writes: with looks at distances that of their moves, else the shortest one."""
+    if settings.looks == "distances":
+        return descend(map_desc, sweep_distances(map_desc, settings.sweeps)[-1])
+    return shortest_path(map_desc)
 
 
 def _step(cell: Cell, move: str) -> Cell:
@@ -202,25 +211,6 @@ def move_text(cell: Cell, move: str, cell_names: str) -> str:
     """Return a move in words, after its cell if cells are named."""
     name = f" {cell[0]} {cell[1]}" if cell_names == "row_column" else ""
     return f"{name} {MOVE_WORDS[move]}"
-
-
-def make_move_reading(
-    map_desc: MapDesc, settings: FrozenLakeConfig, random: np.random.Generator, name: str, sketched: MapDesc
-) -> Record:
-    """Return a record that asks for the best moves from up to `max_moves` random cells, after the same opening.
-
-    On a path a move is often the one before it; from random cells it can only be read.
-    """
-    signs = sketch_signs(map_desc, settings.sweeps, len(map_desc))[-1]
-    known = np.argwhere(signs < 2 * len(MOVES))
-    cells = random.permutation(known)[: settings.max_moves].tolist()
-    moves = [
-        move_text((row, column), tuple(MOVES)[signs[row, column] % len(MOVES)], "row_column") for row, column in cells
-    ]
-    steps, text = make_opening(map_desc, settings, sketched)
-    steps.append(Text(text + "".join(moves)))
-    image = draw_map(map_desc, settings.cell_pixels)
-    return Record(MOVE_READING, (image,), tuple(steps), map_desc=map_desc, name=name)
 
 
 def make_reading(map_desc: MapDesc, settings: FrozenLakeConfig, name: str = "") -> Record:
