@@ -28,11 +28,12 @@ ORDER = (
     "reports",
     "training",
     "analysis",
+    "studies",
     "command",
     "generation_flags",
     "commands",
 )
-COMMANDS = ("aot", "check_data", "convert", "evaluate", "export_data", "generate", "train")
+COMMANDS = ("aot", "check_data", "convert", "evaluate", "export_data", "generate", "study", "train")
 LONGEST_FILE, LONGEST_FUNCTION = 450, 80  # lines
 # Sentences that a native reader trips on; design.md of the project has the rules.
 ODD = (

@@ -50,6 +50,17 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: st
     return table
 
 
+def number_cell(value: float | None, form: str) -> str:
+    """Return a number as text, a dash for none."""
+    return "–" if value is None else format(value, form)
+
+
+def difference_cells(row: Mapping[str, Any]) -> list[str]:
+    """Return the `difference` and the `interval` of a row as text."""
+    interval = "–" if row["interval"] is None else "{:+.3f} to {:+.3f}".format(*row["interval"])
+    return [number_cell(row["difference"], "+.3f"), interval]
+
+
 def success_rows(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of the table as text, with a dash for a value that does not exist."""
     levels = sorted({level for summary in evaluations.values() for level in summary["success_by_level"]}, key=int)

@@ -12,19 +12,9 @@ from rich.console import Console
 
 from ilvr_jax.evaluation.interventions import INTERVENTIONS
 from ilvr_jax.evaluation.paired import compare
+from ilvr_jax.reports.bars import INK, NEITHER, VARIABLES, bar_colour
 from ilvr_jax.reports.pictures import EYE, RIGHT, WRONG
-from ilvr_jax.reports.slots import (
-    INK,
-    NEITHER,
-    READINGS,
-    VARIABLES,
-    bar_colour,
-    draw_slots,
-    inline_svg,
-    slot_rows,
-    slot_table,
-    write_slots_page,
-)
+from ilvr_jax.reports.slots import READINGS, draw_slots, inline_svg, slot_rows, slot_table, write_slots_page
 
 
 def row_of(name, accuracy, low=None, high=None, reference=0.8, replaced="inputs", p=0.5, **groups):
