@@ -91,7 +91,9 @@ def count_seeds(workdir: Path) -> int:
 
 def for_stages(changes: Mapping[str, str], stages: Sequence[str]) -> dict[str, str]:
     """Return changes in which a key with `*` is one key for each stage."""
-    return {key.replace("*", stage): text for key, text in changes.items() for stage in (stages if "*" in key else ("",))}
+    return {
+        key.replace("*", stage): text for key, text in changes.items() for stage in (stages if "*" in key else ("",))
+    }
 
 
 def remaining_commands(run: StudyRun) -> list[list[str]]:

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     config = tiny_config(export_maps(folder / "maps", count=2))
     config.stages = ("warm_up",)
-    config.warm_up.steps = STEPS
+    config.warm_up.steps, config.checkpoint_every = STEPS, 10
     (folder / "tiny.py").write_text(f"VALUES = {config.to_dict()}\n{CONFIG}")
     variants = {
         "base": Variant("The base."),
@@ -80,54 +80,55 @@ def results_in(folder):
 
 
 @pytest.fixture(scope="module")
-def finished(folder):
-    """What each call of the study returned and wrote: the base's run is killed, then Ctrl-C stops the other's."""
+def calls(folder):
+    """What two calls of the study returned and wrote: Ctrl-C stops the base's run, then the other's run is killed."""
     calls, runs = {}, folder / "all"
-    when_trained(runs / "base-seed0", lambda: kill_writer(runs / "base-seed0"))
-    calls["killed"] = study(folder, "--variants=base"), results_in(folder)
-    when_trained(runs / "other-seed0", lambda: os.kill(os.getpid(), signal.SIGINT))
+    when_trained(runs / "base-seed0", lambda: os.kill(os.getpid(), signal.SIGINT))
     calls["stopped"] = study(folder), results_in(folder)
-    calls["whole"] = study(folder), results_in(folder)
+    when_trained(runs / "other-seed0", lambda: kill_writer(runs / "other-seed0"))
+    calls["killed"] = study(folder), results_in(folder)
     return calls
 
 
-def test_failed_runs_are_in_the_table_and_stop_no_other(finished):
-    status, results = finished["killed"]
-    assert status == 1 and results["failed"].keys() == {"base-seed0"}
-    assert results["failed"]["base-seed0"] == "ended with status -9"
-    assert [(row["name"], row["seeds"], row["failed_seeds"]) for row in results["rows"]] == [("base", [], [0])]
-    status, results = finished["stopped"]
+def test_a_stopped_study_is_resumed(calls, folder):
+    status, results = calls["stopped"]
     assert status == 130 and results["failed"].keys() == {"absent-seed0"}
-    assert results["failed"]["absent-seed0"].endswith("ValueError: no variant missing")
-    assert [(row["name"], row["seeds"], row["failed_seeds"]) for row in results["rows"]] == [
-        ("base", [0], []),
-        ("absent", [], [0]),
-    ]
-
-
-def test_killed_and_stopped_runs_are_resumed(finished, folder):
-    for name in ("base", "other"):
-        log = (folder / "all" / f"{name}-seed0" / "train.log").read_text()
-        assert log.count("warm_up: resuming from step") == 1
-    status, results = finished["whole"]
-    assert status == 1 and results["failed"].keys() == {"absent-seed0"}
-    base, other, _ = results["rows"]
-    assert (base["seeds"], other["seeds"], base["steps"], other["steps"]) == ([0], [0], STEPS, STEPS)
-    assert other["difference"] == other["accuracy"] - base["accuracy"] and base["text_tokens"] > 0
-    lines = (folder / "all" / "study.log").read_text()
-    assert "1 run is left, about 3 min (3 minutes per run on 2 cores)" in lines
-    assert re.search("base-seed0: finished; 1 run is left, about [0-9]+ min$", lines, re.MULTILINE)
+    assert [(row["name"], row["seeds"]) for row in results["rows"]] == [("absent", [])]
+    assert (folder / "all" / "base-seed0" / "train.log").read_text().count("warm_up: resuming from step") == 1
+    base = calls["killed"][1]["rows"][0]
+    assert (base["name"], base["seeds"], base["steps"], base["failed_seeds"]) == ("base", [0], STEPS, [])
+    assert base["text_tokens"] > 0 and base["minutes"] > 0
+    log = (folder / "all" / "study.log").read_text()
+    assert "2 runs are left, about 6 min (3 minutes per run on 2 cores)" in log
+    assert re.search("base-seed0: finished; 1 run is left, about [0-9]+ min$", log, re.MULTILINE)
     for name in ("accuracy.png", "accuracy.svg", "index.html"):
         assert (folder / "all" / name).stat().st_size > 1000
 
 
-def test_finished_runs_start_no_process_and_stay_in_the_table(finished, folder, monkeypatch, capsys):
-    monkeypatch.setattr(Children, "run", lambda *_: pytest.fail("a process was started"))
-    rows = results_in(folder)["rows"]
-    assert study(folder, "--variants=other") == 0
-    printed = capsys.readouterr().out
-    assert "no runs are left" in printed and "failed seeds" not in printed.splitlines()[0]
-    assert [row for row in results_in(folder)["rows"] if row["seeds"]] == [row for row in rows if row["seeds"]]
+def test_failed_runs_are_in_the_table_and_stop_no_other(calls):
+    status, results = calls["killed"]
+    assert status == 1 and results["failed"].keys() == {"other-seed0", "absent-seed0"}
+    assert results["failed"]["other-seed0"] == "ended with status -9"
+    assert results["failed"]["absent-seed0"].endswith("ValueError: no variant missing")
+    assert [(row["name"], row["seeds"], row["failed_seeds"]) for row in results["rows"]] == [
+        ("base", [0], []),
+        ("other", [], [0]),
+        ("absent", [], [0]),
+    ]
+
+
+def test_finished_runs_start_no_process_and_failed_ones_start_again(calls, folder, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(Children, "run", lambda _, command: started.append(command) or "it failed")
+    assert study(folder, "--variants=base") == 0 and not started
+    assert "no runs are left" in capsys.readouterr().out
+    assert results_in(folder)["rows"] == calls["killed"][1]["rows"]  # the others' too
+    assert study(folder) == 1
+    assert "failed: absent-seed0, other-seed0; the same command tries them again" in capsys.readouterr().err
+    assert [command[2:5] for command in started] == [
+        ["ilvr_jax.train", f"--config={folder / 'tiny.py'}", f"--workdir={folder / 'all' / 'other-seed0'}"]
+    ]
+    assert results_in(folder)["failed"]["other-seed0"] == "it failed"
 
 
 @pytest.mark.parametrize(
@@ -137,9 +138,9 @@ def test_finished_runs_start_no_process_and_stay_in_the_table(finished, folder, 
         (lambda values: override(values, "latents.tau", "0.9"), "latents.tau (0.99"),
     ],
 )
-def test_the_workdir_of_another_base_config_is_refused(finished, folder, tmp_path, capsys, change, differing):
+def test_the_workdir_of_another_base_config_is_refused(calls, folder, tmp_path, capsys, change, differing):
     values = tiny_config(folder / "maps" / "train.jsonl").to_dict() | {"stages": ("warm_up",)}
-    values["warm_up"]["steps"] = STEPS
+    values["warm_up"]["steps"], values["checkpoint_every"] = STEPS, 10
     change(values)
     before, text = (folder / "all" / "study.json").read_text(), (folder / "tiny.py").read_text()
     (folder / "tiny.py").write_text(f"VALUES = {values}\n{CONFIG}")
@@ -152,7 +153,7 @@ def test_the_workdir_of_another_base_config_is_refused(finished, folder, tmp_pat
     assert (folder / "all" / "study.json").read_text() == before
 
 
-def test_the_workdir_of_a_quick_study_or_of_other_changes_is_refused(finished, folder, capsys, monkeypatch):
+def test_the_workdir_of_a_quick_study_or_of_other_changes_is_refused(calls, folder, capsys, monkeypatch):
     assert study(folder, "--quick") == 2
     assert f"{folder / 'all'} was made by another study: quick (False there, True here)" in capsys.readouterr().err
     variants = {**STUDIES["tiny"].variants, "other": Variant("Another.", changes={"checkpoint_keep": "2"})}
@@ -164,7 +165,7 @@ def test_the_workdir_of_a_quick_study_or_of_other_changes_is_refused(finished, f
     assert "variants.other.checkpoint_keep ('1' there, '2' here)" in capsys.readouterr().err
 
 
-def test_a_study_in_use_is_refused(finished, folder, capsys):
+def test_a_study_in_use_is_refused(calls, folder, capsys):
     with locked_folder(folder / "all"):
         assert study(folder) == 2
     assert "is being written by process" in capsys.readouterr().err
