@@ -109,9 +109,6 @@ def run_all(chosen: Sequence[StudyRun], results: StudyResults, children: Childre
     Raises Stopped after a signal.
     """
     waiting = [run for run in chosen if remaining_commands(run)]
-    for run in chosen:
-        if run not in waiting:
-            results.failed.pop(run.key, None)
     results.write()
     progress.log(results.time_left(waiting))
     for number, run in enumerate(waiting, start=1):
@@ -119,8 +116,6 @@ def run_all(chosen: Sequence[StudyRun], results: StudyResults, children: Childre
         error = complete(run, children)
         if error:
             results.failed[run.key] = error
-        else:
-            results.failed.pop(run.key, None)
         results.write()
         progress.log(f"{run.key}: {f'failed: {error}' if error else 'finished'}; {results.time_left(waiting[number:])}")
 

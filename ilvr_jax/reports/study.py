@@ -13,9 +13,9 @@ from ilvr_jax.reports.tables import difference_cells, number_cell, text_table
 
 CAPTION = (
     "accuracy: mean over seeds. spread: its standard deviation over seeds. difference: from the accuracy of the "
-    "reference on the same questions, of each question's mean over the seeds that both have, with its 95 % bootstrap "
-    "interval over questions; the spread over seeds is not in it. steps, minutes: of training. slots, text tokens: per "
-    "answer, markers included in the text."
+    "reference on the same questions, of each question's mean over the seeds that both have; its 95 % bootstrap "
+    "interval is over questions, not over seeds. steps, minutes: of training. slots, text tokens: per answer, markers "
+    "included in the text."
 )
 TABLE_WIDTH = 120
 FIGURES = {"steps": ".0f", "minutes": ".1f", "slots": ".1f", "text_tokens": ".1f"}

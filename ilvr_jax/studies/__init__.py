@@ -58,7 +58,7 @@ STUDIES = {
                 "The run itself: three looks of 36 slots, which the model fills itself.",
                 slots=("swap", "noise", "zero", "pause"),
             ),
-            "text": Variant("No looks: moves are the only words.", variant="text"),
+            "text": Variant("No looks: the answer is the moves in words.", variant="text"),
             "text_tokens": Variant("No looks: the sketches are written in words before the moves.", "text_tokens"),
             "pause": Variant("Looks of the same length without content, whose slots are learned constants.", "pause"),
             "unrelated_targets": Variant(

@@ -24,7 +24,7 @@ class StudyResults:
         settings: those in study.json.
         workdir: of the study.
         runs: of all variants and seeds that the workdir may hold.
-        failed: the error of each run that failed, by its name; at first those of earlier calls as well.
+        failed: the error of each run that failed, by its name, in earlier calls as well.
         comparison: the rows and the leads of `compare_variants`, after `write`.
     """
 
@@ -45,6 +45,8 @@ class StudyResults:
     def write(self) -> None:
         """Compare the finished runs and write all files; raise as `write_text` does."""
         name, finished = self.settings["study"], self.finished()
+        for run in finished:
+            self.failed.pop(run.key, None)
         self.comparison = compare_variants(self.study, finished, self.failed)
         rows, leads = self.comparison["rows"], self.comparison["leads"]
         about = {key: self.settings[key] for key in ("study", "config", "quick")}

@@ -50,7 +50,7 @@ class StudyRun:
     @property
     def answers(self) -> Path:
         """The results file of the evaluation that counts."""
-        return self._answers(self.variant.method)
+        return self.answers_of(self.variant.method)
 
     @property
     def slots_summary(self) -> Path:
@@ -60,9 +60,10 @@ class StudyRun:
     @property
     def latent_summary(self) -> Path:
         """The summary of the evaluation that training ends with."""
-        return summary_file(self._answers("latent"))
+        return summary_file(self.answers_of("latent"))
 
-    def _answers(self, method: str) -> Path:
+    def answers_of(self, method: str) -> Path:
+        """Return the results file of an evaluation after the last stage."""
         stage, settings = list(self.config.stages.items())[-1]
         return results_file(self.workdir, self.config, stage, settings.steps, self.config.eval.task, method)
 
@@ -128,6 +129,7 @@ def is_trained(run: StudyRun) -> bool:
         and list(stages) == list(run.config.stages)
         and all("seconds" in stage for stage in stages.values())
         and stages[latent["stage"]].get("evaluation") == latent
+        and run.answers_of("latent").exists()
     )
 
 
@@ -138,7 +140,7 @@ def is_evaluated(run: StudyRun, path: Path, slots: Sequence[str] = ()) -> bool:
     except InputError:
         return False
     same = all(summary.get(name) == latent[name] for name in ("model", "data", "records", "limit", "max_new_tokens"))
-    return same and set(slots) <= {row["name"] for row in summary.get("rows", ())}
+    return same and run.answers.exists() and set(slots) <= {row["name"] for row in summary.get("rows", ())}
 
 
 def read_seconds(run: StudyRun) -> float:

@@ -68,6 +68,7 @@ def finish(folder, name, seed, rights, swapped=None):
         evaluation |= {"success_where_holes_matter": 0.5, "success_on_detours": None}
         stages[stage] = {"steps": run.config.stages[stage].steps, "seconds": 60.0, "evaluation": evaluation}
     write_answers(run.answers, rights)
+    run.answers_of("latent").touch()
     write_json(run.latent_summary, evaluation)
     write_json(summary_file(run.answers), evaluation)
     write_json(run.workdir / "summary.json", {"stages": stages})
@@ -158,6 +159,8 @@ def test_commands_are_those_that_the_files_lack(runs, tmp_path):
     assert commands(own) == [slots]
     summary_file(pixels.answers).write_text('{"model": "of an earlier training"}')
     assert commands(pixels) == [["ilvr_jax.evaluate", str(pixels.workdir), "--method=pixels", batch]]
+    runs[1].answers.unlink()
+    assert [command[0] for command in commands(runs[1])] == ["ilvr_jax.train", "ilvr_jax.evaluate"]
     (own.workdir / "summary.json").unlink()
     train = ["ilvr_jax.train", f"--config={file}", f"--workdir={folder / 'own-seed0'}", "--config.seed=0"]
     assert commands(own) == [train, slots]
