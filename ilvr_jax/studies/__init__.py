@@ -60,6 +60,7 @@ STUDIES = {
             ),
             "text": Variant("No looks: the answer is the moves in words.", variant="text"),
             "text_tokens": Variant("No looks: the sketches are written in words before the moves.", "text_tokens"),
+            "markers": Variant("Looks without slots: their markers alone.", "markers"),
             "pause": Variant("Looks of the same length without content, whose slots are learned constants.", "pause"),
             "unrelated_targets": Variant(
                 "Looks whose targets are the sketches of another map, with the image in sight.", "unrelated_targets"

@@ -165,6 +165,17 @@ def test_the_workdir_of_a_quick_study_or_of_other_changes_is_refused(calls, fold
     assert "variants.other.checkpoint_keep ('1' there, '2' here)" in capsys.readouterr().err
 
 
+def test_a_damaged_study_file_is_named(calls, folder, capsys):
+    path = folder / "all" / "study.json"
+    before = path.read_text()
+    for text, problem in (("{", "must be JSON in UTF-8"), ('{"study": "tiny"}', "must hold the settings of a study")):
+        path.write_text(text)
+        assert study(folder) == 2
+        error = capsys.readouterr().err
+        assert f"{path} {problem}" in error and error.count("\n") == 1 and path.read_text() == text
+    path.write_text(before)
+
+
 def test_a_study_in_use_is_refused(calls, folder, capsys):
     with locked_folder(folder / "all"):
         assert study(folder) == 2
