@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Console(width=max(Console().width, TABLE_WIDTH)).print(study_table(results.comparison["rows"]))
     for sentence in lead_sentences(results.comparison["leads"], study.base):
         print(sentence)
-    print(f"Results written to {workdir}: index.html, results.json, accuracy.png, accuracy.svg")
+    plots = ", accuracy.png, accuracy.svg" * bool(results.finished())
+    print(f"Results written to {workdir}: index.html, results.json{plots}")
     failed = [key for key in (*refused, *(run.key for run in chosen)) if key in results.failed]
     return fail(FAILED, f"failed: {listed(failed)}; the same command tries them again") if failed else DONE
 

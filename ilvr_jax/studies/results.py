@@ -72,7 +72,7 @@ class StudyResults:
         if self.settings["quick"] and not seconds:
             return f"{count}; the time that they take is unknown until one is finished"
         minutes = estimate_seconds([run.name for run in left], seconds, self.study.minutes) / 60
-        time = f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+        time = f"{max(1, round(minutes))} min" if minutes < 100 else f"{minutes / 60:.1f} h"
         return f"{count}, about {time}" + f" ({self.study.minutes:g} minutes per run on 2 cores)" * (not seconds)
 
 
