@@ -15,7 +15,7 @@ from matplotlib.path import Path as Curve
 from matplotlib.patheffects import withStroke
 
 from ilvr_jax.data.frozen_lake.drawing import draw_map
-from ilvr_jax.data.frozen_lake.source import Cell
+from ilvr_jax.data.frozen_lake.maps import Cell
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import MapDesc
 from ilvr_jax.inference.transcript import LOOK

@@ -22,16 +22,9 @@ from ilvr_jax.config.schema import DataConfig
 from ilvr_jax.data.formats import FORMATS
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.data.frozen_lake.edits import irrelevant_edit, relevant_edit
-from ilvr_jax.data.frozen_lake.source import (
-    MOVE_WORDS,
-    MOVES,
-    Cell,
-    cell_states,
-    find_cell,
-    make_record,
-    path_to_goal,
-    shortest_path,
-)
+from ilvr_jax.data.frozen_lake.maps import MOVE_WORDS, MOVES, Cell, find_cell, shortest_path
+from ilvr_jax.data.frozen_lake.sketches import cell_states, path_to_goal
+from ilvr_jax.data.frozen_lake.source import make_record
 from ilvr_jax.data.images import open_image
 from ilvr_jax.data.pipeline import Source
 from ilvr_jax.data.records import BadRecord, Look, MapDesc, Record, prefix_errors

@@ -16,16 +16,9 @@ from scipy.sparse.csgraph import shortest_path as scipy_distances
 from ilvr_jax.config.fields import BadConfig, read
 from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.data.frozen_lake.drawing import draw_map
-from ilvr_jax.data.frozen_lake.source import (
-    FrozenLakeSource,
-    cell_words,
-    empty_map_distance,
-    make_record,
-    move_signs,
-    shortest_path,
-    sweep_distances,
-    symmetries,
-)
+from ilvr_jax.data.frozen_lake.maps import empty_map_distance, shortest_path, symmetries
+from ilvr_jax.data.frozen_lake.sketches import move_signs, sweep_distances
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource, cell_words, make_record
 from ilvr_jax.data.records import BadRecord, Look, Text
 from tests.maps import maps, read_sketch
 

@@ -14,7 +14,8 @@ from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.schema import DataConfig, EvalConfig, FrozenLakeConfig, RunConfig, SamplingParams
 from ilvr_jax.data.examples import ExampleSettings
 from ilvr_jax.data.frozen_lake.drawing import draw_map
-from ilvr_jax.data.frozen_lake.source import FrozenLakeSource, shortest_path
+from ilvr_jax.data.frozen_lake.maps import shortest_path
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.data.records import Record
 from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer
 from ilvr_jax.evaluation.evaluator import Evaluator, read_summary, run_evaluation, summary_file

@@ -17,7 +17,8 @@ from ilvr_jax.checkpoints.trained import TrainedModel, load_model
 from ilvr_jax.config.schema import FrozenLakeConfig, SamplingParams
 from ilvr_jax.data.examples import ExampleSettings, build_example
 from ilvr_jax.data.frozen_lake.drawing import draw_map
-from ilvr_jax.data.frozen_lake.source import FrozenLakeSource, shortest_path
+from ilvr_jax.data.frozen_lake.maps import shortest_path
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.data.records import Record
 from ilvr_jax.data.sources import example_settings
 from ilvr_jax.data.tokenizer import record_texts, special_tokens, train_tokenizer

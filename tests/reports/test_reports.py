@@ -8,7 +8,8 @@ from PIL import Image
 from rich.console import Console
 
 from ilvr_jax.config.schema import FrozenLakeConfig
-from ilvr_jax.data.frozen_lake.source import FrozenLakeSource, shortest_path
+from ilvr_jax.data.frozen_lake.maps import shortest_path
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.data.records import Record
 from ilvr_jax.evaluation.results import summarise
 from ilvr_jax.inference.transcript import show_look

@@ -14,13 +14,8 @@ from hypothesis import strategies as st
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.schema import DataConfig, FrozenLakeConfig
 from ilvr_jax.data.frozen_lake.drawing import draw_map
-from ilvr_jax.data.frozen_lake.source import (
-    MOVE_WORDS,
-    FrozenLakeSource,
-    distance_to_goal,
-    empty_map_distance,
-    shortest_path,
-)
+from ilvr_jax.data.frozen_lake.maps import MOVE_WORDS, distance_to_goal, empty_map_distance, shortest_path
+from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.data.records import BadRecord, Look, Record
 from ilvr_jax.tasks import follows_donor, vsp_planning
 from ilvr_jax.tasks.final_answer import answer_text

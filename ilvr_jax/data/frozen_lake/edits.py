@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ilvr_jax.data.frozen_lake.source import MOVES, Cell, cells_of, distance_to_goal, find_cell, shortest_path
+from ilvr_jax.data.frozen_lake.maps import MOVES, Cell, cells_of, distance_to_goal, find_cell, shortest_path
 from ilvr_jax.data.records import MapDesc
 
 MOST_EXTRA_MOVES = 2  # of the path of a relevant edit
