@@ -1,73 +1,114 @@
-"""The small run: FrozenLake maps from scratch on a laptop's CPU, all three stages.
+"""The small run, from scratch on a laptop's CPU: FrozenLake maps of which the text knows only what slots hand on.
 
-Keys that are not set here have the defaults of ilvr_jax/config/schema.py, which defines and explains every key.
+The answer begins with three looks, and then moves. In the first look the distances to the goal spread from the goal
+towards the last cell, in the second back towards the first, and the third shows the best move from every cell, which
+the moves of the answer follow. Each slot stands for a cell. From the first look on, text does not see the image
+(`image_visibility`).
+Evaluate it with `python -m ilvr_jax.evaluate RUN --slots=all`; docs/evidence.md has the results. Keys that are not set
+here have the values of configs/plain_maps.py, or the defaults of ilvr_jax/config/schema.py, which explains every key.
 """
 
 from ml_collections import ConfigDict
 
-from ilvr_jax.config.experiments import VSP_MAPS, default_config, stage_config
+from configs import plain_maps
+from ilvr_jax.config.experiments import stage_config
+
+SIDE = 6  # of the largest map, and of every sketch
 
 
-def bucket(prefix: int, segments: int = 0, tail: int = 0, tokens: int = 16) -> ConfigDict:
+def bucket(prefix: int, segments: int = 0, tail: int = 0, tokens: int = SIDE**2, images: int = 1) -> ConfigDict:
     """Return the sizes of a batch of maps: up to 4 x 4 cells take 16 vision tokens, up to 6 x 6 take 36."""
     return ConfigDict(
         {
             "prefix": prefix,
             "segments": segments,
-            "text": 8 if segments else 0,  # two moves with their cells, and the markers around them
+            "text": 2 if segments else 0,  # the markers between two looks
             "tail": tail,
-            "images": 1,
+            "images": images,
             "image_tokens": tokens,
-            "helper_tokens": tokens if segments else 0,
+            "helper_tokens": SIDE**2 if segments else 0,
         }
     )
 
 
-def get_config() -> ConfigDict:
-    """Return the configuration of the base run."""
-    config = default_config()
-    config.stages = ("warm_up", "stage1", "stage2")
-    # Without helper images sequences are shorter, and slots are quickly learned afterwards.
-    config.warm_up = stage_config("text", helper_images="omit", train=("vision", "decoder"), steps=950)
-    config.stage1 = stage_config("alignment", steps=300, learning_rate=7e-4)
-    config.stage2 = stage_config("autonomy", helper_images="slots", steps=100, learning_rate=3e-4)
-    config.model.update(
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rope_theta=10000.0,
-        mrope_section=(4, 6, 6),
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=False,
-    )
-    config.model.vision = ConfigDict(
-        {
-            "depth": 2,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 4,
-            "window_size": 56,
-            "fullatt_block_indexes": (1,),
-            "image_mean": (0.75, 0.83, 0.9),
-            "image_std": (4.0, 4.0, 4.0),  # the maps' deviation times the root of a patch's 588 inputs
-            "patch_init_std": 1.0,
-        }
-    )
-    config.data.image_scale = 28 / 64  # of image files: a cell of 64 pixels becomes one vision token
-    config.data.frozen_lake.exclude = (VSP_MAPS,)
+# Controls that take as long to train as the run itself. Those whose slots carry nothing see the image all along.
+WITHOUT_LOOKS = {
+    "stages": ("warm_up",),
+    "warm_up.helper_images": "omit",
+    "data.buckets.text_small": bucket(78, tokens=16),
+    "data.buckets.text_large": bucket(114),
+}
+WITHOUT_TARGETS = {
+    "stages": ("warm_up", "stage1"),
+    "latents.sim_weight": 0.0,
+    "latents.contrast_weight": 0.0,
+    "latents.image_visibility": "all",
+}
+VARIANTS = {
+    "text": {**WITHOUT_LOOKS, "warm_up.steps": 3000},
+    "text_tokens": {  # the sketches in words, about as many as there are slots
+        **WITHOUT_LOOKS,
+        "warm_up.steps": 1700,
+        "data.frozen_lake.read_out": "sketches",
+        "data.buckets.text_small": bucket(150, tokens=16),
+        "data.buckets.text_large": bucket(240),
+    },
+    "markers": {**WITHOUT_TARGETS, "latents.latent_size": 0, "stage1.steps": 2600},
+    "pause": {**WITHOUT_TARGETS, "model.slot_input": "pause", "stage1.steps": 1300},
+    "unrelated_targets": {"data.frozen_lake.sketches": "unrelated", "latents.image_visibility": "all"},
+    "single": {
+        "data.frozen_lake.sketches": "last",
+        "data.buckets.looks_small": bucket(34, segments=1, tail=44, tokens=16),
+        "data.buckets.looks_large": bucket(56, segments=1, tail=58),
+        "data.buckets.pictures_small": bucket(112, images=2),
+        "data.buckets.pictures_large": bucket(154, images=2),
+        "warm_up.steps": 390,
+        "stage1.steps": 1100,
+        "guided.steps": 930,
+    },
+    "stage1": {"stages": ("warm_up", "stage1"), "stage1.steps": 1240},
+    "stage2": {"stages": ("warm_up", "stage1", "stage2")},
+    "pixels": {"stages": ("warm_up",), "warm_up.steps": 1000},
+}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Return the configuration of the run, or of a variant; raise ValueError, listing them, for an unknown one."""
+    if variant and variant not in VARIANTS:
+        raise ValueError(f"the variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    config = plain_maps.get_config()
+    config.stages = ("warm_up", "stage1", "guided")
+    # True sketches as pictures: the vision tower and the text learn to read them.
+    config.warm_up = stage_config("text", helper_images="encode", train=("vision", "decoder"), steps=200)
+    config.stage1 = stage_config("alignment", steps=600, learning_rate=1.5e-3)
+    # Slots on top of the model's own slots, which have errors, still with targets.
+    config.guided = stage_config("guided", steps=480, learning_rate=1e-3)
+    config.stage2 = stage_config("autonomy", helper_images="slots", steps=260, learning_rate=3e-4)  # of a variant
+    config.model.slot_input = "placed"
+    # Low frequencies of rotary positions could not tell the columns of so small a map apart.
+    config.model.rope_theta = 30.0
+    config.model.mrope_section = (2, 5, 9)
+    config.data.frozen_lake.update(levels=(3, 4, 5, 6, 6), looks="distances", sweeps=2, read_out="none", readings=0.3)
+    config.data.frozen_lake.detour_share = 0.6  # on a straight path, a move can be guessed from the one before
     config.data.buckets = ConfigDict(
         {
-            "small_short": bucket(66),
-            "small_long": bucket(100),
-            "large_short": bucket(108, tokens=36),
-            "large_middle": bucket(126, tokens=36),
-            "large_long": bucket(148, tokens=36),
-            "small_looks": bucket(66, segments=2, tail=10),
-            "large_looks": bucket(108, segments=2, tail=10, tokens=36),
-            "many_looks": bucket(108, segments=5, tail=16, tokens=36),
+            "reading_small": bucket(52, tokens=16),
+            "reading_large": bucket(96),
+            "looks_small": bucket(34, segments=3, tail=44, tokens=16),
+            "looks_large": bucket(56, segments=3, tail=58),
+            "pictures_small": bucket(192, images=4),
+            "pictures_large": bucket(234, images=4),
         }
     )
-    config.latents.latent_size = 4
+    config.latents.update(
+        latent_size=SIDE**2,
+        selection="dense",
+        contrast_weight=3.0,
+        own_share=0.75,  # so that the text can read true sketches as well as its own
+        image_visibility="until_look",
+        slot_positions="turning_grid",
+    )
+    config.eval.max_new_tokens = 192
+    if variant:
+        config.update_from_flattened_dict(VARIANTS[variant])
     return config

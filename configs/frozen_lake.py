@@ -1,13 +1,13 @@
-"""The base run with more time: the same model and stages, more steps, and more hard maps."""
+"""The run of configs/plain_maps.py with more time: the same model and stages, more steps, and more hard maps."""
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import plain_maps
 
 
 def get_config() -> ConfigDict:
     """Return the configuration of the longer run."""
-    config = base.get_config()
+    config = plain_maps.get_config()
     config.data.frozen_lake.levels = (3, 4, 5, 6, 6)
     config.data.frozen_lake.detour_share = 0.4
     config.warm_up.steps = 3500

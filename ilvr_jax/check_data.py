@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ilvr_jax.checkpoints.pretrained import open_init_from
 from ilvr_jax.command import ArgumentParser, command, path_flag
-from ilvr_jax.config.experiments import BASE, by_key, config_errors, load_config, parse
+from ilvr_jax.config.experiments import OWN_DATA, by_key, config_errors, load_config, parse
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.flags import read_config_flags
 from ilvr_jax.config.schema import RunConfig
@@ -38,8 +38,8 @@ from ilvr_jax.training.run import check_choices
 
 TREATMENTS = ("latent", "encode", "slots", "omit")  # of helper images; those that show images come first
 WITHOUT_CONFIG = (
-    "Checked without a config: latent settings of configs/base.py, images in their own size, a tokenizer trained on "
-    "the texts. With --config, all of these are the config's, and its buckets are checked as well."
+    "Checked without a config: latent settings of configs/plain_maps.py, images in their own size, a tokenizer trained "
+    "on the texts. With --config, all of these are the config's, and its buckets are checked as well."
 )
 ENOUGH_FOR_WORKERS = 2000  # records; fewer are checked faster in one process
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="check only the first LIMIT records")
     parser.add_argument("--samples", type=int, default=4, help="samples shown on the page (default: 4)")
     parser.add_argument("--out", type=path_flag, help="the page to write (default: <file>_check.html, here)")
-    options = read_config_flags(parser, arguments, BASE, prepare)
+    options = read_config_flags(parser, arguments, OWN_DATA, prepare)
     with stop_sentence(lambda: "stopped; no page was written"):
         survey = check(options)
     if not survey.usable:
@@ -108,7 +108,7 @@ def check(options: argparse.Namespace) -> Survey:
     tables = sections(survey, suggested)
     config_text = ""
     if suggested:
-        config_text = config_file(str(options.config_file or BASE), changes(options, survey), suggested)
+        config_text = config_file(str(options.config_file or OWN_DATA), changes(options, survey), suggested)
     console = Console()
     print_line = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     remark = "\n".join([remark, *getattr(source, "remarks", ())])
@@ -131,7 +131,7 @@ def changes(options: argparse.Namespace, survey: Survey) -> dict[str, Any]:
     They have `data.on_bad_record="skip"` only if there are bad records. A record that merely lacks a bucket is not bad,
     since the config has new buckets.
     """
-    in_file, checked = by_key(parse(load_config(options.config_file or BASE))), by_key(options.config)
+    in_file, checked = by_key(parse(load_config(options.config_file or OWN_DATA))), by_key(options.config)
     separate = ("data.on_bad_record", "data.buckets.")
     changed = {
         key: value for key, value in checked.items() if not key.startswith(separate) and value != in_file.get(key)

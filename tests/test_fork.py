@@ -12,11 +12,11 @@ from tests.paths import REPOSITORY
 
 RECIPES = re.findall(r"^```diff\n(.*?)^```", (REPOSITORY / "docs" / "fork.md").read_text(), re.DOTALL | re.MULTILINE)
 CONFIG = """
-from configs import base
+from configs import plain_maps
 
 
 def get_config():
-    config = base.get_config()
+    config = plain_maps.get_config()
     config.stages = ("stage1", "stage2")
     for name in config.stages:
         config[name].update(steps=2, batch_size=2)

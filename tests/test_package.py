@@ -22,7 +22,7 @@ from ilvr_jax.config.experiments import load_config
 
 
 def get_config():
-    config = load_config("configs/base.py")
+    config = load_config("configs/plain_maps.py")
     config.stages = ("warm_up",)
     config.warm_up.update(steps=2, batch_size=2)
     config.model.update(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -63,7 +63,7 @@ def test_training_evaluating_asking_and_converting_from_another_folder(installed
         return run(sys.executable, installed / "bin" / name, *arguments, cwd=tmp_path, PYTHONPATH=str(installed))
 
     shown = json.loads(command("ilvr-train", "--config=configs/base.py", "--config.print=true"))
-    assert shown["stages"] == ["warm_up", "stage1", "stage2"]
+    assert shown["stages"] == ["warm_up", "stage1", "guided"]
     assert "warm_up: 2 steps" in command("ilvr-train", "--config=mine.py")
     maps = installed / "ilvr_jax" / "tests" / "data" / "vsp_planning"
     command("ilvr-evaluate", "runs/mine", "--task=vsp_planning", f"--data={maps / 'test.jsonl'}", "--limit=2")

@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # Where relative paths of a config are resolved: configs/ is beside the package in a checkout, inside it if installed.
 ROOTS = (PACKAGE.parent, PACKAGE)
 BASE = Path("configs/base.py")
+OWN_DATA = Path("configs/plain_maps.py")  # what a config for data of one's own starts from
 VSP_MAPS = "tests/data/vsp_planning/test.jsonl"  # 200 real maps, only for evaluation
 
 

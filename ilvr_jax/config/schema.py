@@ -275,6 +275,13 @@ class LatentsConfig:
     )
     contrast_temperature: float = setting("of the softmax over these", 0.1, above=0, added=True)
     target_noise: float = setting("deviation of the noise added to targets", 0.01, least=0)
+    own_share: float = setting(
+        "share of records whose slots the model fills with the objective guided; those of others hold targets",
+        1.0,
+        least=0,
+        most=1,
+        added=True,
+    )
     image_visibility: str = setting(
         "text after the first look attends to the image, or not to it nor to what has seen it, except slots",
         "all",

@@ -114,9 +114,7 @@ def alignment_loss(
     """
     decoder, features, inputs = _embedded(model, params, batch)
     selection = _select(model, params, teacher, batch, features, settings, key)
-    slots = batch.layout.slot_columns
-    targets = fill_slots(model, decoder, selection.targets, inputs[:, slots], grid_places(batch.positions[..., slots]))
-    inputs = inputs.at[:, slots].set(jnp.where(selection.valid[..., None], targets, inputs[:, slots]))
+    inputs = inputs.at[:, batch.layout.slot_columns].set(_filled_with_targets(model, decoder, inputs, selection, batch))
     keys = dropout_keys(model, key, batch)
     hidden, _ = model.decode(decoder, inputs, batch.positions, batch.attention_mask(settings), dropout_keys=keys)
     return _aligned_losses(model, decoder, batch, hidden, selection, settings, key)
@@ -128,17 +126,31 @@ def guided_loss(
     """Return stage 1's losses when slots hold what the student makes of them, as in stage 2: a stage between the two.
 
     Each hidden state learns to predict the true target after the student's own slots, errors included (DAgger, Ross et
-    al., 2011). The slots' inputs are fixed: no gradient flows from one to another.
+    al., 2011). The slots' inputs are fixed: no gradient flows from one to another. With `own_share` below 1, records
+    are drawn at random whose slots hold their targets, as in stage 1.
     """
     decoder, features, inputs = _embedded(model, params, batch)
     selection = _select(model, params, teacher, batch, features, settings, key)
     slots, keys = batch.layout.slot_columns, dropout_keys(model, key, batch)
     rolled_out = roll_out(model, settings, decoder, inputs, batch, keys)
-    places = grid_places(batch.positions[..., slots])
-    own = fill_slots(model, decoder, rolled_out[:, slots - 1], inputs[:, slots], places)
-    inputs = inputs.at[:, slots].set(jax.lax.stop_gradient(own))
+    is_own = jax.vmap(lambda record: jax.random.bernoulli(jax.random.fold_in(key, record), settings.own_share))
+    own = fill_slots(
+        model, decoder, rolled_out[:, slots - 1], inputs[:, slots], grid_places(batch.positions[..., slots])
+    )
+    targets = _filled_with_targets(model, decoder, inputs, selection, batch)
+    filled = jnp.where(is_own(batch.record)[:, None, None, None], own, targets)
+    inputs = inputs.at[:, slots].set(jax.lax.stop_gradient(filled))
     hidden, _ = model.decode(decoder, inputs, batch.positions, batch.attention_mask(settings), dropout_keys=keys)
     return _aligned_losses(model, decoder, batch, hidden, selection, settings, key)
+
+
+def _filled_with_targets(
+    model: Model, decoder: PyTree, inputs: Array, selection: Selection, batch: Batch
+) -> Float[Array, "rows segments slots channels"]:
+    """Return the inputs of slots that hold targets; those without a target stay as they are."""
+    slots = batch.layout.slot_columns
+    targets = fill_slots(model, decoder, selection.targets, inputs[:, slots], grid_places(batch.positions[..., slots]))
+    return jnp.where(selection.valid[..., None], targets, inputs[:, slots])
 
 
 def _select(

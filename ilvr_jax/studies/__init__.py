@@ -13,7 +13,7 @@ class Variant:
 
     Attributes:
         meaning: one sentence about it, for the page.
-        variant: the config file's own variant, as in `configs/sketches.py:pause`; empty for none.
+        variant: the config file's own variant, as in `configs/base.py:pause`; empty for none.
         changes: flags of the config by key, without `--config.`.
         method: how the trained model looks when it is evaluated, as `--method` of `python -m ilvr_jax.evaluate`.
         slots: interventions with which it is evaluated as well, as `--slots` of `python -m ilvr_jax.evaluate`.
@@ -52,7 +52,7 @@ class Study:
 
 STUDIES = {
     "slots": Study(
-        config="configs/sketches.py",
+        config="configs/base.py",
         variants={
             "own": Variant(
                 "The run itself: three looks of 36 slots, which the model fills itself.",

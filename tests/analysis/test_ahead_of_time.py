@@ -22,7 +22,7 @@ from tests.samples import CONFIG
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="optional: libtpu, of requirements-tpu.txt, is not installed"
 )
-BASE = f"--config={REPOSITORY / 'configs' / 'base.py'}"
+BASE = f"--config={REPOSITORY / 'configs' / 'plain_maps.py'}"
 PUBLISHED = REPOSITORY / "configs" / "qwen2_5_vl.py"
 STAGE1 = f"--config={PUBLISHED}:7b-stage1"
 WIDE = dataclasses.replace(

@@ -21,11 +21,11 @@ from ilvr_jax.training.run import check_choices
 from tests.paths import REPOSITORY
 
 CONFIG = """
-from configs import base
+from configs import plain_maps
 from ilvr_jax.config.experiments import stage_config
 
 def get_config():
-    config = base.get_config()
+    config = plain_maps.get_config()
     config.stages = ("warm_up",)
     config.warm_up.steps = 4
     return config
@@ -270,8 +270,8 @@ def test_a_variant_that_does_not_exist_is_one_sentence_that_lists_those_that_do(
     ) as error:
         load_config(f"{PUBLISHED}:8b")
     assert len(str(error.value)) < 400
-    with pytest.raises(BadConfig, match="base.py, which has no variants, got "):
-        load_config(f"{REPOSITORY / 'configs' / 'base.py'}:small")
+    with pytest.raises(BadConfig, match="plain_maps.py, which has no variants, got "):
+        load_config(f"{REPOSITORY / 'configs' / 'plain_maps.py'}:small")
 
 
 def test_reading_a_config_imports_no_model():

@@ -42,7 +42,7 @@ from tests.samples import GEOMETRY, random_sample
 
 MIRAGE = REPOSITORY / "tests" / "data" / "mirage" / "sample.jsonl"
 MAPS = REPOSITORY / "tests" / "data" / "vsp_planning" / "test.jsonl"
-CONFIG = REPOSITORY / "configs" / "base.py"
+CONFIG = REPOSITORY / "configs" / "plain_maps.py"
 RECORD = {
     "text_input": "<image> Which [bold]way[/bold]?",
     "image_input": "a.png",
@@ -420,8 +420,8 @@ def test_formats_are_found(folder, lines, format):
             "--config must be a Python file such as configs/base.py, but there is no file x.py",
         ),
         (
-            [str(MIRAGE), "--config.latents.latent_size=0"],
-            "`latents.latent_size` must be from 1 to 1048576, got 0",
+            [str(MIRAGE), "--config.latents.latent_size=-1"],
+            "`latents.latent_size` must be from 0 to 1048576, got -1",
         ),
         ([str(MIRAGE), "--out=."], ". must be a regular file or a new one, but it is a folder"),
     ],

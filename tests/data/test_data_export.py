@@ -30,7 +30,7 @@ from ilvr_jax.method.layout import Layout
 from ilvr_jax.models.qwen2_5_vl.images import WindowGeometry
 
 REPOSITORY = Path(__file__).parents[2]
-CONFIG = REPOSITORY / "configs" / "base.py"
+CONFIG = REPOSITORY / "configs" / "plain_maps.py"
 COUNT, SEED, SCALE = 24, 5, 28 / 64
 
 
@@ -101,7 +101,7 @@ def test_the_command_takes_config_values_and_the_configs_seed(tmp_path, capsys):
     settings = FrozenLakeConfig(levels=(3,), max_moves=4, moves_per_look=1, question="Where to?")
     flags = ["levels=3", "max_moves=4", "moves_per_look=1", "question=Where to?", "exclude=()"]
     main(
-        ["--config=configs/base.py", "--count=3", f"--out={tmp_path}", "--config.seed=9"]
+        ["--config=configs/plain_maps.py", "--count=3", f"--out={tmp_path}", "--config.seed=9"]
         + [f"--config.data.frozen_lake.{flag}" for flag in flags]
     )
     for read, made in zip(IlvrSource(tmp_path / "train.jsonl"), FrozenLakeSource(settings, 9, 3), strict=True):

@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def open_configured(source: str, path: Path, **changes):
-    config = load_config(REPOSITORY / "configs" / "base.py")
+    config = load_config(REPOSITORY / "configs" / "plain_maps.py")
     config.data.update({"source": source, "path": str(path), **changes})
     return open_source(parse(config).data, config.seed)
 
@@ -103,7 +103,7 @@ def test_a_root_for_images(folder, sections, name):
 
 
 def test_unknown_names():
-    config = load_config(REPOSITORY / "configs" / "base.py")
+    config = load_config(REPOSITORY / "configs" / "plain_maps.py")
     config.data.update(source="parquet", path="train.parquet")
     with pytest.raises(BadConfig, match="`data.source` must be one of frozen_lake, ilvr, .*, got 'parquet'"):
         open_source(parse(config).data, 0)

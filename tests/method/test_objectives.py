@@ -273,6 +273,23 @@ def test_without_segments_every_stage_is_plain_cross_entropy(name):
         np.testing.assert_allclose(leaf, value, atol=1e-5)
 
 
+def test_some_records_of_a_guided_stage_hold_targets():
+    """Each row has the loss of guidance or that of alignment, whichever the record draws."""
+    sample = unequal_samples()[0]
+    samples = [dataclasses.replace(sample, record=record) for record in range(12)]
+    batch = collate(samples, required_layout(sample, GEOMETRY), SPECIAL, GEOMETRY)
+    quiet = dataclasses.replace(SETTINGS, target_noise=0.0)
+
+    def losses(name, share):
+        settings = dataclasses.replace(quiet, own_share=share)
+        return np.asarray(jax.jit(lambda: OBJECTIVES[name].loss(MODEL, PARAMS, TEACHER, batch, settings, KEY).loss)())
+
+    own, targets, mixed = losses("guided", 1.0), losses("alignment", 1.0), losses("guided", 0.5)
+    is_own = np.isclose(mixed, own, atol=1e-5)
+    assert not np.isclose(own, targets, atol=1e-3).any() and 2 < is_own.sum() < 10
+    np.testing.assert_allclose(mixed, np.where(is_own, own, targets), atol=1e-5)
+
+
 def test_without_images_the_query_is_the_mean_embedding_of_the_prompt():
     sample = unequal_samples()[3]
     batch = collate([sample], required_layout(sample, GEOMETRY), SPECIAL, GEOMETRY)

@@ -21,7 +21,7 @@ from ilvr_jax.studies.runs import count_seeds, for_stages, open_run, read_second
 from tests.paths import REPOSITORY
 
 STUDY = Study(
-    "configs/sketches.py",
+    "configs/base.py",
     {
         "own": Variant("Own slots.", slots=("swap", "noise")),
         "text": Variant("No <looks>.", variant="text", changes={"warm_up.steps": "7"}),
@@ -154,7 +154,7 @@ def commands(run):
 def test_commands_are_those_that_the_files_lack(runs, tmp_path):
     own, text, pixels = runs[0], runs[2], runs[4]
     batch = "--batch-size=50"
-    file, folder = REPOSITORY / "configs/sketches.py", tmp_path
+    file, folder = REPOSITORY / "configs/base.py", tmp_path
     slots = ["ilvr_jax.evaluate", str(own.workdir), "--method=latent", batch, "--slots=swap,noise"]
     own.slots_summary.unlink()
     assert commands(own) == [slots]
@@ -180,7 +180,7 @@ def test_a_quick_study_shortens_every_stage(tmp_path):
     assert {name: stage.steps for name, stage in run.config.stages.items()} == {"warm_up": 2}
     assert run.config.eval.limit == 20
     for name in STUDIES["slots"].variants:
-        run = open_run(STUDIES["slots"], name, 1, str(REPOSITORY / "configs/sketches.py"), tmp_path, quick=True)
+        run = open_run(STUDIES["slots"], name, 1, str(REPOSITORY / "configs/base.py"), tmp_path, quick=True)
         assert max(stage.steps for stage in run.config.stages.values()) <= 10 and run.config.seed == 1
 
 

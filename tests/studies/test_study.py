@@ -189,7 +189,7 @@ def test_a_study_in_use_is_refused(calls, folder, capsys):
         (["slots", "--variants=text,nothing"], "--variants must name variants of the study (own, text, text_tokens,"),
         (["slots", "--seeds=0"], "--seeds must be a whole number from 1 to 1000, got 0"),
         (["slots", "--seeds=two"], "argument --seeds: invalid int value: 'two'"),
-        (["slots", "--config=configs/sketches.py:text"], "--config must be a file without a variant, got"),
+        (["slots", "--config=configs/base.py:text"], "--config must be a file without a variant, got"),
         (["slots", "--config=missing.py"], "--config must be a Python file such as"),
         (["slots", "--workdir="], "argument --workdir: must be a path, got ''"),
     ],

@@ -29,9 +29,9 @@ from tests.paths import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
 BUCKETS_MET = {
-    "warm_up": {"small_short", "small_long", "large_short", "large_middle", "large_long"},
-    "stage1": {"small_short", "large_short", "small_looks", "large_looks", "many_looks"},
-    "stage2": {"small_short", "large_short", "small_looks", "large_looks", "many_looks"},
+    "warm_up": {"reading_small", "reading_large", "pictures_small", "pictures_large"},
+    "stage1": {"reading_small", "reading_large", "looks_small", "looks_large"},
+    "guided": {"reading_small", "reading_large", "looks_small", "looks_large"},
 }
 SMALLER = {
     "model.num_hidden_layers": 1,
@@ -66,9 +66,9 @@ def run(tmp_path_factory) -> Run:
     return open_run(CONFIGS / "base.py", tmp_path_factory.mktemp("run"))
 
 
-@pytest.mark.parametrize("path", [CONFIGS / f"{name}.py" for name in ("base", "frozen_lake", "frozen_lake_encoded")])
-def test_the_buckets_of_every_config_hold_its_data(path, tmp_path):
-    run = open_run(path, tmp_path)
+@pytest.mark.parametrize("name", ["plain_maps", "frozen_lake", "frozen_lake_encoded"])
+def test_the_buckets_of_every_config_hold_its_data(name, tmp_path):
+    run = open_run(CONFIGS / f"{name}.py", tmp_path)
     for stage in run.config.stages:
         with contextlib.closing(open_iterator(run, stage, seed=1, vision={})) as iterator:
             rows = sum(len(batch.tokens) for batch in itertools.islice(iterator, 200))
@@ -106,8 +106,8 @@ def test_each_step_compiles_once_a_bucket(run, stage):
 
 def test_evaluation_compiles_decoding_once(run):
     before = decode_steps._cache_size(), prefill._cache_size()
-    evaluate_stage(run, "stage2", run.model.init(jax.random.key(0)))
-    assert stage_summary(run, "stage2")["questions"] == 200
+    evaluate_stage(run, "guided", run.model.init(jax.random.key(0)))
+    assert stage_summary(run, "guided")["questions"] == 200
     assert decode_steps._cache_size() - before[0] == 1 and prefill._cache_size() - before[1] <= MAX_SIZES * len(GROUPS)
 
 

@@ -270,7 +270,7 @@ def test_addresses_are_split():
         assert split_address(address) == parts
 
 
-BASE = f"--config={REPOSITORY / 'configs' / 'base.py'}"
+BASE = f"--config={REPOSITORY / 'configs' / 'plain_maps.py'}"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
-"""configs/sketches.py and its variants: every record has a bucket."""
+"""The base config and its variants: every record has a bucket."""
 
 from pathlib import Path
 
 import pytest
 
-from configs.sketches import VARIANTS
+from configs.base import VARIANTS
 from ilvr_jax.checkpoints.runs import build_run_model
 from ilvr_jax.config.experiments import BadConfig, load_config, parse
 from ilvr_jax.data.examples import build_example
@@ -13,7 +13,7 @@ from ilvr_jax.data.tokenizer import special_tokens
 from ilvr_jax.method.layout import fits
 from tests.paths import REPOSITORY
 
-CONFIG = REPOSITORY / "configs" / "sketches.py"
+CONFIG = REPOSITORY / "configs" / "base.py"
 
 
 @pytest.fixture(scope="module")
