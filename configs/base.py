@@ -1,4 +1,4 @@
-"""The small run, from scratch on a laptop's CPU: FrozenLake maps of which the text knows only what slots hand on.
+"""The small run, from scratch on a laptop's CPU: FrozenLake maps that the text sees only through slots.
 
 The answer begins with three looks, and then moves. In the first look the distances to the goal spread from the goal
 towards the last cell, in the second back towards the first, and the third shows the best move from every cell, which
@@ -7,6 +7,8 @@ the moves of the answer follow. Each slot stands for a cell. From the first look
 Evaluate it with `python -m ilvr_jax.evaluate RUN --slots=all`; docs/evidence.md has the results. Keys that are not set
 here have the values of configs/plain_maps.py, or the defaults of ilvr_jax/config/schema.py, which explains every key.
 """
+
+import copy
 
 from ml_collections import ConfigDict
 
@@ -104,11 +106,11 @@ def get_config(variant: str = "") -> ConfigDict:
         latent_size=SIDE**2,
         selection="dense",
         contrast_weight=3.0,
-        own_share=0.75,  # so that the text can read true sketches as well as its own
+        own_share=0.75,  # the others hold true targets, so that the text reads both kinds
         image_visibility="until_look",
         slot_positions="turning_grid",
     )
     config.eval.max_new_tokens = 192
     if variant:
-        config.update_from_flattened_dict(VARIANTS[variant])
+        config.update_from_flattened_dict(copy.deepcopy(VARIANTS[variant]))
     return config

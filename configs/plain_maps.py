@@ -1,6 +1,6 @@
-"""FrozenLake maps whose distances the text tells, with looks at the map between moves, as the paper trains.
+"""FrozenLake maps with the distances written in the answer, and looks at the map between moves, as the paper trains.
 
-The text says all that is needed, and so the slots matter little: the base run is one in which they do. Keys that are
+The text has all that is needed, and so the slots matter little: the base run is one in which they do. Keys that are
 not set here have the defaults of ilvr_jax/config/schema.py, which defines and explains every key.
 """
 

@@ -12,8 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ilvr_jax.analysis import slot_use
-from ilvr_jax.analysis.slot_probes import FEWEST, report_files, run_probes
+from ilvr_jax.analysis import slot_probes, slot_use
 from ilvr_jax.checkpoints.trained import TrainedModel
 from ilvr_jax.command import ArgumentParser, command, path_flag
 from ilvr_jax.config.fields import BadConfig
@@ -135,7 +134,7 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         for name, most in (("samples_per_question", MOST_SAMPLES), ("batch_size", MOST_ROWS)):
             if getattr(options, name) is not None:
                 check_whole(name, getattr(options, name), 1, most)
-        for name, least in (("limit", 0), ("slots_look", 1), ("slots_place", 1), ("probes", FEWEST)):
+        for name, least in (("limit", 0), ("slots_look", 1), ("slots_place", 1), ("probes", slot_probes.FEWEST)):
             if getattr(options, name) is not None:
                 check_whole(name, getattr(options, name), least)
     if options.out is not None and options.out.suffix != ".jsonl":
@@ -220,11 +219,11 @@ def evaluate_probes(options: argparse.Namespace, trained: TrainedModel) -> int:
             f"their own, got {selection}"
         )
     out = options.out or default_out(options, trained)
-    summary = run_probes(evaluator, options.probes, out)
+    summary = slot_probes.run_probes(evaluator, options.probes, out)
     for table in probe_tables(summary):
         Console().print(table)
     print(describe_records(summary))
-    files = report_files(out)
+    files = slot_probes.report_files(out)
     print(f"Figures written to {files['summary']}, page to {files['html']}")
     return 1 if evaluator.skipped else 0
 

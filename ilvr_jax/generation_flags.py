@@ -13,7 +13,7 @@ import jax
 
 from ilvr_jax.checkpoints.trained import TrainedModel, load_model
 from ilvr_jax.config.fields import rule_of
-from ilvr_jax.config.schema import DTYPES, IMAGE_VISIBILITY, SLOT_POSITIONS, LatentsConfig, SamplingParams
+from ilvr_jax.config.schema import DTYPES, IMAGE_VISIBILITY, SLOT_POSITIONS, SamplingParams
 from ilvr_jax.errors import InputError, quote
 from ilvr_jax.inference.requests import METHODS
 from ilvr_jax.inference.sampling import check_sampling, check_whole
@@ -118,9 +118,7 @@ def set_defaults(options: argparse.Namespace, trained: TrainedModel) -> None:
     """
     run, sampling = trained.config, trained.config.eval if trained.config else SamplingParams()
     defaults = {field.name: getattr(sampling, field.name) for field in dataclasses.fields(SamplingParams)}
-    defaults |= {"seed": run.seed if run else 0, "latent_size": trained.prompts.latent_size}
-    latents = run.latents if run else LatentsConfig()
-    defaults |= {name: getattr(latents, name) for name in ("image_visibility", "slot_positions")}
+    defaults |= {"seed": run.seed if run else 0, **trained.look_fields}
     for name, value in defaults.items():
         if getattr(options, name, value) is None:
             setattr(options, name, value)
@@ -137,8 +135,8 @@ def decoding_fields(options: argparse.Namespace) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(SamplingParams)} & vars(options).keys()
     values = {name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
     with flag_errors():
-        for name in ("longest_prompt", "largest_image", "latent_size"):
-            check_whole(name, getattr(options, name), 1)
+        for name, least in (("longest_prompt", 1), ("largest_image", 1), ("latent_size", 0)):
+            check_whole(name, getattr(options, name), least)
         check_whole("seed", options.seed, 0, 2**32 - 1)
         sampling = SamplingParams(**values)
         check_sampling(sampling)

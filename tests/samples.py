@@ -133,7 +133,7 @@ def poison_objective(monkeypatch, name: str) -> None:
 
 
 def tiny_config(eval_data: Path | None = None) -> ConfigDict:
-    """Returns the base config with a model, batches and a bucket so small that a run takes seconds."""
+    """Returns the config of plain maps with a model, batches and a bucket so small that a run takes seconds."""
     config = load_config(REPOSITORY / "configs" / "plain_maps.py")
     config.model.update(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
@@ -160,7 +160,7 @@ def export_maps(folder: Path, count: int = 4) -> Path:
 
 
 def untrained_run(folder: Path, seed: int = 0) -> Path:
-    """Returns a workdir of the base config with a small model that has learnt nothing, saved after stage 1."""
+    """Returns the workdir of a run on plain maps with a small model that has learnt nothing, saved after stage 1."""
     config = load_config(REPOSITORY / "configs" / "plain_maps.py")
     config.model.update(hidden_size=32, intermediate_size=32, num_hidden_layers=1, mrope_section=(2, 1, 1))
     config.model.vision.update(depth=1, fullatt_block_indexes=(0,))

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,13 @@ class TrainedModel:
     config: RunConfig | None = None
     stage: str | None = None
     step: int | None = None
+
+    @property
+    def look_fields(self) -> dict[str, Any]:
+        """The fields of a Request with which the model looks as it was trained to."""
+        latents = self.config.latents if self.config else LatentsConfig()
+        shared = {name: getattr(latents, name) for name in ("image_visibility", "slot_positions")}
+        return {"latent_size": self.prompts.latent_size, **shared}
 
     def digest(self) -> str:
         """Return a digest of everything that answers depend on: parameters, tokenizer, shape and prompt settings.

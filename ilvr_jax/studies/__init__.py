@@ -55,24 +55,31 @@ STUDIES = {
         config="configs/base.py",
         variants={
             "own": Variant(
-                "The run itself: three looks of 36 slots, which the model fills itself.",
+                "The run itself: three looks of 36 slots, which the model fills.",
                 slots=("swap", "noise", "zero", "pause"),
             ),
             "text": Variant("No looks: the answer is the moves in words.", variant="text"),
-            "text_tokens": Variant("No looks: the sketches are written in words before the moves.", "text_tokens"),
-            "markers": Variant("Looks without slots: their markers alone.", "markers"),
-            "pause": Variant("Looks of the same length without content, whose slots are learned constants.", "pause"),
+            "text_tokens": Variant(
+                "No looks: the sketches are written in words before the moves.", variant="text_tokens"
+            ),
+            "markers": Variant("Looks without slots: their markers alone.", variant="markers"),
+            "pause": Variant(
+                "Looks of the same length without content, whose slots are learned constants.", variant="pause"
+            ),
             "unrelated_targets": Variant(
-                "Looks whose targets are the sketches of another map, with the image in sight.", "unrelated_targets"
+                "Looks whose targets are the sketches of another map, with the image in sight.",
+                variant="unrelated_targets",
             ),
-            "single": Variant("One look, at the last sketch alone.", "single"),
-            "stage1": Variant("Alignment alone, without slots that the model filled itself in training.", "stage1"),
-            "stage2": Variant("Autonomy right after alignment, as published, without the stage `guided`.", "stage2"),
-            "pixels": Variant(
-                "Looks at the true sketches as pictures, which are drawn for it.", "pixels", {}, "pixels"
+            "single": Variant("One look, at the last sketch alone.", variant="single"),
+            "stage1": Variant(
+                "Alignment alone, without slots that the model filled itself in training.", variant="stage1"
             ),
+            "stage2": Variant(
+                "Autonomy right after alignment, as published, without the stage `guided`.", variant="stage2"
+            ),
+            "pixels": Variant("Looks at the true sketches, drawn as pictures.", variant="pixels", method="pixels"),
         },
-        minutes=17,
+        minutes=19,
         quick={"*.steps": "10", "eval.limit": "20"},
         leads=("text", "pause", "single"),
     ),

@@ -38,9 +38,7 @@ def make_evaluator(run: Run, stage: str, step: int, params: PyTree | None) -> Ev
         run.evaluation_records,
         {
             "method": "latent",
-            "latent_size": config.latents.latent_size,
-            "image_visibility": config.latents.image_visibility,
-            "slot_positions": config.latents.slot_positions,
+            **trained.look_fields,
             "sampling": config.eval.sampling,
         },
         samples=config.eval.n,

@@ -22,7 +22,7 @@ from tests.samples import CONFIG
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="optional: libtpu, of requirements-tpu.txt, is not installed"
 )
-BASE = f"--config={REPOSITORY / 'configs' / 'plain_maps.py'}"
+PLAIN_MAPS = f"--config={REPOSITORY / 'configs' / 'plain_maps.py'}"
 PUBLISHED = REPOSITORY / "configs" / "qwen2_5_vl.py"
 STAGE1 = f"--config={PUBLISHED}:7b-stage1"
 WIDE = dataclasses.replace(
@@ -81,15 +81,15 @@ def test_published_models_have_their_shapes_without_a_network(size, billions):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([BASE], "--config and --topology (such as v5e:4x4), or --sweep, must be given"),
-        ([BASE, "--topology=v9:2x2"], "--topology must be one of v5e, v5p, v6e, a colon and a shape"),
+        ([PLAIN_MAPS], "--config and --topology (such as v5e:4x4), or --sweep, must be given"),
+        ([PLAIN_MAPS, "--topology=v9:2x2"], "--topology must be one of v5e, v5p, v6e, a colon and a shape"),
         (
-            [BASE, "--topology=v5e:2x2", "--stage=stage3"],
+            [PLAIN_MAPS, "--topology=v5e:2x2", "--stage=stage3"],
             "--stage must be one of warm_up, stage1, stage2, decoding, got",
         ),
-        ([BASE, "--topology=v5e:2x2", "--bucket=huge"], "--bucket must be one of large_long, "),
+        ([PLAIN_MAPS, "--topology=v5e:2x2", "--bucket=huge"], "--bucket must be one of large_long, "),
         pytest.param(
-            [BASE, "--topology=v5e:3x5"],
+            [PLAIN_MAPS, "--topology=v5e:3x5"],
             "--topology must be one of v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4",
             marks=needs_libtpu,
         ),
@@ -108,18 +108,18 @@ def test_bad_flags_get_one_sentence(flags, sentence, capsys):
 
 def test_without_the_compiler_the_error_names_the_requirements(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert aot.main([BASE, "--topology=v5e:2x2"]) == 2
+    assert aot.main([PLAIN_MAPS, "--topology=v5e:2x2"]) == 2
     assert "pip install -r requirements-tpu.txt" in capsys.readouterr().err
 
 
 @needs_libtpu
 def test_a_train_step_is_compiled_and_its_memory_printed(capsys):
     flags = ["--topology=v5e:2x2", "--stage=warm_up", "--bucket=small_short", "--config.mesh.fsdp=2"]
-    assert aot.main([BASE, *flags]) == 0
+    assert aot.main([PLAIN_MAPS, *flags]) == 0
     output = capsys.readouterr().out
     assert "warm_up, small_short on v5e:2x2" in output and "fits: 100% to spare" in output and "all-gather" in output
     assert "calls of attention kernels: 4" in output  # forward, recomputed for the gradient, and two backward
-    assert aot.main([BASE, *flags, "--config.model.attention=xla"]) == 0
+    assert aot.main([PLAIN_MAPS, *flags, "--config.model.attention=xla"]) == 0
     assert "calls of attention kernels: 0" in capsys.readouterr().out
 
 

@@ -14,11 +14,14 @@ import transformers
 from PIL import Image
 
 from ilvr_jax import convert
+from ilvr_jax.checkpoints.trained import TrainedModel
+from ilvr_jax.config.experiments import parse
+from ilvr_jax.data.examples import ExampleSettings
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.generate import main
 from tests.paths import REPOSITORY
 from tests.published import save_published
-from tests.samples import untrained_run
+from tests.samples import tiny_config, untrained_run
 
 MAP = ((1, 0, 2), (0, -1, 0), (0, 0, 0))
 
@@ -97,8 +100,8 @@ def test_a_published_checkpoint_without_latent_tokens_answers_in_plain_text_with
         (["--image=missing.png"], "missing.png: must be an image file, but cannot be read: No such file or directory"),
         (["--max-new-tokens=0"], "--max-new-tokens must be from 1 to 131072, got 0"),
         (["--max-new-tokens=99999999999"], "--max-new-tokens must be from -2147483647 to 2147483647, got 99999999999"),
-        (["--latent-size=0"], "--latent-size must be a whole number from 1 to 2147483647, got 0"),
-        (["--latent-size=2147483648"], "--latent-size must be a whole number from 1 to 2147483647, got 2147483648"),
+        (["--latent-size=-1"], "--latent-size must be a whole number from 0 to 2147483647, got -1"),
+        (["--latent-size=2147483648"], "--latent-size must be a whole number from 0 to 2147483647, got 2147483648"),
         (["--top-k=-1"], "--top-k must be at least 0, got -1"),
         (["--top-k=2147483648"], "--top-k must be from -2147483647 to 2147483647, got 2147483648"),
         (["--top-p=nan"], "--top-p must be a finite number, got nan"),
@@ -192,6 +195,20 @@ def test_the_example_of_the_guide_runs(run, capsys):
     exec(example.replace('"runs/base"', repr(str(run))).replace('"tests/', f'"{REPOSITORY}/tests/'), {})
     names = re.findall(r"^level3_\d+\.png", capsys.readouterr().out, re.MULTILINE)
     assert len(names) == len(set(names)) == 50
+
+
+def test_a_model_looks_as_it_was_trained_to():
+    config = tiny_config()
+    config.latents.update(latent_size=4, image_visibility="until_look", slot_positions="turning_grid")
+    parts = {"model": None, "params": None, "tokenizer": None, "special": None, "looks": True}
+    trained = TrainedModel(prompts=ExampleSettings(latent_size=4), config=parse(config), **parts)
+    assert trained.look_fields == {
+        "latent_size": 4,
+        "image_visibility": "until_look",
+        "slot_positions": "turning_grid",
+    }
+    published = TrainedModel(prompts=ExampleSettings(latent_size=8), **parts)
+    assert published.look_fields == {"latent_size": 8, "image_visibility": "all", "slot_positions": "text"}
 
 
 def test_a_run_from_nothing_is_exported_with_the_end_of_its_chat(run, tmp_path):

@@ -270,7 +270,7 @@ def test_addresses_are_split():
         assert split_address(address) == parts
 
 
-BASE = f"--config={REPOSITORY / 'configs' / 'plain_maps.py'}"
+PLAIN_MAPS = f"--config={REPOSITORY / 'configs' / 'plain_maps.py'}"
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ BASE = f"--config={REPOSITORY / 'configs' / 'plain_maps.py'}"
     ],
 )
 def test_bad_flags_get_one_sentence(flags, sentence, tmp_path, capsys):
-    assert main([BASE, f"--workdir={tmp_path / 'run'}", *flags]) == 2
+    assert main([PLAIN_MAPS, f"--workdir={tmp_path / 'run'}", *flags]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -33,7 +33,7 @@ from ilvr_jax.training.metrics import read_metrics
 from ilvr_jax.training.setup import make_step, open_evaluation_records, with_steps
 from tests.samples import POISON, export_maps, poison_objective, tiny_config
 
-BASE = Path(__file__).parents[2] / "configs" / "plain_maps.py"
+PLAIN_MAPS = Path(__file__).parents[2] / "configs" / "plain_maps.py"
 STAGES = ("warm_up", "stage1", "stage2")
 STEPS = 6
 

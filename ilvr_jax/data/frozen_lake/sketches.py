@@ -13,7 +13,7 @@ from ilvr_jax.data.records import MapDesc
 FARTHEST_SIGN = 12  # cells up to this many moves from the goal have the sign of their distance
 HOLE_SIGN, START_SIGN, UNKNOWN_SIGN = 13, 14, 15
 GOAL_SIGN = 12  # at moves; at distances it is that of 0
-# The signs in words. At moves the sign of the start tells its move too.
+# The signs in words. At moves the sign of the start includes its move.
 DISTANCE_SIGN_WORDS = np.array([*map(str, range(FARTHEST_SIGN + 1)), "hole", "elf", "far"])
 MOVE_SIGN_WORDS = np.array([*MOVE_WORDS.values(), *MOVE_WORDS.values(), *4 * [""], "goal", "hole", "", "far"])
 
