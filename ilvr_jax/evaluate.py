@@ -180,6 +180,8 @@ def _check_slot_flags(options: argparse.Namespace) -> None:
 
 def evaluate_slots(options: argparse.Namespace, trained: TrainedModel) -> int:
     """Ask the questions with own and with other slots, print the figures, and return the exit status."""
+    if not options.latent_size:
+        raise BadConfig("--slots must be used with looks that have slots, got --latent-size=0")
     chosen = Chosen(options.slots_look, options.slots_place)
     if (chosen.place or 1) > options.latent_size:
         raise BadConfig(
