@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -41,6 +42,18 @@ def _processes_without_torch():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPOSITORY / "tests" / "without_torch"), prepend=os.pathsep)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_programs():
+    """Free the programs that a file has compiled: each holds memory mappings, of which a process may have 65,530.
+
+    With half of the files in one process there would be more, and then LLVM ends the process.
+    """
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 def pytest_addoption(parser):

@@ -75,7 +75,7 @@ def test_values_out_of_range_are_refused(schema, key, value, wanted):
 @pytest.mark.parametrize(
     ("key", "value", "wanted"),
     [
-        ("latent_size", 0, "from 1 to "),
+        ("latent_size", -1, "from 0 to "),
         ("candidates", 0, "at least 1"),
         ("coverage", 0.0, "above 0 and at most 1"),
         ("coverage", 1.01, "above 0 and at most 1"),

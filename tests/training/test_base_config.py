@@ -39,16 +39,16 @@ SMALLER = {
     "model.remat_policy": "none",
     "model.vision.depth": 1,
     "model.vision.fullatt_block_indexes": (0,),
-    **{f"{stage}.batch_size": 2 for stage in BUCKETS_MET},
-    **{f"{stage}.optimizer": "adamw" for stage in BUCKETS_MET},
     "eval.max_new_tokens": 8,
 }
+SMALLER_STAGES = {"batch_size": 2, "optimizer": "adamw"}
 
 
 def open_run(path: Path, workdir: Path) -> Run:
     """Return a config's run with its data and layouts, but a smaller model and smaller batches."""
     values = load_config(path).to_dict()
-    for key, value in SMALLER.items():
+    of_stages = {f"{stage}.{key}": value for stage in values["stages"] for key, value in SMALLER_STAGES.items()}
+    for key, value in {**SMALLER, **of_stages}.items():
         override(values, key, str(value))
     config = parse(values)
     source = open_source(config.data, config.seed)
