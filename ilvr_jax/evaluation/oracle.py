@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
@@ -17,9 +16,8 @@ from ilvr_jax.data.examples import ExampleSettings, build_example
 from ilvr_jax.data.records import BadRecord, Look, Record
 from ilvr_jax.evaluation.interventions import Slots
 from ilvr_jax.method.layout import Batch, Sample, collate, merge_layouts, required_layout
-from ilvr_jax.method.positions import grid_places
+from ilvr_jax.method.objectives import fill_with_targets
 from ilvr_jax.method.selection import Selection, select
-from ilvr_jax.method.slots import fill_slots
 from ilvr_jax.models.base import Model
 from ilvr_jax.models.lora import decoder_params
 
@@ -81,9 +79,7 @@ def target_inputs(
     decoder = decoder_params(params)
     _, selection = select_targets(model, params, batch, settings, key)
     pause = model.embed(decoder, batch.tokens[:, batch.layout.slot_columns])
-    places = grid_places(batch.positions[..., batch.layout.slot_columns])
-    targets = fill_slots(model, decoder, selection.targets, pause, places)
-    return jnp.where(selection.valid[..., None], targets, pause)
+    return fill_with_targets(model, decoder, pause, selection, batch)
 
 
 def select_targets(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -75,17 +76,12 @@ def fresh_records(evaluator: Evaluator, count: int) -> Evaluator | None:
         return None
     lake = dataclasses.replace(config.data.frozen_lake, readings=0.0)
     evaluated = {record.map_desc for _, record in evaluator.keys()}
-    # A few records more, of which those that are evaluated are dropped.
+    # Records that are evaluated are dropped, so there must be more.
     source = open_source(
         dataclasses.replace(config.data, frozen_lake=lake, records=2 * count), config.seed + FRESH_SEED
     )
-    chosen: list[Record] = []
-    for number in range(len(source)):
-        record = source[number]
-        if record.map_desc not in evaluated:
-            chosen.append(record)
-        if len(chosen) == count:
-            break
+    unseen = (record for record in map(source.__getitem__, range(len(source))) if record.map_desc not in evaluated)
+    chosen = list(itertools.islice(unseen, count))
     # Generated images are drawn in the size they are used in.
     prompts = dataclasses.replace(evaluator.trained.prompts, image_scale=1.0)
     return dataclasses.replace(

@@ -114,7 +114,8 @@ def alignment_loss(
     """
     decoder, features, inputs = _embedded(model, params, batch)
     selection = _select(model, params, teacher, batch, features, settings, key)
-    inputs = inputs.at[:, batch.layout.slot_columns].set(_filled_with_targets(model, decoder, inputs, selection, batch))
+    slots = batch.layout.slot_columns
+    inputs = inputs.at[:, slots].set(fill_with_targets(model, decoder, inputs[:, slots], selection, batch))
     keys = dropout_keys(model, key, batch)
     hidden, _ = model.decode(decoder, inputs, batch.positions, batch.attention_mask(settings), dropout_keys=keys)
     return _aligned_losses(model, decoder, batch, hidden, selection, settings, key)
@@ -137,20 +138,24 @@ def guided_loss(
     own = fill_slots(
         model, decoder, rolled_out[:, slots - 1], inputs[:, slots], grid_places(batch.positions[..., slots])
     )
-    targets = _filled_with_targets(model, decoder, inputs, selection, batch)
+    targets = fill_with_targets(model, decoder, inputs[:, slots], selection, batch)
     filled = jnp.where(is_own(batch.record)[:, None, None, None], own, targets)
     inputs = inputs.at[:, slots].set(jax.lax.stop_gradient(filled))
     hidden, _ = model.decode(decoder, inputs, batch.positions, batch.attention_mask(settings), dropout_keys=keys)
     return _aligned_losses(model, decoder, batch, hidden, selection, settings, key)
 
 
-def _filled_with_targets(
-    model: Model, decoder: PyTree, inputs: Array, selection: Selection, batch: Batch
+def fill_with_targets(
+    model: Model,
+    decoder: PyTree,
+    embeddings: Float[Array, "rows segments slots channels"],
+    selection: Selection,
+    batch: Batch,
 ) -> Float[Array, "rows segments slots channels"]:
-    """Return the inputs of slots that hold targets; those without a target stay as they are."""
-    slots = batch.layout.slot_columns
-    targets = fill_slots(model, decoder, selection.targets, inputs[:, slots], grid_places(batch.positions[..., slots]))
-    return jnp.where(selection.valid[..., None], targets, inputs[:, slots])
+    """Return the inputs of slots that hold targets; those without a target hold the embedding of `latent_pad`."""
+    places = grid_places(batch.positions[..., batch.layout.slot_columns])
+    targets = fill_slots(model, decoder, selection.targets, embeddings, places)
+    return jnp.where(selection.valid[..., None], targets, embeddings)
 
 
 def _select(

@@ -17,7 +17,7 @@ from ilvr_jax.studies.runs import StudyRun, read_seconds, remaining_commands
 
 @dataclasses.dataclass
 class StudyResults:
-    """The runs of a study and what came of them.
+    """The runs of a study and their results.
 
     Attributes:
         study: the entry of STUDIES.

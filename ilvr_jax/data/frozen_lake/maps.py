@@ -1,6 +1,5 @@
 """FrozenLake maps as squares of numbers, their cells, distances and paths."""
 
-import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -63,17 +62,24 @@ def shortest_path(map_desc: MapDesc) -> str | None:
 def descend(map_desc: MapDesc, distances: Mapping[Cell, int]) -> str | None:
     """Return the path from the start that always moves to the neighbour with the smallest of some distances.
 
-    They must be numbers of moves of paths to the goal. Among equals the first of MOVES is taken. Returns None if no
-    neighbour of the start has a distance.
+    They must be numbers of moves of paths to the goal. Returns None if no neighbour of the start has one.
     """
     cell, path = find_cell(map_desc, 1), ""
     while not path or distances[cell]:
-        near = {move: distances.get(step(cell, move), math.inf) for move in MOVES}
-        move = min(near, key=near.__getitem__)
-        if near[move] == math.inf:
+        move = best_move(cell, distances)
+        if move is None:
             return None
         path, cell = path + move, step(cell, move)
     return path
+
+
+def best_move(cell: Cell, distances: Mapping[Cell, int]) -> str | None:
+    """Return the move to the neighbour with the smallest distance, the first of MOVES among equals.
+
+    None if no neighbour has a distance.
+    """
+    near = {move: distances[step(cell, move)] for move in MOVES if step(cell, move) in distances}
+    return min(near, key=near.__getitem__, default=None)
 
 
 def step(cell: Cell, move: str) -> Cell:

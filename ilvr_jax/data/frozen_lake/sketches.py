@@ -1,13 +1,22 @@
 """Sketches of a map, which looks at distances show: sweeps of distances to the goal, and the best moves."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
 from ilvr_jax.config.schema import FrozenLakeConfig
-from ilvr_jax.data.frozen_lake.maps import MOVE_WORDS, MOVES, Cell, cells_of, descend, find_cell, shortest_path, step
+from ilvr_jax.data.frozen_lake.maps import (
+    MOVE_WORDS,
+    MOVES,
+    Cell,
+    best_move,
+    cells_of,
+    descend,
+    find_cell,
+    shortest_path,
+    step,
+)
 from ilvr_jax.data.records import MapDesc
 
 FARTHEST_SIGN = 12  # cells up to this many moves from the goal have the sign of their distance
@@ -96,13 +105,12 @@ def distance_signs(map_desc: MapDesc, distances: Mapping[Cell, int], side: int) 
 def move_signs(map_desc: MapDesc, distances: Mapping[Cell, int], side: int) -> Int[np.ndarray, "side side"]:
     """Return the numbers of the SIGNS of the move from each cell to its neighbour with the smallest distance.
 
-    They are the moves' numbers in MOVES, and 4 more at the start. Among equals it is the first of MOVES; a cell without
-    such a neighbour is unknown.
+    They are the numbers in MOVES of each cell's `best_move`, and 4 more at the start; a cell without one is unknown.
     """
     signs = np.full((side, side), HOLE_SIGN)
     for row, column, kind in cells_of(map_desc):
-        near = [distances.get(step((row, column), move), math.inf) for move in MOVES]
-        best = near.index(min(near)) if min(near) < math.inf else UNKNOWN_SIGN
+        move = best_move((row, column), distances)
+        best = UNKNOWN_SIGN if move is None else list(MOVES).index(move)
         from_start = best + len(MOVES) if best < len(MOVES) else UNKNOWN_SIGN
         signs[row, column] = {1: from_start, 2: GOAL_SIGN, -1: HOLE_SIGN}.get(kind, best)
     return signs
