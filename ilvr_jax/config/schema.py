@@ -178,7 +178,10 @@ class FrozenLakeConfig:
     # Before unsolvable maps are dropped. The real maps look like 0.2; maps with a detour have more holes, and with them
     # 0.18 gives the real average of 0.14 to 0.18 of all cells.
     hole_probability: float = setting("of each cell except start and goal", 0.18, least=0, most=0.9)
-    detour_share: float = setting("share of maps with a longer path than without holes", 0.3, least=0, most=1)
+    detour_share: float = setting("share of maps that need a detour around holes", 0.3, least=0, most=1)
+    detour_moves: int = setting(
+        "the least moves of a detour, added to those on the map without holes", 1, least=1, added=True
+    )
     max_moves: int = setting("maps that need more moves are dropped", 12, least=1)
     looks: str = setting(
         "what looks show: the map between moves; or, before all moves, distances to the goal in sweeps over the map, "
@@ -209,6 +212,7 @@ class FrozenLakeConfig:
     cell_names: str = setting(
         "row_column: each move is written with its starting cell", "row_column", choices=("row_column", "none")
     )
+    name_goal: bool = setting("the moves are followed by the word goal, written like a move", False, added=True)
     exclude: tuple[str, ...] = setting(
         "JSON-lines files with a map_desc per line: maps that are never drawn, nor rotated or mirrored",
         (),

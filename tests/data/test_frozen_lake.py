@@ -111,6 +111,19 @@ def test_the_share_of_detours_holds(share):
     assert abs(detours(FrozenLakeConfig(levels=(4,), detour_share=share)) - expected) <= (0.11 if share < 1 else 0)
 
 
+def test_detours_have_the_least_number_of_additional_moves():
+    def shortest(least):
+        chosen = FrozenLakeConfig(levels=(5,), hole_probability=0.3, detour_share=1.0, detour_moves=least)
+        maps = [record.map_desc for record in FrozenLakeSource(chosen, seed=2, count=40)]
+        starts = [np.array(map_desc) == 1 for map_desc in maps]
+        return min(
+            distances_to_goal(map_desc)[start].item() - empty_map_distance(map_desc)
+            for map_desc, start in zip(maps, starts, strict=True)
+        )
+
+    assert [shortest(least) for least in (1, 3, 4)] == [2, 4, 4]
+
+
 def test_levels_are_equally_likely_unless_named_twice():
     sides = [len(record.map_desc) for record in FrozenLakeSource(FrozenLakeConfig(levels=(3, 5, 5)), 1, 300)]
     assert abs(sides.count(3) - 100) < 25 and sides.count(3) + sides.count(5) == 300
@@ -364,6 +377,19 @@ def test_a_record_has_the_map_the_moves_and_looks_in_between(seed, per_look, rea
 
 
 @pytest.mark.parametrize(
+    ("cell_names", "texts"),
+    [
+        ("row_column", [" 0 0 down 1 0 right", " 1 1 right 1 2 goal \\boxed{DRR}"]),
+        ("none", [" down right", " right goal \\boxed{DRR}"]),
+    ],
+)
+def test_the_goal_may_be_named_after_the_last_move(cell_names, texts):
+    chosen = FrozenLakeConfig(read_out="none", cell_names=cell_names, name_goal=True)
+    record = make_record(((1, 0, -1), (0, 0, 2), (-1, 0, 0)), "DRR", chosen)
+    assert [step.content for step in record.steps[::2]] == texts
+
+
+@pytest.mark.parametrize(
     "key, value, rule",
     [
         ("levels", 3, "a tuple"),
@@ -374,6 +400,7 @@ def test_a_record_has_the_map_the_moves_and_looks_in_between(seed, per_look, rea
         ("hole_probability", 0.95, "from 0 to 0.9"),
         ("hole_probability", float("nan"), "a finite number"),
         ("detour_share", -0.1, "from 0 to 1"),
+        ("detour_moves", 0, "at least 1"),
         ("max_moves", 2.5, "an integer"),
         ("max_moves", 0, "at least 1"),
         ("moves_per_look", 0, "at least 1"),
@@ -408,7 +435,8 @@ def test_settings_are_read_from_a_config():
 def test_settings_that_allow_no_map_are_an_error_at_the_record():
     source = FrozenLakeSource(FrozenLakeConfig(levels=(3,), max_moves=1, detour_share=1.0), seed=0, count=1)
     message = (
-        r"^data\.frozen_lake: hole_probability 0\.18, detour_share 1\.0, .* of level 3, but none of 20000 maps met them"
+        r"^data\.frozen_lake: hole_probability 0\.18, detour_share 1\.0, detour_moves 1, .* of level 3, "
+        "but none of 20000 maps met them"
     )
     with pytest.raises(ValueError, match=message):
         source[0]

@@ -85,12 +85,13 @@ class FrozenLakeSource:
             moves = path_to_goal(map_desc, settings)
             if moves is None or len(moves) > settings.max_moves or map_desc in self.excluded:
                 continue
-            if not detour_needed or len(shortest_path(map_desc)) > empty_map_distance(map_desc):
+            detour = len(shortest_path(map_desc)) - empty_map_distance(map_desc)
+            if not detour_needed or detour >= settings.detour_moves:
                 return map_desc, moves
         raise NoMap(
             f"data.frozen_lake: hole_probability {settings.hole_probability}, detour_share {settings.detour_share}, "
-            f"max_moves {settings.max_moves} and exclude must allow maps of level {side}, but none of {ATTEMPTS} maps "
-            "met them"
+            f"detour_moves {settings.detour_moves}, max_moves {settings.max_moves} and exclude must allow maps of "
+            f"level {side}, but none of {ATTEMPTS} maps met them"
         )
 
 
@@ -101,16 +102,19 @@ def make_record(
 
     A look at the map as it then is follows every `moves_per_look` moves, except at the end. Or looks at distances, one
     a sweep, and one at the best move from every cell precede the moves; they are those of `sketched`, by default the
-    map. Every word has a space before it, so that it is the same single token everywhere.
+    map. With `name_goal`, the goal's cell and the word goal follow the last move. Every word has a space before it, so
+    that it is the same single token everywhere.
     """
     steps, text = make_opening(map_desc, settings, sketched or map_desc)
     cell = find_cell(map_desc, 1)
     for number, move in enumerate(moves, start=1):
-        text += move_text(cell, move, settings.cell_names)
+        text += cell_text(cell, MOVE_WORDS[move], settings.cell_names)
         cell = step(cell, move)
         if settings.looks == "moves" and number % settings.moves_per_look == 0 and number < len(moves):
             steps += [Text(text), Look(draw_map(map_desc, settings.cell_pixels, elf=cell, last_move=move))]
             text = ""
+    if settings.name_goal:
+        text += cell_text(cell, CELL_WORDS[2], settings.cell_names)
     return Record(
         question=settings.question,
         images=(draw_map(map_desc, settings.cell_pixels),),
@@ -138,10 +142,10 @@ def make_opening(map_desc: MapDesc, settings: FrozenLakeConfig, sketched: MapDes
     return steps, text
 
 
-def move_text(cell: Cell, move: str, cell_names: str) -> str:
-    """Return a move in words, after its cell if cells are named."""
+def cell_text(cell: Cell, word: str, cell_names: str) -> str:
+    """Return a move in words, or another word, after its cell if cells are named."""
     name = f" {cell[0]} {cell[1]}" if cell_names == "row_column" else ""
-    return f"{name} {MOVE_WORDS[move]}"
+    return f"{name} {word}"
 
 
 def make_reading(map_desc: MapDesc, settings: FrozenLakeConfig, name: str = "") -> Record:
