@@ -50,10 +50,10 @@ def _free_programs():
     """Free the compiled programs after a file if they hold many memory mappings.
 
     A process may have 65,530 of these on Linux, and half of the files compile more; then LLVM ends the process. No file
-    alone adds more than 35,000.
+    alone adds 50,000.
     """
     yield
-    if "jax" in sys.modules and memory_mappings() > 25_000:
+    if "jax" in sys.modules and memory_mappings() > 15_000:
         sys.modules["jax"].clear_caches()
         gc.collect()
 
