@@ -44,11 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except Stopped:
                 progress.log("stopped")
                 return fail(STOPPED, RESUMES)
-    Console(width=max(Console().width, TABLE_WIDTH)).print(study_table(results.comparison["rows"]))
-    for sentence in lead_sentences(results.comparison["leads"], study.base):
-        print(sentence)
-    plots = ", accuracy.png, accuracy.svg" * bool(results.finished())
-    print(f"Results written to {workdir}: index.html, results.json{plots}")
+    console = Console(width=max(Console().width, TABLE_WIDTH))
+    for data, comparison in results.comparisons.items():
+        console.print(study_table(comparison["rows"], data))
+        for sentence in lead_sentences(comparison["leads"], study.base):
+            print(sentence)
+    names = ["index.html", "results.json", *(path.name for path in results.plots())]
+    print(f"Results written to {workdir}: {', '.join(names)}")
     failed = [key for key in (*refused, *(run.key for run in chosen)) if key in results.failed]
     return fail(FAILED, f"failed: {listed(failed)}; the same command tries them again") if failed else DONE
 

@@ -36,9 +36,9 @@ def study_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[
     return header, lines
 
 
-def study_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table for a terminal of TABLE_WIDTH columns."""
-    return text_table(*study_rows(rows), caption=CAPTION)
+def study_table(rows: Sequence[Mapping[str, Any]], data: str = "") -> Table:
+    """Return the table for a terminal of TABLE_WIDTH columns; `data` is the name of the records in its title."""
+    return text_table(*study_rows(rows), caption=CAPTION, title=data or None)
 
 
 def lead_sentences(leads: Mapping[str, Mapping[str, Any]], base: str) -> list[str]:
@@ -58,36 +58,40 @@ def draw_study(rows: Sequence[Mapping[str, Any]], base: str, path: Path) -> None
 
 def write_study_page(
     path: Path,
-    rows: Sequence[Mapping[str, Any]],
-    leads: Mapping[str, Mapping[str, Any]],
+    comparisons: Mapping[str, Mapping[str, Any]],
     title: str,
     remark: str,
     base: str,
     meanings: Mapping[str, str],
     failed: Mapping[str, str],
 ) -> None:
-    """Write one HTML file with plot, table and the meaning of each variant.
+    """Write one HTML file with plot and table of each of the `comparisons`, by data, and each variant's meaning.
 
     `failed` has the error of each failed run. Raises as `write_text` does.
     """
-    drawn, (header, lines) = _with_accuracy(rows), study_rows(rows)
-    description = f"Accuracy of {len(drawn)} variants; the table below has the same numbers."
-    names = [row["name"] for row in drawn]
-    plot = inline_bars(drawn, names, _reference(rows, base), base, description) if drawn else ""
     write_html(
         path,
         "study.html",
         title=title,
         remark=remark,
-        plot=Markup(plot),
         reference=base,
-        header=header,
-        lines=lines,
+        parts=[page_part(comparison, data, base) for data, comparison in comparisons.items()],
         caption=CAPTION,
-        leads=lead_sentences(leads, base),
         meanings=meanings,
         failed=failed,
     )
+
+
+def page_part(comparison: Mapping[str, Any], data: str, base: str) -> dict[str, Any]:
+    """Return what the page shows of the comparison on some data."""
+    rows = comparison["rows"]
+    drawn, (header, lines) = _with_accuracy(rows), study_rows(rows)
+    description = f"Accuracy of {len(drawn)} variants{data and f' on {data}'}; the table below has the same numbers."
+    heading = f"Accuracy on {data}" if data else "Accuracy"
+    names = [row["name"] for row in drawn]
+    plot = inline_bars(drawn, names, _reference(rows, base), base, description) if drawn else ""
+    sentences = lead_sentences(comparison["leads"], base)
+    return {"heading": heading, "plot": Markup(plot), "header": header, "lines": lines, "sentences": sentences}
 
 
 def _with_accuracy(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -40,9 +40,11 @@ def accuracy_rows(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[list[st
     return header, rows
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None) -> Table:
+def text_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None, title: str | None = None
+) -> Table:
     """Return a table of text: names in the first column, numbers in the others."""
-    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for number, name in enumerate(header):
         table.add_column(name.replace(" ", "\n"), justify="right" if number else "left", vertical="bottom")
     for row in rows:

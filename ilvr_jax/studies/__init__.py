@@ -36,6 +36,7 @@ class Study:
         minutes: of a run on two cores, for the estimate before one is finished.
         quick: changes of a quick study, as those of variants; `*` in a key is replaced by the name of each stage.
         leads: variants whose difference from the base is compared with that of the intervention `swap`.
+        more_data: further files of records that every run is evaluated on, by the name of their table.
     """
 
     config: str
@@ -43,6 +44,7 @@ class Study:
     minutes: float
     quick: Mapping[str, str]
     leads: tuple[str, ...] = ()
+    more_data: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def base(self) -> str:

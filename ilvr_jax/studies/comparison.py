@@ -14,7 +14,7 @@ from ilvr_jax.evaluation.slot_evaluation import Chosen, Condition, condition_fil
 from ilvr_jax.files import read_object
 from ilvr_jax.reports.slots import row_label
 from ilvr_jax.studies import Study
-from ilvr_jax.studies.runs import StudyRun, read_training
+from ilvr_jax.studies.runs import OWN_DATA, StudyRun, read_training
 
 GROUPS = {"holes in the way": "success_where_holes_matter", "detour needed": "success_on_detours"}
 SWAP = Condition("swap", "inputs")
@@ -40,10 +40,13 @@ class Answers:
 BySeed = Mapping[int, Answers]
 
 
-def compare_variants(study: Study, finished: Sequence[StudyRun], failed: Iterable[str]) -> dict[str, Any]:
+def compare_variants(
+    study: Study, finished: Sequence[StudyRun], failed: Iterable[str], data: str = OWN_DATA
+) -> dict[str, Any]:
     """Return the rows of the variants with finished or failed runs, and the shares of leads that `swap` takes away.
 
-    `failed` are the names of runs. The base's row is followed by those of its interventions.
+    They are those of the answers on `data`; `failed` are the names of runs. The base's row is followed by those of its
+    interventions.
     """
     by_name: dict[str, dict[int, Answers]] = defaultdict(dict)
     failed_seeds = defaultdict(list)
@@ -51,9 +54,9 @@ def compare_variants(study: Study, finished: Sequence[StudyRun], failed: Iterabl
         name, _, seed = key.rpartition("-seed")
         failed_seeds[name].append(int(seed))
     for run in finished:
-        by_name[run.name][run.seed] = read_variant(run)
+        by_name[run.name][run.seed] = read_variant(run, data)
     base = by_name[study.base]
-    interventions = read_interventions([run for run in finished if run.name == study.base])
+    interventions = read_interventions([run for run in finished if run.name == study.base], data)
     rows = []
     for name in study.variants:
         if by_name[name] or name in failed_seeds:
@@ -68,9 +71,9 @@ def compare_variants(study: Study, finished: Sequence[StudyRun], failed: Iterabl
     return {"rows": rows, "leads": lead_shares(base, interventions.get(SWAP, {}), leads)}
 
 
-def read_variant(run: StudyRun) -> Answers:
-    """Return the answers of a finished run."""
-    summary = read_object(summary_file(run.answers))
+def read_variant(run: StudyRun, data: str) -> Answers:
+    """Return the answers of a finished run on some data."""
+    summary = read_object(summary_file(run.answers(data)))
     count = max(1, summary["answers"])
     figures = {
         **read_training(run),
@@ -78,20 +81,20 @@ def read_variant(run: StudyRun) -> Answers:
         "text_tokens": (summary["tokens"] - summary["slots"]) / count,
     }
     groups = {name: summary[figure] for name, figure in GROUPS.items() if figure in summary}
-    return Answers(read_rights(run.answers, summary["limit"], summary["samples"]), groups, figures)
+    return Answers(read_rights(run.answers(data), summary["limit"], summary["samples"]), groups, figures)
 
 
-def read_interventions(runs: Iterable[StudyRun]) -> dict[Condition, dict[int, Answers]]:
-    """Return the answers of finished runs with other slots, by condition and seed."""
+def read_interventions(runs: Iterable[StudyRun], data: str) -> dict[Condition, dict[int, Answers]]:
+    """Return the answers of finished runs with other slots on some data, by condition and seed."""
     found: dict[Condition, dict[int, Answers]] = defaultdict(dict)
     for run in runs:
         if not run.variant.slots:
             continue
-        summary = read_object(run.slots_summary)
+        summary = read_object(run.slots_summary(data))
         for row in summary["rows"]:
             condition = Condition(row["name"], row["replaced"])
             if condition.name in run.variant.slots:
-                rights = read_rights(condition_file(run.answers, condition, Chosen()), summary["limit"], 1)
+                rights = read_rights(condition_file(run.answers(data), condition, Chosen()), summary["limit"], 1)
                 found[condition][run.seed] = Answers(rights, row["groups"])
     return found
 

@@ -1,4 +1,7 @@
-"""The results of a study in its workdir: results.json, index.html, accuracy.png and accuracy.svg."""
+"""The results of a study in its workdir: results.json, index.html, accuracy.png and accuracy.svg.
+
+A study with more data has a plot for each, such as accuracy-detours.png.
+"""
 
 import dataclasses
 from collections import defaultdict
@@ -12,7 +15,7 @@ from ilvr_jax.files import read_object, write_json
 from ilvr_jax.reports.study import draw_study, write_study_page
 from ilvr_jax.studies import Study
 from ilvr_jax.studies.comparison import compare_variants
-from ilvr_jax.studies.runs import StudyRun, read_seconds, remaining_commands
+from ilvr_jax.studies.runs import OWN_DATA, StudyRun, read_seconds, remaining_commands
 
 
 @dataclasses.dataclass
@@ -25,7 +28,7 @@ class StudyResults:
         workdir: of the study.
         runs: of all variants and seeds that the workdir may hold.
         failed: the error of each run that failed, by its name, in earlier calls as well.
-        comparison: the rows and the leads of `compare_variants`, after `write`.
+        comparisons: the rows and the leads of `compare_variants`, by the name of the data, after `write`.
     """
 
     study: Study
@@ -33,7 +36,7 @@ class StudyResults:
     workdir: Path
     runs: Sequence[StudyRun]
     failed: dict[str, str]
-    comparison: dict[str, Any] = dataclasses.field(default_factory=dict)
+    comparisons: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         self.failed = {**_failed_earlier(self.workdir / "results.json"), **self.failed}
@@ -47,19 +50,31 @@ class StudyResults:
         name, finished = self.settings["study"], self.finished()
         for run in finished:
             self.failed.pop(run.key, None)
-        self.comparison = compare_variants(self.study, finished, self.failed)
-        rows, leads = self.comparison["rows"], self.comparison["leads"]
+        self.comparisons = {
+            data: compare_variants(self.study, finished, self.failed, data)
+            for data in (OWN_DATA, *self.study.more_data)
+        }
         about = {key: self.settings[key] for key in ("study", "config", "quick")}
-        write_json(self.workdir / "results.json", {**about, **self.comparison, "failed": self.failed})
-        if finished:
-            for kind in ("png", "svg"):
-                draw_study(rows, self.study.base, self.workdir / f"accuracy.{kind}")
-        shown = [row["name"] for row in rows]
+        own, *more = self.comparisons.values()
+        more = dict(zip(self.study.more_data, more, strict=True))
+        write_json(self.workdir / "results.json", {**about, **own, "more_data": more, "failed": self.failed})
+        for path, data in self.plots().items():
+            draw_study(self.comparisons[data]["rows"], self.study.base, path)
+        shown = [row["name"] for row in own["rows"]]
         meanings = {key: variant.meaning for key, variant in self.study.variants.items() if key in shown}
         quick = ", a quick test whose figures mean nothing" * self.settings["quick"]
         remark = f"Variants of {self.settings['config']}, trained with several seeds{quick}."
         page = self.workdir / "index.html"
-        write_study_page(page, rows, leads, f"Study {name}", remark, self.study.base, meanings, self.failed)
+        write_study_page(page, self.comparisons, f"Study {name}", remark, self.study.base, meanings, self.failed)
+
+    def plots(self) -> dict[Path, str]:
+        """Return the files of the plots with the name of their data; none before a run is finished."""
+        return {
+            self.workdir / f"accuracy{data and f'-{data}'}.{kind}": data
+            for data in self.comparisons
+            for kind in ("png", "svg")
+            if self.finished()
+        }
 
     def time_left(self, left: Sequence[StudyRun]) -> str:
         """Return a sentence about the time that runs take."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ilvr_jax.analysis.slot_use import report_files
-from ilvr_jax.config.experiments import by_key, load_config, parse
+from ilvr_jax.config.experiments import by_key, load_config, parse, resolve_path
 from ilvr_jax.config.flags import override
 from ilvr_jax.config.schema import RunConfig
 from ilvr_jax.config.workdir import read_config
@@ -18,6 +18,7 @@ from ilvr_jax.files import read_object
 from ilvr_jax.studies import Study, Variant
 
 MOST_SEEDS = 1000
+OWN_DATA = ""  # the records that the config is evaluated on; other names are those of a study's `more_data`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class StudyRun:
         changes: flags of the config by key, without the seed.
         config: the resulting config.
         workdir: of the run.
+        data: the files of further records that it is evaluated on, by name.
     """
 
     name: str
@@ -41,21 +43,21 @@ class StudyRun:
     changes: Mapping[str, str]
     config: RunConfig
     workdir: Path
+    data: Mapping[str, Path]
 
     @property
     def key(self) -> str:
         """The name of the run, which is also that of its workdir."""
         return self.workdir.name
 
-    @property
-    def answers(self) -> Path:
-        """The results file of the evaluation that counts."""
-        return self.answers_of(self.variant.method)
+    def answers(self, data: str = OWN_DATA) -> Path:
+        """Return the results file of the evaluation that counts, on some data."""
+        path = self.answers_of(self.variant.method)
+        return path.with_stem(f"{path.stem}-{data}") if data else path
 
-    @property
-    def slots_summary(self) -> Path:
-        """The summary of the evaluation with other slots."""
-        return report_files(self.answers, Chosen())["summary"]
+    def slots_summary(self, data: str = OWN_DATA) -> Path:
+        """Return the summary of the evaluation with other slots, on some data."""
+        return report_files(self.answers(data), Chosen())["summary"]
 
     @property
     def latent_summary(self) -> Path:
@@ -81,7 +83,8 @@ def open_run(study: Study, name: str, seed: int, file: str, workdir: Path, quick
     changes = {**variant.changes, **(for_stages(study.quick, values["stages"]) if quick else {})}
     for key, text in {**changes, "seed": str(seed)}.items():
         override(values, key, text)
-    return StudyRun(name, variant, seed, file, changes, parse(values), workdir / f"{name}-seed{seed}")
+    data = {more: resolve_path(path) for more, path in study.more_data.items()}
+    return StudyRun(name, variant, seed, file, changes, parse(values), workdir / f"{name}-seed{seed}", data)
 
 
 def count_seeds(workdir: Path) -> int:
@@ -103,14 +106,19 @@ def remaining_commands(run: StudyRun) -> list[list[str]]:
     flags = [f"--config.{key}={text}" for key, text in {**run.changes, "seed": run.seed}.items()]
     train = [*python, "ilvr_jax.train", f"--config={run.file}", f"--workdir={run.workdir}", *flags]
     rows = f"--batch-size={run.config.eval.batch_size}"
-    evaluate = [*python, "ilvr_jax.evaluate", str(run.workdir), method, rows]
-    with_slots = [*evaluate, f"--slots={','.join(run.variant.slots)}"]
     trained = is_trained(run)
     commands = [] if trained else [train]
-    if run.variant.method != "latent" and not (trained and is_evaluated(run, summary_file(run.answers))):
-        commands.append(evaluate)
-    if run.variant.slots and not (trained and is_evaluated(run, run.slots_summary, run.variant.slots)):
-        commands.append(with_slots)
+    for data in (OWN_DATA, *run.data):
+        evaluate = [*python, "ilvr_jax.evaluate", str(run.workdir), method, rows]
+        if data:
+            limit = f"--limit={run.config.eval.limit}"
+            evaluate += [f"--data={run.data[data]}", f"--out={run.answers(data)}", limit]
+        by_training = data == OWN_DATA and run.variant.method == "latent"
+        if not by_training and not (trained and is_evaluated(run, summary_file(run.answers(data)), data)):
+            commands.append(evaluate)
+        slots = run.variant.slots
+        if slots and not (trained and is_evaluated(run, run.slots_summary(data), data, slots)):
+            commands.append([*evaluate, f"--slots={','.join(slots)}"])
     return commands
 
 
@@ -133,22 +141,25 @@ def is_trained(run: StudyRun) -> bool:
     )
 
 
-def is_evaluated(run: StudyRun, path: Path, slots: Sequence[str] = ()) -> bool:
-    """Return whether the summary of an evaluation is one of the trained model, and has rows for these slots."""
+def is_evaluated(run: StudyRun, path: Path, data: str, slots: Sequence[str] = ()) -> bool:
+    """Return whether the summary of an evaluation is of the trained model and the data, with rows for these slots."""
     try:
         summary, latent = read_object(path), read_object(run.latent_summary)
     except InputError:
         return False
+    if data:
+        latent = {**latent, "data": str(run.data[data]), "records": summary.get("records")}
     same = all(summary.get(name) == latent[name] for name in ("model", "data", "records", "limit", "max_new_tokens"))
-    return same and run.answers.exists() and set(slots) <= {row["name"] for row in summary.get("rows", ())}
+    return same and run.answers(data).exists() and set(slots) <= {row["name"] for row in summary.get("rows", ())}
 
 
 def read_seconds(run: StudyRun) -> float:
     """Return the seconds that a finished run took: those of its training and of all its evaluations."""
     stages = read_object(run.workdir / "summary.json")["stages"].values()
     seconds = sum(stage["seconds"] + stage["evaluation"]["seconds"] for stage in stages)
-    others = [summary_file(run.answers)] * (run.variant.method != "latent")
-    others += [run.slots_summary] * bool(run.variant.slots)
+    others = [summary_file(run.answers(data)) for data in run.data]
+    others += [summary_file(run.answers())] * (run.variant.method != "latent")
+    others += [run.slots_summary(data) for data in (OWN_DATA, *run.data) if run.variant.slots]
     return seconds + sum(read_object(path)["seconds"] for path in others)
 
 

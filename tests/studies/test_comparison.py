@@ -1,5 +1,6 @@
 """The figures of a study from files of finished runs: paired differences, shares of leads, estimates, the page."""
 
+import dataclasses
 import html
 import itertools
 import json
@@ -39,8 +40,8 @@ PIXELS = [(1, 1, 1, 1)]
 SWAPPED = [(0, 0, 0, 1), (0, 0, 0, 0)]
 
 
-def open_one(folder, name, seed=0, quick=False):
-    return open_run(STUDY, name, seed, str(REPOSITORY / STUDY.config), folder, quick)
+def open_one(folder, name, seed=0, quick=False, study=STUDY):
+    return open_run(study, name, seed, str(REPOSITORY / STUDY.config), folder, quick)
 
 
 def line(number, right, **fields):
@@ -67,18 +68,18 @@ def finish(folder, name, seed, rights, swapped=None):
         evaluation = {"stage": stage, **common, "samples": 1, **summarise(map(line, range(4), rights)), "seconds": 5.0}
         evaluation |= {"success_where_holes_matter": 0.5, "success_on_detours": None}
         stages[stage] = {"steps": run.config.stages[stage].steps, "seconds": 60.0, "evaluation": evaluation}
-    write_answers(run.answers, rights)
+    write_answers(run.answers(), rights)
     run.answers_of("latent").touch()
     write_json(run.latent_summary, evaluation)
-    write_json(summary_file(run.answers), evaluation)
+    write_json(summary_file(run.answers()), evaluation)
     write_json(run.workdir / "summary.json", {"stages": stages})
     (run.workdir / "config.json").write_text(to_json(run.config))
     if run.variant.slots:
         rows = [{"name": "own", "replaced": "", "groups": {}}]
         for kind in ("swap", "noise"):
-            write_answers(condition_file(run.answers, Condition(kind, "inputs"), Chosen()), swapped)
+            write_answers(condition_file(run.answers(), Condition(kind, "inputs"), Chosen()), swapped)
             rows.append({"name": kind, "replaced": "inputs", "groups": {"holes in the way": 0.25}})
-        write_json(run.slots_summary, {**common, "rows": rows, "seconds": 10.0})
+        write_json(run.slots_summary(), {**common, "rows": rows, "seconds": 10.0})
     return run
 
 
@@ -156,11 +157,11 @@ def test_commands_are_those_that_the_files_lack(runs, tmp_path):
     batch = "--batch-size=50"
     file, folder = REPOSITORY / "configs/base.py", tmp_path
     slots = ["ilvr_jax.evaluate", str(own.workdir), "--method=latent", batch, "--slots=swap,noise"]
-    own.slots_summary.unlink()
+    own.slots_summary().unlink()
     assert commands(own) == [slots]
-    summary_file(pixels.answers).write_text('{"model": "of an earlier training"}')
+    summary_file(pixels.answers()).write_text('{"model": "of an earlier training"}')
     assert commands(pixels) == [["ilvr_jax.evaluate", str(pixels.workdir), "--method=pixels", batch]]
-    runs[1].answers.unlink()
+    runs[1].answers().unlink()
     assert [command[0] for command in commands(runs[1])] == ["ilvr_jax.train", "ilvr_jax.evaluate"]
     (own.workdir / "summary.json").unlink()
     train = ["ilvr_jax.train", f"--config={file}", f"--workdir={folder / 'own-seed0'}", "--config.seed=0"]
@@ -168,6 +169,62 @@ def test_commands_are_those_that_the_files_lack(runs, tmp_path):
     (text.workdir / "config.json").write_text(to_json(open_one(folder, "text", seed=3).config))
     flags = ["--config.warm_up.steps=7", "--config.seed=0"]
     assert commands(text) == [["ilvr_jax.train", f"--config={file}:text", f"--workdir={text.workdir}", *flags]]
+
+
+@pytest.fixture
+def with_more(runs, tmp_path):
+    """The study with more data, and its runs of the first seed of own slots and of text, evaluated on that as well."""
+    study = dataclasses.replace(STUDY, more_data={"detours": str(tmp_path / "detours.jsonl")})
+    found = [open_one(tmp_path, name, study=study) for name in ("own", "text")]
+    for run, rights in zip(found, ((0, 1, 1), (0, 0, 0)), strict=True):
+        lines = write_answers(run.answers("detours"), rights)
+        common = {"model": "abc", "data": str(run.data["detours"]), "records": "3", "limit": 0, "max_new_tokens": 192}
+        summary = {**common, "samples": 1, **summarise(lines), "success_on_detours": 0.25, "seconds": 7.0}
+        write_json(summary_file(run.answers("detours")), summary)
+    own = found[0]
+    for kind in ("swap", "noise"):
+        write_answers(condition_file(own.answers("detours"), Condition(kind, "inputs"), Chosen()), (0, 0, 1))
+    rows = [{"name": name, "replaced": "inputs", "groups": {}} for name in ("swap", "noise")]
+    write_json(own.slots_summary("detours"), {**common, "rows": rows, "seconds": 3.0})
+    return study, found
+
+
+def test_more_data_has_a_comparison_of_its_own(with_more):
+    study, found = with_more
+    comparison = compare_variants(study, found, [], "detours")
+    rows = by_name(comparison)
+    assert list(rows) == ["own", "own, swap (inputs)", "own, noise (inputs)", "text"]
+    assert [row["accuracy"] for row in rows.values()] == pytest.approx([2 / 3, 1 / 3, 1 / 3, 0])
+    assert rows["text"]["difference"] == pytest.approx(-2 / 3) and rows["own"]["groups"] == {"detour needed": 0.25}
+    assert comparison["leads"]["text"]["share"] == pytest.approx(0.5)
+    assert by_name(compare_variants(study, found, []))["own"]["accuracy"] == 0.75  # the config's own data
+    assert read_seconds(found[1]) == 60 + 5 + 7 and [remaining_commands(run) for run in found] == [[], []]
+
+
+def test_more_data_is_evaluated_by_commands_of_its_own(with_more, tmp_path):
+    own, text = with_more[1]
+    on = [f"--data={tmp_path / 'detours.jsonl'}", f"--out={own.answers('detours')}", "--limit=0"]
+    evaluate = ["ilvr_jax.evaluate", str(own.workdir), "--method=latent", "--batch-size=50", *on]
+    own.slots_summary("detours").unlink()
+    assert commands(own) == [[*evaluate, "--slots=swap,noise"]]
+    own.answers("detours").unlink()
+    assert commands(own) == [evaluate, [*evaluate, "--slots=swap,noise"]]
+    write_json(summary_file(text.answers("detours")), {**json.loads(text.latent_summary.read_text()), "data": "others"})
+    assert [command[0] for command in commands(text)] == ["ilvr_jax.evaluate"]
+
+
+def test_more_data_has_a_table_and_plots(with_more, tmp_path):
+    study, found = with_more
+    StudyResults(study, {"study": "slots", "config": STUDY.config, "quick": False}, tmp_path, found, {}).write()
+    written = json.loads((tmp_path / "results.json").read_text())
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<svg") == 2 and page.index("<h2>Accuracy</h2>") < page.index("<h2>Accuracy on detours</h2>")
+    for rows in (written["rows"], written["more_data"]["detours"]["rows"]):
+        for cells in study_rows(rows)[1]:
+            assert "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) in page
+    assert page.count("A diamond marks") == 2 and page.count("takes away: 0.50") == 1
+    for name in ("accuracy.svg", "accuracy-detours.png", "accuracy-detours.svg"):
+        assert (tmp_path / name).stat().st_size > 1000
 
 
 def test_a_quick_study_shortens_every_stage(tmp_path):
@@ -211,7 +268,7 @@ def test_files_hold_every_row_and_the_page_fetches_nothing(runs, tmp_path):
     results = StudyResults(STUDY, settings, tmp_path, runs, {"pause-seed0": "it <failed>"})
     results.write()
     written = json.loads((tmp_path / "results.json").read_text())
-    assert written["rows"] == results.comparison["rows"] and written["leads"] == results.comparison["leads"]
+    assert written["rows"] == results.comparisons[""]["rows"] and written["leads"] == results.comparisons[""]["leads"]
     page = (tmp_path / "index.html").read_text()
     assert "http" not in page and "<script" not in page and "<link" not in page and "@import" not in page
     assert all(link.startswith("#") for link in re.findall(r"""(?:href|src)="([^"]*)\"""", page))
