@@ -13,7 +13,7 @@ import copy
 from ml_collections import ConfigDict
 
 from configs import plain_maps
-from ilvr_jax.config.experiments import stage_config
+from ilvr_jax.config.experiments import DETOUR_MAPS, VSP_MAPS, stage_config
 
 SIDE = 6  # of the largest map, and of every sketch
 
@@ -91,6 +91,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.rope_theta = 30.0
     config.model.mrope_section = (2, 5, 9)
     config.data.frozen_lake.update(levels=(3, 4, 5, 6, 6), looks="distances", sweeps=2, read_out="none", readings=0.3)
+    config.data.frozen_lake.exclude = (VSP_MAPS, DETOUR_MAPS)
     config.data.frozen_lake.detour_share = 0.6  # on a straight path, a move can be guessed from the one before
     config.data.buckets = ConfigDict(
         {

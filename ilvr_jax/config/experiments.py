@@ -22,6 +22,7 @@ ROOTS = (PACKAGE.parent, PACKAGE)
 BASE = Path("configs/base.py")
 OWN_DATA = Path("configs/plain_maps.py")  # what a config for data of one's own starts from
 VSP_MAPS = "tests/data/vsp_planning/test.jsonl"  # 200 real maps, only for evaluation
+DETOUR_MAPS = "tests/data/detours/test.jsonl"  # 200 generated maps with long detours, only for evaluation
 
 
 def default_config() -> ConfigDict:

@@ -6,6 +6,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+from ilvr_jax.config.experiments import DETOUR_MAPS
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -84,5 +86,6 @@ STUDIES = {
         minutes=19,
         quick={"*.steps": "10", "eval.limit": "20"},
         leads=("text", "pause", "single"),
+        more_data={"detours": DETOUR_MAPS},
     ),
 }

@@ -13,14 +13,18 @@ from hypothesis import strategies as st
 from scipy.sparse import lil_array
 from scipy.sparse.csgraph import shortest_path as scipy_distances
 
+from ilvr_jax.config.experiments import DETOUR_MAPS, load_config
 from ilvr_jax.config.fields import BadConfig, read
 from ilvr_jax.config.schema import FrozenLakeConfig
+from ilvr_jax.data.formats import open_vsp
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.data.frozen_lake.maps import empty_map_distance, shortest_path, symmetries
 from ilvr_jax.data.frozen_lake.sketches import move_signs, sweep_distances
 from ilvr_jax.data.frozen_lake.source import FrozenLakeSource, cell_words, make_record
+from ilvr_jax.data.images import open_image
 from ilvr_jax.data.records import BadRecord, Look, Text
 from tests.maps import maps, read_sketch
+from tests.paths import REPOSITORY
 
 REAL_MAPS = Path(__file__).parent / "vsp_planning" / "test.jsonl"
 WORDS = {"U": "up", "D": "down", "L": "left", "R": "right"}
@@ -122,6 +126,17 @@ def test_detours_have_the_least_number_of_additional_moves():
         )
 
     assert [shortest(least) for least in (1, 3, 4)] == [2, 4, 4]
+
+
+def test_the_maps_with_long_detours_are_drawn_as_they_are_described():
+    records = list(open_vsp(REPOSITORY / DETOUR_MAPS, None))
+    assert len(records) == 200
+    for record in records:
+        map_desc = record.map_desc
+        distance = distances_to_goal(map_desc)[np.array(map_desc) == 1].item()
+        assert distance >= empty_map_distance(map_desc) + 4 and play(map_desc, record.answer)[1] == 1
+        np.testing.assert_array_equal(open_image(record.images[0], "map"), draw_map(map_desc, 64))
+    assert DETOUR_MAPS in load_config(REPOSITORY / "configs/base.py").data.frozen_lake.exclude
 
 
 def test_levels_are_equally_likely_unless_named_twice():
