@@ -47,7 +47,7 @@ def installed(tmp_path_factory):
     """A folder with what `pip install` makes of a copy of the files under version control, and no path to others."""
     folder = tmp_path_factory.mktemp("package")
     source = folder / "source"
-    for name in ("ilvr_jax", "configs", "tests/data/vsp_planning"):
+    for name in ("ilvr_jax", "configs", "tests/data/detours", "tests/data/vsp_planning"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source / name)
