@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from ilvr_jax.checkpoints.runs import build_run_model
-from ilvr_jax.config.experiments import evaluation_file, load_config, parse
+from ilvr_jax.config.experiments import DETOUR_MAPS, evaluation_file, load_config, parse
 from ilvr_jax.config.flags import override
 from ilvr_jax.data.sources import make_tokenizer, open_source
 from ilvr_jax.data.tokenizer import special_tokens
@@ -113,8 +113,8 @@ def test_evaluation_compiles_decoding_once(run):
 
 def test_the_maps_of_the_evaluation_are_left_out_of_the_training_data(run):
     data = run.config.data
-    path = evaluation_file(run.config)
-    assert [REPOSITORY / name for name in data.frozen_lake.exclude] == [path.absolute()]
-    lines = path.read_text().splitlines()
+    paths = [evaluation_file(run.config).absolute(), REPOSITORY / DETOUR_MAPS]
+    assert [REPOSITORY / name for name in data.frozen_lake.exclude] == paths
+    lines = [line for path in paths for line in path.read_text().splitlines()]
     maps = {tuple(map(tuple, json.loads(line)["map_desc"])) for line in lines}
-    assert len(lines) == 200 and maps <= run.source.excluded
+    assert len(lines) == 400 and maps <= run.source.excluded
