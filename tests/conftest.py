@@ -15,9 +15,9 @@ import pytest
 # The tests compile hundreds of small programs once each: less optimisation and plainer code for what is fused take a
 # third of the time. Before jax is imported.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-# One piece a program: the tests use all cores already.
-PLAIN = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-os.environ["XLA_FLAGS"] = f"{PLAIN} {os.environ.get('XLA_FLAGS', '')}"
+# Each in one piece, since the tests use all cores already.
+PLAIN_CODE = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{PLAIN_CODE} {os.environ.get('XLA_FLAGS', '')}"
 
 # And files, processes and the commands that they start meet each other's programs again: one folder for the session.
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -55,8 +55,7 @@ class StudyResults:
             for data in (OWN_DATA, *self.study.more_data)
         }
         about = {key: self.settings[key] for key in ("study", "config", "quick")}
-        own, *more = self.comparisons.values()
-        more = dict(zip(self.study.more_data, more, strict=True))
+        own, more = self.comparisons[OWN_DATA], {data: self.comparisons[data] for data in self.study.more_data}
         write_json(self.workdir / "results.json", {**about, **own, "more_data": more, "failed": self.failed})
         for path, data in self.plots().items():
             draw_study(self.comparisons[data]["rows"], self.study.base, path)
@@ -71,9 +70,9 @@ class StudyResults:
         """Return the files of the plots with the name of their data; none before a run is finished."""
         return {
             self.workdir / f"accuracy{data and f'-{data}'}.{kind}": data
-            for data in self.comparisons
+            for data, comparison in self.comparisons.items()
             for kind in ("png", "svg")
-            if self.finished()
+            if any(row["seeds"] for row in comparison["rows"])
         }
 
     def time_left(self, left: Sequence[StudyRun]) -> str:

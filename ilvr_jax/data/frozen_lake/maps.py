@@ -59,6 +59,11 @@ def shortest_path(map_desc: MapDesc) -> str | None:
     return descend(map_desc, distance_to_goal(map_desc))
 
 
+def additional_moves(map_desc: MapDesc) -> int:
+    """Return the number of moves by which holes make the shortest path longer; the map must have a path."""
+    return len(shortest_path(map_desc)) - empty_map_distance(map_desc)
+
+
 def descend(map_desc: MapDesc, distances: Mapping[Cell, int]) -> str | None:
     """Return the path from the start that always moves to the neighbour with the smallest of some distances.
 

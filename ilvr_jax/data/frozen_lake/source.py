@@ -12,11 +12,10 @@ from ilvr_jax.data.frozen_lake.maps import (
     CELL_WORDS,
     MOVE_WORDS,
     Cell,
+    additional_moves,
     distance_to_goal,
-    empty_map_distance,
     find_cell,
     random_map,
-    shortest_path,
     step,
     symmetries,
 )
@@ -85,8 +84,7 @@ class FrozenLakeSource:
             moves = path_to_goal(map_desc, settings)
             if moves is None or len(moves) > settings.max_moves or map_desc in self.excluded:
                 continue
-            detour = len(shortest_path(map_desc)) - empty_map_distance(map_desc)
-            if not detour_needed or detour >= settings.detour_moves:
+            if not detour_needed or additional_moves(map_desc) >= settings.detour_moves:
                 return map_desc, moves
         raise NoMap(
             f"data.frozen_lake: hole_probability {settings.hole_probability}, detour_share {settings.detour_share}, "
