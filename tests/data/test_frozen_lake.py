@@ -18,7 +18,7 @@ from ilvr_jax.config.fields import BadConfig, read
 from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.data.formats import open_vsp
 from ilvr_jax.data.frozen_lake.drawing import draw_map
-from ilvr_jax.data.frozen_lake.maps import empty_map_distance, shortest_path, symmetries
+from ilvr_jax.data.frozen_lake.maps import additional_moves, empty_map_distance, shortest_path, symmetries
 from ilvr_jax.data.frozen_lake.sketches import move_signs, sweep_distances
 from ilvr_jax.data.frozen_lake.source import FrozenLakeSource, cell_words, make_record
 from ilvr_jax.data.images import open_image
@@ -126,6 +126,7 @@ def test_detours_have_the_least_number_of_additional_moves():
         )
 
     assert [shortest(least) for least in (1, 3, 4)] == [2, 4, 4]
+    assert additional_moves(((1, -1, 0), (-1, 0, 0), (0, 0, 2))) < 0  # no path: no detour either
 
 
 def test_the_maps_with_long_detours_are_drawn_as_they_are_described():

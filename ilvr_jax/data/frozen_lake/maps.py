@@ -60,8 +60,8 @@ def shortest_path(map_desc: MapDesc) -> str | None:
 
 
 def additional_moves(map_desc: MapDesc) -> int:
-    """Return the number of moves by which holes make the shortest path longer; the map must have a path."""
-    return len(shortest_path(map_desc)) - empty_map_distance(map_desc)
+    """Return the number of moves by which holes make the shortest path longer; below 0 if there is no path."""
+    return distance_to_goal(map_desc).get(find_cell(map_desc, 1), 0) - empty_map_distance(map_desc)
 
 
 def descend(map_desc: MapDesc, distances: Mapping[Cell, int]) -> str | None:

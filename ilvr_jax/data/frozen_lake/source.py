@@ -81,10 +81,11 @@ class FrozenLakeSource:
         detour_needed = random.random() < settings.detour_share
         for _ in range(ATTEMPTS):
             map_desc = random_map(random, side, settings.hole_probability)
-            moves = path_to_goal(map_desc, settings)
-            if moves is None or len(moves) > settings.max_moves or map_desc in self.excluded:
+            # Few maps have a long detour: look for it before the moves of sketches, which take longer to find.
+            if map_desc in self.excluded or (detour_needed and additional_moves(map_desc) < settings.detour_moves):
                 continue
-            if not detour_needed or additional_moves(map_desc) >= settings.detour_moves:
+            moves = path_to_goal(map_desc, settings)
+            if moves is not None and len(moves) <= settings.max_moves:
                 return map_desc, moves
         raise NoMap(
             f"data.frozen_lake: hole_probability {settings.hole_probability}, detour_share {settings.detour_share}, "
