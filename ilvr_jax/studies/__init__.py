@@ -6,7 +6,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from ilvr_jax.config.experiments import DETOUR_MAPS
+from ilvr_jax.config.experiments import VSP_MAPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Study:
 
 STUDIES = {
     "slots": Study(
-        config="configs/base.py",
+        config="configs/detours.py",
         variants={
             "own": Variant(
                 "The run itself: three looks of 36 slots, which the model fills.",
@@ -83,9 +83,9 @@ STUDIES = {
             ),
             "pixels": Variant("Looks at the true sketches, drawn as pictures.", variant="pixels", method="pixels"),
         },
-        minutes=19,
+        minutes=20,
         quick={"*.steps": "10", "eval.limit": "20"},
         leads=("text", "pause", "single"),
-        more_data={"detours": DETOUR_MAPS},
+        more_data={"real": VSP_MAPS},
     ),
 }

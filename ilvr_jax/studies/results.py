@@ -1,6 +1,6 @@
 """The results of a study in its workdir: results.json, index.html, accuracy.png and accuracy.svg.
 
-A study with more data has a plot for each, such as accuracy-detours.png.
+A study with more data has a plot for each, such as accuracy-real.png.
 """
 
 import dataclasses

@@ -19,7 +19,7 @@ from ilvr_jax.config.schema import FrozenLakeConfig
 from ilvr_jax.data.formats import open_vsp
 from ilvr_jax.data.frozen_lake.drawing import draw_map
 from ilvr_jax.data.frozen_lake.maps import additional_moves, empty_map_distance, shortest_path, symmetries
-from ilvr_jax.data.frozen_lake.sketches import move_signs, sweep_distances
+from ilvr_jax.data.frozen_lake.sketches import move_signs, path_to_goal, sweep_distances
 from ilvr_jax.data.frozen_lake.source import FrozenLakeSource, cell_words, make_record
 from ilvr_jax.data.images import open_image
 from ilvr_jax.data.records import BadRecord, Look, Text
@@ -130,12 +130,13 @@ def test_detours_have_the_least_number_of_additional_moves():
 
 
 def test_the_maps_with_long_detours_are_drawn_as_they_are_described():
-    records = list(open_vsp(REPOSITORY / DETOUR_MAPS, None))
+    records, settings = list(open_vsp(REPOSITORY / DETOUR_MAPS, None)), FrozenLakeConfig(looks="distances")
     assert len(records) == 200
     for record in records:
         map_desc = record.map_desc
         distance = distances_to_goal(map_desc)[np.array(map_desc) == 1].item()
         assert distance >= empty_map_distance(map_desc) + 4 and play(map_desc, record.answer)[1] == 1
+        assert record.answer == path_to_goal(map_desc, settings)
         np.testing.assert_array_equal(open_image(record.images[0], "map"), draw_map(map_desc, 64))
     assert DETOUR_MAPS in load_config(REPOSITORY / "configs/base.py").data.frozen_lake.exclude
 

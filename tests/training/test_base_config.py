@@ -66,8 +66,8 @@ def run(tmp_path_factory) -> Run:
     return open_run(CONFIGS / "base.py", tmp_path_factory.mktemp("run"))
 
 
-@pytest.mark.parametrize("name", ["plain_maps", "frozen_lake", "frozen_lake_encoded"])
-def test_the_buckets_of_the_runs_on_plain_maps_hold_their_data(name, tmp_path):
+@pytest.mark.parametrize("name", ["plain_maps", "frozen_lake", "frozen_lake_encoded", "detours"])
+def test_the_buckets_of_other_configs_hold_their_data(name, tmp_path):
     run = open_run(CONFIGS / f"{name}.py", tmp_path)
     for stage in run.config.stages:
         with contextlib.closing(open_iterator(run, stage, seed=1, vision={})) as iterator:
