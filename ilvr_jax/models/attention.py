@@ -56,6 +56,24 @@ def attention(
     return output.reshape(batch, queries, heads, head_dim)
 
 
+def attention_weights(
+    query: Float[Array, "*batch queries heads head_dim"],
+    key: Float[Array, "*batch keys key_value_heads head_dim"],
+    mask: Bool[Array, "*batch queries keys"],
+) -> Float[Array, "*batch heads queries keys"]:
+    """Return the weights with which `attention` mixes values, in float32; exactly 0 where the mask is false.
+
+    Each query must attend to something.
+    """
+    queries, heads, head_dim = query.shape[-3:]
+    shared = key.shape[-2]
+    grouped = (query * head_dim**-0.5).reshape(*query.shape[:-2], shared, heads // shared, head_dim)
+    scores = jnp.einsum("...qhgd,...khd->...hgqk", grouped, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(*query.shape[:-3], heads, queries, key.shape[-3])
+    scores = jnp.where(mask[..., None, :, :], scores, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores, axis=-1)
+
+
 class KVCache(NamedTuple):
     """Keys and values of earlier columns, heads first: the first `lengths` columns of each row are valid.
 

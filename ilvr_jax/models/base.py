@@ -85,6 +85,21 @@ class Model(Protocol):
         columns.
         """
 
+    def attention_weights(
+        self,
+        decoder: PyTree,
+        inputs_embeds: Float[Array, "rows columns channels"],
+        position_ids: Int[Array, "rows axes columns"],
+        attention_mask: Bool[Array, "rows columns"] | Bool[Array, "rows columns columns"],
+        queries: Int[np.ndarray, " queries"],
+        layers: int,
+    ) -> Float[Array, "rows layers heads queries columns"]:
+        """Return the weights with which some columns attend to all, float32, in the last layers (all if fewer).
+
+        They are exactly 0 where the mask, that of whole sequences as `decode` has it, hides a column. Only pages of
+        answers need them.
+        """
+
     def logits(self, decoder: PyTree, hidden_states: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
         """Return float32 logits."""
 

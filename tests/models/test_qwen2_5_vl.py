@@ -1,12 +1,15 @@
 """The backbone against transformers' Qwen2.5-VL in PyTorch, and its cache against the uncached pass."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ilvr_jax.config.schema import LatentsConfig
 from ilvr_jax.inference.kv_cache import init_kv_cache, write_columns
-from ilvr_jax.method.layout import build_sample, collate, required_layout
+from ilvr_jax.method.layout import build_sample, collate, required_layout, sample_columns
 from ilvr_jax.method.tokens import SpecialTokens
 from ilvr_jax.models.attention import causal_mask
 from ilvr_jax.models.qwen2_5_vl.config import model_config_from_hf
@@ -18,6 +21,7 @@ from tests.samples import CONFIG, GEOMETRY, SPECIAL, random_sample
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers' PyTorch model (requirements-dev.txt)")
 
+WEIGHT_TOLERANCE = 1e-5  # of attention weights in float32
 # As the card of the published models has it, with their 64 pairs of channels and 32768 positions made small.
 YARN = {"type": "yarn", "mrope_section": [4, 6, 6], "factor": 4, "original_max_position_embeddings": 64}
 # Shape of the decoder, of the vision tower, and the images of a sample in vision tokens.
@@ -149,6 +153,68 @@ def test_features_and_logits_equal_pytorch(shape):
         hidden, _ = model.decode(params["decoder"], inputs, batch.positions, causal_mask(batch.valid))
         logits = model.logits(params["decoder"], hidden)
         np.testing.assert_allclose(logits, expected_logits, atol=2e-4)
+
+
+def test_attention_weights_equal_pytorch():
+    """The weights of a padded sample with two images, in its last layers, against those of eager attention."""
+    text, vision, grids = SHAPES["several images, untied"]
+    reference, config = oracle(text, vision)
+    reference.set_attn_implementation("eager")
+    rng = np.random.default_rng(3)
+    images = [
+        PatchedImage(rng.standard_normal((4 * rows * columns, 1176)).astype(np.float32), 2 * rows, 2 * columns)
+        for rows, columns in grids[:2]
+    ]
+    tokens = [1, 20]
+    for rows, columns in grids[:2]:
+        tokens += [4, *[6] * (rows * columns), 5]
+    tokens = np.array([*tokens, 23, 1, 3, *rng.integers(10, 60, 5), 7, 8, 8, 8, 9, 30, 7, 8, 8, 8, 9, 31])
+    sample = build_sample(tokens, images, [], SPECIAL, 3)
+    layout = dataclasses.replace(required_layout(sample, config.vision.geometry), prefix=48, text=5, tail=2)
+    batch = collate([sample], layout, SPECIAL, config.vision.geometry)
+    columns = sample_columns(sample, layout)
+    ids, model = torch.tensor(tokens)[None], Qwen2_5VL(config)
+    with torch.no_grad():
+        expected = reference(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=torch.tensor(np.concatenate([image.pixels for image in images])),
+            image_grid_thw=torch.tensor([[1, image.height, image.width] for image in images]),
+            mm_token_type_ids=(ids == 6).int(),
+            output_attentions=True,
+        ).attentions
+    params = params_from_state_dict({name: tensor.numpy() for name, tensor in reference.state_dict().items()}, config)
+    features = model.encode_images(params["vision"], batch.images)
+    inputs = model.embed(params["decoder"], batch.tokens, batch.image_index, features)
+    slots = np.flatnonzero(tokens == 8)
+    for mask in (batch.valid, causal_mask(batch.valid)):
+        weights = np.asarray(
+            model.attention_weights(params["decoder"], inputs, batch.positions, mask, columns[slots], layers=2)
+        )[0]
+        assert weights.shape == (2, 4, 6, layout.columns) and weights.dtype == np.float32
+        for ours, theirs in zip(weights, expected[-2:], strict=True):
+            np.testing.assert_allclose(ours[..., columns], theirs[0].numpy()[:, slots], atol=WEIGHT_TOLERANCE)
+        np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+        assert not np.delete(weights, columns, axis=-1).any()  # padding
+    every = model.attention_weights(params["decoder"], inputs, batch.positions, mask, columns[slots], layers=99)
+    assert every.shape[1] == config.num_hidden_layers
+
+
+def test_a_hidden_image_has_no_weight_at_all():
+    model, sample = Qwen2_5VL(CONFIG), random_sample(np.random.default_rng(4), texts=(3, 2, 4))
+    layout = required_layout(sample, GEOMETRY)
+    batch, columns = collate([sample], layout, SPECIAL, GEOMETRY), sample_columns(sample, layout)
+    params = model.init(jax.random.key(2))
+    features = model.encode_images(params["vision"], batch.images)
+    inputs = model.embed(params["decoder"], batch.tokens, batch.image_index, features)
+    image, after = (columns[places] for places in (sample.tokens == SPECIAL.image_pad, sample.visibility == 2))
+    slots = columns[sample.tokens == SPECIAL.latent_pad]
+    for visibility, seen in (("until_look", False), ("all", True)):
+        mask = batch.attention_mask(LatentsConfig(image_visibility=visibility))
+        queries = np.concatenate([after, slots])
+        weights = model.attention_weights(params["decoder"], inputs, batch.positions, mask, queries, 1)
+        of_text, of_slots = np.split(np.asarray(weights)[0, 0][..., image], [len(after)], axis=1)
+        assert len(after) and of_text.any() == seen and of_slots.all()  # slots see everything
 
 
 def test_scaled_positions_far_into_a_text_equal_pytorch_in_every_way_of_decoding():

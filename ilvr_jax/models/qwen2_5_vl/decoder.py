@@ -76,6 +76,7 @@ class DecoderLayer(nn.Module):
         query = rotate(project("q_proj", config.num_attention_heads), angles, magnitude)
         key = rotate(project("k_proj", config.num_key_value_heads), angles, magnitude)
         value = project("v_proj", config.num_key_value_heads)
+        self.sow("intermediates", "query", query)  # kept for `attention_weights` alone
         if kv_cache is not None:
             mixed = cached_attention(query, key, value, attention_mask, kv_cache, number)
         elif attention_mask.ndim == 2:
@@ -103,7 +104,7 @@ class Decoder(nn.Module):
             layer = nn.remat(layer, policy=remat_policy(config.remat_policy), prevent_cse=False)
         self.layers = nn.scan(
             layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast),
             length=config.num_hidden_layers,

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
-from ilvr_jax.models.attention import KVCache
+from ilvr_jax.models.attention import KVCache, attention_weights, causal_mask
 from ilvr_jax.models.lora import split_adapters
 from ilvr_jax.models.qwen2_5_vl.config import ModelConfig
 from ilvr_jax.models.qwen2_5_vl.decoder import Decoder, KeyValues
@@ -95,6 +96,24 @@ class Qwen2_5VL:
     ) -> tuple[Float[Array, "rows columns channels"], KeyValues]:
         """Return final hidden states and these columns' keys and values; see `Decoder.__call__`."""
         return self.decoder.apply({"params": decoder}, inputs_embeds, position_ids, attention_mask, past, dropout_keys)
+
+    def attention_weights(
+        self,
+        decoder: PyTree,
+        inputs_embeds: Float[Array, "rows columns channels"],
+        position_ids: Int[Array, "rows 3 columns"],
+        attention_mask: Bool[Array, "rows columns"] | Bool[Array, "rows columns columns"],
+        queries: Int[np.ndarray, " queries"],
+        layers: int,
+    ) -> Float[Array, "rows layers heads queries columns"]:
+        """Return the weights with which some columns attend to all, float32, in the last layers (all if fewer)."""
+        (_, (keys, _)), kept = self.decoder.apply(
+            {"params": decoder}, inputs_embeds, position_ids, attention_mask, mutable=["intermediates"]
+        )
+        (query,), last = kept["intermediates"]["layers"]["query"], slice(-layers, None)
+        mask = causal_mask(attention_mask) if attention_mask.ndim == 2 else attention_mask
+        of_layers = jax.vmap(attention_weights, in_axes=(0, 0, None), out_axes=1)
+        return of_layers(query[last][:, :, queries], keys[last], mask[:, queries])
 
     def logits(self, decoder: PyTree, hidden_states: Float[Array, "*batch channels"]) -> Float[Array, "*batch vocab"]:
         """Return float32 logits."""
