@@ -12,11 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ilvr_jax.analysis import slot_probes, slot_use
+from ilvr_jax.analysis import slot_probes, slot_use, traces
 from ilvr_jax.checkpoints.trained import TrainedModel
 from ilvr_jax.command import ArgumentParser, command, path_flag
 from ilvr_jax.config.fields import BadConfig
-from ilvr_jax.config.schema import LatentsConfig, RunConfig
+from ilvr_jax.config.schema import RunConfig
 from ilvr_jax.distributed import add_flags, initialize_distributed, is_main
 from ilvr_jax.errors import quote
 from ilvr_jax.evaluation.evaluator import Evaluator, results_file, run_evaluation, summary_file
@@ -51,6 +51,8 @@ LABELS = {  # of figures whose names in the summary need an explanation
     "hole_blind_where_holes_matter": "the same, holes in the way",
     "hole_blind_on_detours": "the same, detour needed",
     "unchanged_when_holes_painted_over": "same answer without holes",
+    "differing": "different when slots were recorded",
+    "read": "states read right by probes",
 }
 
 
@@ -68,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return evaluate_slots(options, trained)
         if options.probes is not None:
             return evaluate_probes(options, trained)
+        if options.page:
+            return evaluate_page(options, trained)
         evaluator = make_evaluator(options, trained)
         out = options.out or default_out(options, trained)
         summary = run_evaluation(evaluator, out)
@@ -125,6 +129,9 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="read from slots, with linear probes that are fitted on so many records, what they should show "
         f"(default: {PROBE_RECORDS})",
     )
+    parser.add_argument(
+        "--page", action="store_true", help="write a page of every answer, with what the slots of its looks point at"
+    )
     parser.add_argument("--slots-look", type=int, help="replace the slots of this look alone, from 1 (default: all)")
     parser.add_argument("--slots-place", type=int, help="replace this slot of each look alone, from 1 (default: all)")
     add_decoding_flags(parser)
@@ -149,8 +156,13 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def slot_flag(options: argparse.Namespace) -> str | None:
-    """Return the flag that asks for figures of slots, None without one."""
-    return "--slots" if options.slots else None if options.probes is None else "--probes"
+    """Return the flag that asks for figures or a page of slots, None without one."""
+    return next(iter(_slot_flags(options)), None)
+
+
+def _slot_flags(options: argparse.Namespace) -> list[str]:
+    given = {"--page": options.page, "--slots": options.slots, "--probes": options.probes is not None}
+    return [flag for flag, value in given.items() if value]
 
 
 def slots_flag(text: str) -> list[str]:
@@ -164,8 +176,10 @@ def slots_flag(text: str) -> list[str]:
 
 
 def _check_slot_flags(options: argparse.Namespace) -> None:
-    """Raise BadConfig, naming the flag, for flags that cannot be used with --slots or --probes."""
-    flag = slot_flag(options)
+    """Raise BadConfig, naming the flag, for flags that cannot be used with --slots, --probes or --page."""
+    flag, *others = _slot_flags(options)
+    if flag == "--page" and others:
+        raise BadConfig(f"--page must not be given with {others[0]}, which writes a page of its own")
     if options.slots and options.probes is not None:
         raise BadConfig("--probes must not be given with --slots, which asks all questions again")
     if options.method not in ("latent", "single"):
@@ -180,8 +194,7 @@ def _check_slot_flags(options: argparse.Namespace) -> None:
 
 def evaluate_slots(options: argparse.Namespace, trained: TrainedModel) -> int:
     """Ask the questions with own and with other slots, print the figures, and return the exit status."""
-    if not options.latent_size:
-        raise BadConfig("--slots must be used with looks that have slots, got --latent-size=0")
+    _check_looks(options)
     chosen = Chosen(options.slots_look, options.slots_place)
     if (chosen.place or 1) > options.latent_size:
         raise BadConfig(
@@ -201,25 +214,27 @@ def evaluate_slots(options: argparse.Namespace, trained: TrainedModel) -> int:
 def _whole_looks(options: argparse.Namespace, trained: TrainedModel) -> Evaluator:
     """Return an evaluator of one answer per question, without controls, whose looks have all their slots."""
     options.samples_per_question = 1
+    _check_early_end(options)
+    return dataclasses.replace(make_evaluator(options, trained), controls=False)
+
+
+def _check_early_end(options: argparse.Namespace) -> None:
+    """Raise BadConfig if a run lets looks end before their last slot."""
     if options.early_end:
         raise BadConfig(
             f"--no-early-end must be given with {slot_flag(options)}, which counts the slots of whole looks"
         )
-    return dataclasses.replace(make_evaluator(options, trained), controls=False)
+
+
+def _check_looks(options: argparse.Namespace) -> None:
+    """Raise BadConfig if looks have no slots."""
+    if not options.latent_size:
+        raise BadConfig(f"{slot_flag(options)} must be used with looks that have slots, got --latent-size=0")
 
 
 def evaluate_probes(options: argparse.Namespace, trained: TrainedModel) -> int:
     """Read states from slots with probes, print the figures, and return the exit status."""
     evaluator = _whole_looks(options, trained)
-    if not hasattr(evaluator.module, "slot_states"):
-        known = ", ".join(name for name, module in TASKS.items() if hasattr(module, "slot_states"))
-        raise BadConfig(f"--task must be one whose slots have states ({known}) for --probes, got {options.task}")
-    selection = (trained.config.latents if trained.config else LatentsConfig()).selection
-    if selection != "dense":
-        raise BadConfig(
-            "`latents.selection` must be dense for --probes, since other slots have no place of the helper image of "
-            f"their own, got {selection}"
-        )
     out = options.out or default_out(options, trained)
     summary = slot_probes.run_probes(evaluator, options.probes, out)
     for table in probe_tables(summary):
@@ -227,6 +242,21 @@ def evaluate_probes(options: argparse.Namespace, trained: TrainedModel) -> int:
     print(describe_records(summary))
     files = slot_probes.report_files(out)
     print(f"Figures written to {files['summary']}, page to {files['html']}")
+    return 1 if evaluator.skipped else 0
+
+
+def evaluate_page(options: argparse.Namespace, trained: TrainedModel) -> int:
+    """Complete the answers, write a page of them, print its figures, and return the exit status."""
+    _check_looks(options)
+    _check_early_end(options)
+    evaluator = make_evaluator(options, trained)
+    out = options.out or default_out(options, trained)
+    figures = traces.run_traces(evaluator, PROBE_RECORDS, out)
+    if figures.no_states:
+        print(f"no states are read from slots: {figures.no_states}")
+    shown = {name: value for name, value in figures._asdict().items() if name != "no_states"}
+    Console().print(figures_table(f"{options.task}, page", shown))
+    print(f"Answers in {out}, page written to {traces.report_files(out)['html']}")
     return 1 if evaluator.skipped else 0
 
 

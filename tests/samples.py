@@ -1,6 +1,7 @@
 """Small random models, samples and runs that several tests share."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -179,6 +180,23 @@ def untrained_run(folder: Path, seed: int = 0) -> Path:
     with Checkpoints(stage_folder(folder, "stage1"), keep=1) as checkpoints:
         checkpoints.save(5, state, NoData())
     return folder
+
+
+SKETCH_SIDE = 4  # cells along a side of the sketches of a `sketch_run`
+
+
+def sketch_run(folder: Path, **changes) -> Path:
+    """Returns an untrained run whose looks are sketches of maps of 3 and 4 cells a side; `section__key` are changed."""
+    run = untrained_run(folder)
+    fields = json.loads((run / "config.json").read_text())
+    lake = {"looks": "distances", "levels": [3, SKETCH_SIDE], "read_out": "none", "readings": 0.4}
+    fields["data"]["frozen_lake"] |= lake
+    fields["latents"] |= {"latent_size": SKETCH_SIDE**2, "selection": "dense", "image_visibility": "until_look"}
+    for name, value in changes.items():
+        section, key = name.split("__")
+        fields[section][key] = value
+    (run / "config.json").write_text(json.dumps(fields))
+    return run
 
 
 class NoData:

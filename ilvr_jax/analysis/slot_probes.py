@@ -2,61 +2,108 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 from rich.console import Console
 
 from ilvr_jax.analysis.slots import cosine_with_own, probe, retrieval, side_by_side
 from ilvr_jax.config.fields import BadConfig
+from ilvr_jax.config.schema import LatentsConfig
 from ilvr_jax.evaluation.evaluator import Evaluator
-from ilvr_jax.evaluation.slot_vectors import SlotVectors, fresh_records, gather_vectors, questions_of
+from ilvr_jax.evaluation.slot_vectors import Question, SlotVectors, fresh_records, gather_vectors, questions_of
 from ilvr_jax.files import check_output, write_json
 from ilvr_jax.progress import Progress
 from ilvr_jax.reports.probes import READERS, write_probes_page
+from ilvr_jax.tasks import TASKS
 
 FEWEST = 10  # records to fit on, of which a place has a state
 CANDIDATES = 100  # helper images among which a look finds its own
 
 
+class ProbePlan(NamedTuple):
+    """The questions whose slots probes are fitted on, those whose slots they are scored on, and the first in words."""
+
+    fitted: list[Question]
+    scored: list[Question]
+    fitted_on: str
+
+    @property
+    def questions(self) -> list[Question]:
+        """All questions, those to fit on first."""
+        return [*self.fitted, *self.scored]
+
+
+def check_probes(evaluator: Evaluator) -> None:
+    """Raise BadConfig if the evaluator's task or run has slots without states of their own to read."""
+    if not hasattr(evaluator.module, "slot_states"):
+        known = ", ".join(name for name, module in TASKS.items() if hasattr(module, "slot_states"))
+        raise BadConfig(f"--task must be one whose slots have states ({known}) for --probes, got {evaluator.task}")
+    config = evaluator.trained.config
+    selection = (config.latents if config else LatentsConfig()).selection
+    if selection != "dense":
+        raise BadConfig(
+            "`latents.selection` must be dense for --probes, since other slots have no place of the helper image of "
+            f"their own, got {selection}"
+        )
+
+
+def plan_probes(evaluator: Evaluator, count: int) -> ProbePlan:
+    """Return the questions to fit probes on, up to `count`, and those to score them on.
+
+    Those to fit on are of generated records or, for a run on files, every second one of the evaluator's. Raises
+    BadConfig if there are too few, and as `check_probes` and `questions_of` do.
+    """
+    check_probes(evaluator)
+    fresh, scored = fresh_records(evaluator, count), questions_of(evaluator)
+    if fresh is None:
+        plan = ProbePlan(scored[::2][:count], scored[1::2], f"every second one of {evaluator.records.name}")
+    else:
+        plan = ProbePlan(questions_of(fresh), scored, fresh.records.name)
+    if min(len(plan.fitted), len(plan.scored)) < FEWEST:
+        raise BadConfig(
+            f"--probes must have {FEWEST} records or more to fit on, and as many to score, got {len(plan.fitted)} and "
+            f"{len(plan.scored)}"
+        )
+    return plan
+
+
+def split_vectors(plan: ProbePlan, numbers: Sequence[int], vectors: SlotVectors) -> tuple[SlotVectors, SlotVectors]:
+    """Return the vectors to fit on and those to score, of all vectors, which belong to questions of these numbers.
+
+    Raises BadConfig if no answer has a look.
+    """
+    if not vectors.valid.any():
+        raise BadConfig(f"--probes must be used with a model that looks, got none in {len(numbers)} answers")
+    fitted, scored = (
+        vectors.take([row for row, number in enumerate(numbers) if (number < len(plan.fitted)) == is_fitted])
+        for is_fitted in (True, False)
+    )
+    return fitted, scored
+
+
 def run_probes(evaluator: Evaluator, count: int, path: Path, console: Console | None = None) -> dict[str, Any]:
     """Fit probes on up to `count` records, score them on the evaluator's, write summary and page, return the summary.
 
-    The records to fit on are generated ones or, for a run on files, every second one of the evaluator's. Raises
-    BadConfig if there are too few or no answer has a look, and as `questions_of` does.
+    Raises BadConfig if no answer has a look, and as `plan_probes` does.
     """
     started, files = time.monotonic(), report_files(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for file in files.values():
         check_output(file)
-    fresh, scored = fresh_records(evaluator, count), questions_of(evaluator)
-    if fresh is None:
-        fitted, scored = scored[::2][:count], scored[1::2]
-    else:
-        fitted = questions_of(fresh)
-    few = min(len(fitted), len(scored))
-    if few < FEWEST:
-        raise BadConfig(
-            f"--probes must have {FEWEST} records or more to fit on, and as many to score, got {len(fitted)} and "
-            f"{len(scored)}"
-        )
+    plan = plan_probes(evaluator, count)
     with Progress(path.with_name(f"{path.stem}-probes.log"), console) as progress:
-        progress.log(f"probes are fitted on {len(fitted)} records and scored on {len(scored)}")
-        numbers, vectors = gather_vectors([*fitted, *scored], progress)
-    if not vectors.valid.any():
-        raise BadConfig(f"--probes must be used with a model that looks, got none in {len(numbers)} answers")
-    to_fit, to_score = (
-        vectors.take([row for row, number in enumerate(numbers) if (number < len(fitted)) == is_fitted])
-        for is_fitted in (True, False)
-    )
+        progress.log(f"probes are fitted on {len(plan.fitted)} records and scored on {len(plan.scored)}")
+        numbers, vectors = gather_vectors(plan.questions, progress)
+    to_fit, to_score = split_vectors(plan, numbers, vectors)
     summary = {
         **evaluator.settings(evaluator.trained.digest()),
         "limit": evaluator.limit,
-        "fitted_on": f"every second one of {evaluator.records.name}" if fresh is None else fresh.records.name,
+        "fitted_on": plan.fitted_on,
         "fitted_records": len(to_fit.text),
         "scored_records": len(to_score.text),
         "skipped": len(evaluator.skipped),
@@ -88,29 +135,69 @@ def probe_figures(to_fit: SlotVectors, to_score: SlotVectors, look: int, seed: i
     """
     accuracies: dict[str, list[float]] = {name: [] for name in READERS}
     read: dict[str, list[np.ndarray]] = {name: [] for name in READERS}
-    shown, skipped = [], 0
-    for place in range(to_fit.states.shape[2]):
-        fitted, scored = (vectors.states[:, look, place] != "" for vectors in (to_fit, to_score))
-        names, (labels, true) = _labels(to_fit.states[fitted, look, place], to_score.states[scored, look, place])
-        if fitted.sum() < FEWEST or not len(true) or len(np.unique(labels)) < 2:
-            skipped += 1
+    shown, places = [], to_fit.states.shape[2]
+    for place in range(places):
+        task = probe_task(to_fit, to_score, look, place)
+        if task is None:
             continue
-        shown.append(names[true])
+        shown.append(task.names[task.true])
         for name in READERS:
-            if name == "majority":
-                predicted = np.full(len(true), np.bincount(labels).argmax())
-            else:
-                inputs = (_vectors(vectors, name, look, place) for vectors in (to_fit, to_score))
-                inputs, tests = (array[chosen] for array, chosen in zip(inputs, (fitted, scored), strict=True))
-                predicted = probe(inputs, labels[:, None], tests, true[:, None], seed=seed).predicted[:, 0]
-            accuracies[name].append(float((predicted == true).mean()))
-            read[name].append(names[predicted])
+            predicted = task.predict(to_fit, to_score, name, seed)
+            accuracies[name].append(float((predicted == task.true).mean()))
+            read[name].append(task.names[predicted])
     return {
         "places": len(shown),
-        "skipped_places": skipped,
+        "skipped_places": places - len(shown),
         "accuracy": {name: fmean(values) if values else None for name, values in accuracies.items()},
         "macro": {name: _macro(shown, values) for name, values in read.items()},
     }
+
+
+class ProbeTask(NamedTuple):
+    """The states of one place of a look, for a probe.
+
+    Attributes:
+        look, place: from 0.
+        names: of the states.
+        fitted, scored: the samples that have a state, of those to fit on and of those to score.
+        labels, true: the numbers of their states among the names.
+    """
+
+    look: int
+    place: int
+    names: Shaped[np.ndarray, " names"]
+    fitted: Bool[np.ndarray, " fitted_samples"]
+    scored: Bool[np.ndarray, " scored_samples"]
+    labels: Int[np.ndarray, " labels"]
+    true: Int[np.ndarray, " true"]
+
+    def predict(self, to_fit: SlotVectors, to_score: SlotVectors, name: str, seed: int) -> Int[np.ndarray, " true"]:
+        """Return the numbers of the states that are read from the vectors of that name, one of READERS."""
+        if name == "majority":
+            return np.full(len(self.true), np.bincount(self.labels).argmax())
+        inputs = _vectors(to_fit, name, self.look, self.place)[self.fitted]
+        tests = _vectors(to_score, name, self.look, self.place)[self.scored]
+        return probe(inputs, self.labels[:, None], tests, self.true[:, None], seed=seed).predicted[:, 0]
+
+
+def probe_task(to_fit: SlotVectors, to_score: SlotVectors, look: int, place: int) -> ProbeTask | None:
+    """Return the states of a place; None with a single one, too few samples to fit on or none to score."""
+    fitted, scored = (vectors.states[:, look, place] != "" for vectors in (to_fit, to_score))
+    names, (labels, true) = _labels(to_fit.states[fitted, look, place], to_score.states[scored, look, place])
+    if fitted.sum() < FEWEST or not len(true) or len(np.unique(labels)) < 2:
+        return None
+    return ProbeTask(look, place, names, fitted, scored, labels, true)
+
+
+def read_states(to_fit: SlotVectors, to_score: SlotVectors, seed: int) -> Shaped[np.ndarray, "samples looks slots"]:
+    """Return the names of the states that probes read from own slots; "" where there is no state or no probe."""
+    names = to_fit.states.dtype, to_score.states.dtype
+    read = np.zeros(to_score.states.shape, np.result_type(*names))
+    for look, place in np.ndindex(*read.shape[1:]):
+        task = probe_task(to_fit, to_score, look, place)
+        if task is not None:
+            read[task.scored, look, place] = task.names[task.predict(to_fit, to_score, "slots", seed)]
+    return read
 
 
 def _labels(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -35,12 +35,12 @@ FRESH_SEED = 1_000_003  # added to the run's seed, for generated records that tr
 
 
 class Question(NamedTuple):
-    """A record with the steps of its true answer, and the states that its looks should show."""
+    """A record, with the steps of its true answer if these are known, and the states that its looks should show."""
 
     evaluator: Evaluator
     key: Key
     record: Record
-    states: Shaped[np.ndarray, "looks places"]
+    states: Shaped[np.ndarray, "looks places"] | None  # None where they are not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,16 +116,20 @@ def questions_of(evaluator: Evaluator) -> list[Question]:
     return found
 
 
-def gather_vectors(questions: Sequence[Question], progress: Progress) -> tuple[list[int], SlotVectors]:
+def gather_vectors(
+    questions: Sequence[Question], progress: Progress, outputs: Mapping[int, RequestOutput] | None = None
+) -> tuple[list[int], SlotVectors]:
     """Return the numbers of the questions that have vectors, and these; the others are skipped.
 
-    All evaluators must be of the same model, of which one engine and one static shape serve all questions.
+    All evaluators must be of the same model, of which one engine and one static shape serve all questions. `outputs`
+    are those of `own_answers`, if it was called.
     """
     if not questions:
         raise BadConfig("--probes must have records with looks whose states are known, got none")
     evaluator = questions[0].evaluator
     size, looks = evaluator.decoding["latent_size"], max(len(question.states) for question in questions)
-    own = own_slots(questions, progress)
+    outputs = own_answers(questions, progress) if outputs is None else outputs
+    own = {number: complete_looks(output, size) for number, output in outputs.items()}
     true = true_vectors([(number, questions[number]) for number in sorted(own)], evaluator.rows)
     numbers = sorted(true)
     channels = evaluator.trained.model.config.hidden_size
@@ -144,16 +148,16 @@ def gather_vectors(questions: Sequence[Question], progress: Progress) -> tuple[l
     return numbers, SlotVectors(np.where(valid, states, ""), valid, slots, pause, targets, text)
 
 
-def own_slots(
-    questions: Sequence[Question], progress: Progress
-) -> dict[int, Float[np.ndarray, "looks slots channels"]]:
-    """Return the inputs of slots in the complete looks of the model's own answers, by number of the question."""
-    evaluator = questions[0].evaluator
-    trained, size = evaluator.trained, evaluator.decoding["latent_size"]
+def own_answers(questions: Sequence[Question], progress: Progress) -> dict[int, RequestOutput]:
+    """Return the model's own answers, with the inputs of their slots, by number of the question.
+
+    All evaluators must be of the same model; those that cannot be asked are skipped.
+    """
     if next(_requests(questions), None) is None:
         return {}
+    trained, rows = questions[0].evaluator.trained, questions[0].evaluator.rows
     requests = (request for _, request in _requests(questions))  # made twice: all of them fill memory
-    settings = fit_settings(requests, evaluator.rows, trained.model.geometry)
+    settings = fit_settings(requests, rows, trained.model.geometry)
     engine = Engine(trained.model, trained.params, trained.special, settings, trained.tokenizer)
     found, asked = {}, []
 
@@ -168,7 +172,7 @@ def own_slots(
             if output.stop_reason == "refused":
                 _skip(questions[number], f"{output.name}: {output.error}")
                 continue
-            found[number] = complete_looks(output, size)
+            found[number] = output
             progress.advance_timed()
     return found
 

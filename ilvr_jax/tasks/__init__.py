@@ -33,6 +33,9 @@ These functions are optional; without one, evaluation skips what it is for:
     groups(record: Record) -> Sequence[str]
         Return the names of the groups that the record belongs to, such as "detour needed". Reports on slots have the
         accuracy of each. Default: no groups.
+    level(record: Record) -> str
+        Return the name of the record's level of difficulty, such as "level 3". Pages of answers can be filtered by it.
+        Default: no levels.
     with_steps(record: Record, data: DataConfig) -> Record
         Return the record with the steps, texts and looks with helper images, that a training record of it has in a run
         with this `data`; images and question stay. Raise BadRecord if it has none. Default: records have the steps of

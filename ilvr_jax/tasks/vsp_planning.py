@@ -343,6 +343,11 @@ def groups(record: Record) -> list[str]:
     return [name for name, contains in GROUPS.items() if contains(record.map_desc)]
 
 
+def level(record: Record) -> str:
+    """Return the name of the level of the record's map, which is the length of its side."""
+    return f"level {len(record.map_desc)}"
+
+
 def without_holes(map_desc: MapDesc) -> MapDesc:
     """Return the map with ice in place of its holes."""
     return tuple(tuple(max(cell, 0) for cell in row) for row in map_desc)

@@ -32,23 +32,10 @@ from ilvr_jax.models.lora import decoder_params
 from ilvr_jax.progress import Progress
 from ilvr_jax.reports.probes import READERS
 from tests.published import save_published
-from tests.samples import untrained_run
+from tests.samples import SKETCH_SIDE, sketch_run
 
-SIDE = 4
+SIDE = SKETCH_SIDE
 K = SIDE**2
-
-
-def sketch_run(folder, **changes):
-    """Returns an untrained run whose looks are sketches of maps of 3 and 4 cells a side."""
-    run = untrained_run(folder)
-    fields = json.loads((run / "config.json").read_text())
-    fields["data"]["frozen_lake"] |= {"looks": "distances", "levels": [3, SIDE], "read_out": "none", "readings": 0.4}
-    fields["latents"] |= {"latent_size": K, "selection": "dense", "image_visibility": "until_look"}
-    for name, value in changes.items():
-        section, key = name.split("__")
-        fields[section][key] = value
-    (run / "config.json").write_text(json.dumps(fields))
-    return run
 
 
 @pytest.fixture(scope="module")

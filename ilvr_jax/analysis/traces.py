@@ -1,0 +1,265 @@
+"""A page of every answer: what its slots point at, and what probes read out of them."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Shaped, UInt8
+from rich.console import Console
+
+from ilvr_jax.analysis.slot_probes import ProbePlan, plan_probes, read_states, split_vectors
+from ilvr_jax.config.fields import BadConfig
+from ilvr_jax.config.schema import LatentsConfig
+from ilvr_jax.data.images import load_image, unpatch_image
+from ilvr_jax.data.records import BadRecord, ImageSource
+from ilvr_jax.errors import InputError
+from ilvr_jax.evaluation.evaluator import Evaluator, run_evaluation
+from ilvr_jax.evaluation.results import Key, read_lines
+from ilvr_jax.evaluation.slot_maps import SlotMaps, grid_of, measure_maps
+from ilvr_jax.evaluation.slot_vectors import Question, gather_vectors, own_answers
+from ilvr_jax.files import check_output
+from ilvr_jax.inference.requests import RequestOutput
+from ilvr_jax.inference.transcript import LOOK, cut_texts, split_at_looks
+from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
+from ilvr_jax.progress import Progress
+from ilvr_jax.reports.trace import LookTrace, Trace, write_trace_page
+
+DIFFERS = "This answer came out differently when its slots were recorded, by rounding, so that its looks have no maps."
+NO_MAPS = "The slots of this answer could not be measured."
+
+States = Mapping[int, tuple[Shaped[np.ndarray, "looks slots"], Shaped[np.ndarray, "looks slots"]]]
+
+
+class PageFigures(NamedTuple):
+    """The figures of a page.
+
+    Attributes:
+        answers: on the page.
+        differing: of these, answers that came out differently when their slots were recorded, which have no maps.
+        read: the share of states that probes read right, None without any.
+        no_states: why no states are read, "" if they are.
+        megabytes: of the file.
+        seconds: that it took, without those of the ordinary evaluation.
+    """
+
+    answers: int
+    differing: int
+    read: float | None
+    no_states: str
+    megabytes: float
+    seconds: float
+
+
+def report_files(path: Path) -> dict[str, Path]:
+    """Return the files of the page beside the results file at `path`, by kind."""
+    return {"html": path.with_name(f"{path.stem}-trace.html")}
+
+
+def run_traces(evaluator: Evaluator, count: int, path: Path, console: Console | None = None) -> PageFigures:
+    """Complete the results file at `path` and write a page of its answers beside it; return the page's figures.
+
+    Answers are those of the ordinary evaluation, the first of each question. All are given once more, to record their
+    slots. Where the task has states, probes are fitted on up to `count` records, as --probes does. Raises as
+    `run_evaluation` does.
+    """
+    page = report_files(path)["html"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(page)
+    run_evaluation(evaluator, path, console)
+    started = time.monotonic()
+    evaluator = dataclasses.replace(evaluator, controls=False, samples=1)
+    lines = {Key(line["number"], line["form"], line["sample"]): line for line in _lines(evaluator, path)}
+    with Progress(path.with_name(f"{path.stem}-trace.log"), console) as progress:
+        plan, no_states = _probe_plan(evaluator, count)
+        fitted, shown = plan.fitted if plan else [], _questions(evaluator, plan, lines)
+        fresh = [question for question in fitted if question.evaluator.records is not evaluator.records]
+        asked = [*fresh, *shown]
+        progress.log(f"the slots of {len(asked)} answers are recorded")
+        outputs = own_answers(asked, progress)
+        states: States = {}
+        if plan:
+            try:
+                states = _read(plan, asked, outputs, evaluator.seed, progress)
+            except BadConfig as error:
+                no_states = str(error)
+        same = {
+            number: output
+            for number, output in outputs.items()
+            if number >= len(fresh) and output.text == lines[asked[number].key]["text"]
+        }
+        progress.log(f"the slots of {len(same)} answers are measured")
+        maps = measure_maps(asked, same, evaluator.rows)
+    differing = len([number for number in outputs if number >= len(fresh)]) - len(same)
+    traces = (
+        trace_of(question, lines[question.key], same.get(number), maps.get(number), states.get(question.key.number))
+        for number, question in enumerate(asked)
+        if number >= len(fresh)
+    )
+    write_trace_page(page, traces, f"Answers of {evaluator.task}", remark(evaluator, len(shown), plan, no_states))
+    cells = [(true[true != ""], read[true != ""]) for true, read in states.values()]
+    known = [read[read != ""] == true[read != ""] for true, read in cells]
+    return PageFigures(
+        len(shown),
+        differing,
+        float(np.concatenate(known).mean()) if sum(map(len, known)) else None,
+        no_states,
+        page.stat().st_size / 1e6,
+        round(time.monotonic() - started, 2),
+    )
+
+
+def _lines(evaluator: Evaluator, path: Path) -> list[Mapping[str, Any]]:
+    return [line for line in evaluator.counted(read_lines(path, len(evaluator.source))) if not line["form"]]
+
+
+def _probe_plan(evaluator: Evaluator, count: int) -> tuple[ProbePlan | None, str]:
+    """Return the questions of probes, or None and why states cannot be read."""
+    try:
+        # Records without states are on the page as well: they are skipped by the probes alone.
+        return plan_probes(dataclasses.replace(evaluator, skipped=dict(evaluator.skipped)), count), ""
+    except BadConfig as error:
+        return None, str(error)
+
+
+def _questions(evaluator: Evaluator, plan: ProbePlan | None, lines: Mapping[Key, Any]) -> list[Question]:
+    """Return the questions that have answers, with the steps of their records and with states where these are known."""
+    planned = plan.questions if plan else []
+    known = {question.key: question for question in planned if question.evaluator.records is evaluator.records}
+    questions = []
+    for key, record in evaluator.keys():
+        if key not in lines:
+            continue
+        if key in known:
+            questions.append(known[key]._replace(evaluator=evaluator))
+            continue
+        try:
+            record = evaluator.module.with_steps(record, evaluator.data)
+        except (AttributeError, BadRecord):  # the task has no such function, or the record no such steps
+            pass
+        questions.append(Question(evaluator, key, record, None))
+    return questions
+
+
+def _read(
+    plan: ProbePlan, asked: Sequence[Question], outputs: Mapping[int, RequestOutput], seed: int, progress: Progress
+) -> States:
+    """Return the true states and those that probes read, by number of the record.
+
+    Records that probes are fitted on have none. Raises BadConfig if no answer has a look.
+    """
+    places = {(id(question.evaluator.records), question.key): number for number, question in enumerate(asked)}
+    numbers = [places.get((id(question.evaluator.records), question.key)) for question in plan.questions]
+    known = {place: outputs[number] for place, number in enumerate(numbers) if number in outputs}
+    rows, vectors = gather_vectors(plan.questions, progress, known)
+    to_fit, to_score = split_vectors(plan, rows, vectors)
+    read = read_states(to_fit, to_score, seed)
+    scored = [plan.questions[row].key.number for row in rows if row >= len(plan.fitted)]
+    return {number: (to_score.states[row], read[row]) for row, number in enumerate(scored)}
+
+
+def remark(evaluator: Evaluator, answers: int, plan: ProbePlan | None, no_states: str) -> str:
+    """Return the paragraph under the title of the page."""
+    sentences = [f"{answers} answers to {evaluator.records.name}."]
+    if plan and not no_states:
+        sentences.append(
+            f"States are read from slots by linear probes, fitted on {len(plan.fitted)} records ({plan.fitted_on})."
+        )
+    return " ".join(sentences)
+
+
+def trace_of(
+    question: Question,
+    line: Mapping[str, Any],
+    output: RequestOutput | None,
+    maps: SlotMaps | None,
+    states: tuple[Shaped[np.ndarray, "looks slots"], Shaped[np.ndarray, "looks slots"]] | None,
+) -> Trace:
+    """Return an answer for the page.
+
+    `output` is the answer once more, None if it came out differently: its looks then have no maps.
+    """
+    evaluator, record, module = question.evaluator, question.record, question.evaluator.module
+    if output is None:
+        texts = LOOK.split(line["text"])
+        sizes, missing = [evaluator.decoding["latent_size"]] * (len(texts) - 1), DIFFERS
+    else:
+        texts, sizes = split_at_looks(output.tokens, evaluator.trained.tokenizer, evaluator.trained.special)
+        texts = cut_texts(texts, len(output.plain_text)) if output.stop_reason == "stop" else texts
+        missing = NO_MAPS if maps is None and any(sizes) else ""
+    if maps is not None:
+        images, grids = [_pixels(image) for image in maps.images], [grid_of(image) for image in maps.images]
+    else:
+        images = [pixels for pixels in (_loaded(image, evaluator) for image in record.images) if pixels is not None]
+        grids = [(1, 1)] * len(images)
+    return Trace(
+        number=question.key.number,
+        name=record.name,
+        question=evaluator.asked(record).question,
+        texts=texts,
+        answer=line["answer"],
+        right=line["right"],
+        tokens=line["tokens"],
+        level=module.level(record) if hasattr(module, "level") else "",
+        groups=module.groups(record) if hasattr(module, "groups") else (),
+        images=images,
+        grids=grids,
+        looks=[look_trace(evaluator, number, sizes[number], maps, states) for number in range(len(texts) - 1)],
+        remark=missing,
+    )
+
+
+def look_trace(
+    evaluator: Evaluator,
+    number: int,
+    slots: int,
+    maps: SlotMaps | None,
+    states: tuple[Shaped[np.ndarray, "looks slots"], Shaped[np.ndarray, "looks slots"]] | None,
+) -> LookTrace:
+    """Return a look of an answer, by number; one that was cut off has no maps."""
+    if maps is None or number >= len(maps.cosines):
+        return LookTrace(slots, slots)
+    helper, true, read = maps.helper_images[number], (), ()
+    if states is not None and number < len(states[0]) and (states[0][number] != "").any():
+        true, read = states[0][number].tolist(), states[1][number].tolist()
+    return LookTrace(
+        slots=slots,
+        columns=slot_columns(evaluator, slots, None if helper is None else grid_of(helper)),
+        cosines=maps.cosines[number],
+        attention=maps.attention[number],
+        helper_image=None if helper is None else _pixels(helper),
+        helper_grid=(0, 0) if helper is None else grid_of(helper),
+        helper_cosines=maps.helper_cosines[number],
+        states=true,
+        read=read,
+    )
+
+
+def slot_columns(evaluator: Evaluator, slots: int, helper_grid: tuple[int, int] | None) -> int:
+    """Return the columns in which slots are shown: as they stand for a helper image, or all in a row."""
+    config = evaluator.trained.config
+    if (config.latents if config else LatentsConfig()).selection != "dense":
+        return slots
+    if helper_grid is not None and math.prod(helper_grid) == slots:
+        return helper_grid[1]
+    on_grid = evaluator.decoding.get("slot_positions", "text") != "text"
+    return math.isqrt(slots) if on_grid else slots
+
+
+def _pixels(image: Any) -> UInt8[np.ndarray, "height width 3"]:
+    """Return an image as the model sees it; of one whose features alone are kept, a grey square for each token."""
+    if isinstance(image, PatchedImage):
+        return unpatch_image(image)
+    return np.full((*grid_of(image), 3), 128, np.uint8)
+
+
+def _loaded(source: ImageSource, evaluator: Evaluator) -> UInt8[np.ndarray, "height width 3"] | None:
+    """Return an image as the model sees it, None if it cannot be read any more."""
+    settings = evaluator.prompts
+    try:
+        return load_image(source, settings.image_scale, settings.min_pixels, settings.max_pixels)
+    except InputError:
+        return None
