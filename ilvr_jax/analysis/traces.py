@@ -1,10 +1,12 @@
 """A page of every answer: what its slots point at, and what probes read out of them."""
 
+import contextlib
 import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,29 +88,23 @@ def run_traces(evaluator: Evaluator, count: int, path: Path, console: Console | 
                 states = _read(plan, asked, outputs, evaluator.seed, progress)
             except BadConfig as error:
                 no_states = str(error)
-        same = {
-            number: output
-            for number, output in outputs.items()
-            if number >= len(fresh) and output.text == lines[asked[number].key]["text"]
-        }
+        again = {number: output for number, output in outputs.items() if number >= len(fresh)}
+        same = {number: output for number, output in again.items() if output.text == lines[asked[number].key]["text"]}
         progress.log(f"the slots of {len(same)} answers are measured")
         maps = measure_maps(asked, same, evaluator.rows)
-    differing = len([number for number in outputs if number >= len(fresh)]) - len(same)
     traces = (
         trace_of(question, lines[question.key], same.get(number), maps.get(number), states.get(question.key.number))
-        for number, question in enumerate(asked)
-        if number >= len(fresh)
+        for number, question in enumerate(shown, start=len(fresh))
     )
     write_trace_page(page, traces, f"Answers of {evaluator.task}", remark(evaluator, len(shown), plan, no_states))
-    cells = [(true[true != ""], read[true != ""]) for true, read in states.values()]
-    known = [read[read != ""] == true[read != ""] for true, read in cells]
+    right = [value for true, read in states.values() for value in (true == read)[read != ""].tolist()]
     return PageFigures(
-        len(shown),
-        differing,
-        float(np.concatenate(known).mean()) if sum(map(len, known)) else None,
-        no_states,
-        page.stat().st_size / 1e6,
-        round(time.monotonic() - started, 2),
+        answers=len(shown),
+        differing=len(again) - len(same),
+        read=fmean(right) if right else None,
+        no_states=no_states,
+        megabytes=page.stat().st_size / 1e6,
+        seconds=round(time.monotonic() - started, 2),
     )
 
 
@@ -136,10 +132,9 @@ def _questions(evaluator: Evaluator, plan: ProbePlan | None, lines: Mapping[Key,
         if key in known:
             questions.append(known[key]._replace(evaluator=evaluator))
             continue
-        try:
-            record = evaluator.module.with_steps(record, evaluator.data)
-        except (AttributeError, BadRecord):  # the task has no such function, or the record no such steps
-            pass
+        with contextlib.suppress(BadRecord):  # of a record that has no such steps
+            if hasattr(evaluator.module, "with_steps"):
+                record = evaluator.module.with_steps(record, evaluator.data)
         questions.append(Question(evaluator, key, record, None))
     return questions
 
@@ -151,9 +146,13 @@ def _read(
 
     Records that probes are fitted on have none. Raises BadConfig if no answer has a look.
     """
-    places = {(id(question.evaluator.records), question.key): number for number, question in enumerate(asked)}
-    numbers = [places.get((id(question.evaluator.records), question.key)) for question in plan.questions]
-    known = {place: outputs[number] for place, number in enumerate(numbers) if number in outputs}
+
+    def identity(question: Question) -> tuple[int, Key]:
+        return id(question.evaluator.records), question.key
+
+    given = {identity(asked[number]): output for number, output in outputs.items()}
+    places = {place: identity(question) for place, question in enumerate(plan.questions)}
+    known = {place: given[name] for place, name in places.items() if name in given}
     rows, vectors = gather_vectors(plan.questions, progress, known)
     to_fit, to_score = split_vectors(plan, rows, vectors)
     read = read_states(to_fit, to_score, seed)

@@ -40,6 +40,7 @@ def test_every_task_has_the_documented_functions(task):
         "figures": ["records", "lines"],
         "edits": ["record", "seed"],
         "groups": ["record"],
+        "level": ["record"],
         "with_steps": ["record", "data"],
         "draw_look": ["record", "texts", "data"],
     }
