@@ -1,7 +1,5 @@
 """The result of checking a data set: tables, and a page with samples laid out as the model sees them."""
 
-import base64
-import io
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -20,8 +17,7 @@ from ilvr_jax.data.images import UNIT, unpatch_image
 from ilvr_jax.data.survey import Survey, Tally, View, first_holding, pair_of_zeros
 from ilvr_jax.method.layout import Layout, Sample, padded_tokens, sample_columns
 from ilvr_jax.method.tokens import Role, SpecialTokens
-from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
-from ilvr_jax.reports.pages import write_html
+from ilvr_jax.reports.pages import image_uri, write_html
 
 CONFIG_FILE = (
     "A config file with the suggested buckets. Save it under a new name, such as own_data.py, and train with: "
@@ -196,7 +192,8 @@ def laid_out(
     for (kind, has_loss), members in itertools.groupby(kinds):
         count = len(list(members))
         picture = next(pictures[kind], None) if kind in pictures else None
-        run = {"kind": kind, "loss": has_loss, "first": first, "count": count, "image": picture and png(picture)}
+        image = picture and image_uri(unpatch_image(picture), SHOWN_PIXELS)
+        run = {"kind": kind, "loss": has_loss, "first": first, "count": count, "image": image}
         if kind in ("prompt", "answer", "marker"):
             run["pieces"] = list(pieces(tokens[first : first + min(count, SHOWN_TOKENS)], tokenizer))
             run["hidden"] = max(0, count - SHOWN_TOKENS)
@@ -216,11 +213,3 @@ def pieces(tokens: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> Iterato
             waiting = []
     if waiting:
         yield tokenizer.decode(waiting)
-
-
-def png(image: PatchedImage) -> str:
-    """Return an image as a data URI for HTML, no larger than it is shown."""
-    file, picture = io.BytesIO(), Image.fromarray(unpatch_image(image))
-    picture.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
-    picture.save(file, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -6,7 +6,6 @@ in elements that run nothing, of which the page's script makes text and pictures
 
 import base64
 import dataclasses
-import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,9 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 from markupsafe import Markup
-from PIL import Image
 
-from ilvr_jax.reports.pages import write_html
+from ilvr_jax.reports.pages import image_uri, write_html
 
 SHOWN_PIXELS = 448  # the longer side of an image on the page, at most
 UNSAFE = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}  # in a script element
@@ -134,11 +132,7 @@ def look_content(look: LookTrace) -> dict[str, Any]:
 
 def picture(pixels: UInt8[np.ndarray, "height width 3"], grid: tuple[int, int]) -> dict[str, Any]:
     """Return an image as JSON values, no larger than it is shown."""
-    file, image = io.BytesIO(), Image.fromarray(pixels)
-    image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
-    image.save(file, "PNG", optimize=True)
-    uri = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return {"image": uri, "rows": grid[0], "columns": grid[1]}
+    return {"image": image_uri(pixels, SHOWN_PIXELS), "rows": grid[0], "columns": grid[1]}
 
 
 def pack_map(values: Float[np.ndarray, "slots tokens"] | None) -> dict[str, Any] | None:
