@@ -253,7 +253,7 @@ def evaluate_page(options: argparse.Namespace, trained: TrainedModel) -> int:
     out = options.out or default_out(options, trained)
     figures = traces.run_traces(evaluator, PROBE_RECORDS, out)
     if figures.no_states:
-        print(f"no states are read from slots: {figures.no_states}")
+        print(f"no states are read from slots, as by --probes: {figures.no_states}")
     shown = {name: value for name, value in figures._asdict().items() if name != "no_states"}
     Console().print(figures_table(f"{options.task}, page", shown))
     print(f"Answers in {out}, page written to {traces.report_files(out)['html']}")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,22 +17,22 @@ from rich.console import Console
 from ilvr_jax.analysis.slot_probes import ProbePlan, plan_probes, read_states, split_vectors
 from ilvr_jax.config.fields import BadConfig
 from ilvr_jax.config.schema import LatentsConfig
-from ilvr_jax.data.images import load_image, unpatch_image
-from ilvr_jax.data.records import BadRecord, ImageSource
+from ilvr_jax.data.images import load_image
+from ilvr_jax.data.records import BadRecord, ImageSource, Look
 from ilvr_jax.errors import InputError
 from ilvr_jax.evaluation.evaluator import Evaluator, run_evaluation
 from ilvr_jax.evaluation.results import Key, read_lines
-from ilvr_jax.evaluation.slot_maps import SlotMaps, grid_of, measure_maps
+from ilvr_jax.evaluation.slot_maps import SlotMaps, measure_maps
 from ilvr_jax.evaluation.slot_vectors import Question, gather_vectors, own_answers
 from ilvr_jax.files import check_output
 from ilvr_jax.inference.requests import RequestOutput
 from ilvr_jax.inference.transcript import LOOK, cut_texts, split_at_looks
-from ilvr_jax.models.qwen2_5_vl.images import PatchedImage
 from ilvr_jax.progress import Progress
 from ilvr_jax.reports.trace import LookTrace, Trace, write_trace_page
 
-DIFFERS = "This answer came out differently when its slots were recorded, by rounding, so that its looks have no maps."
-NO_MAPS = "The slots of this answer could not be measured."
+DIFFERS = "When its slots were recorded, this answer came out differently because of rounding. Its looks have no maps."
+NO_MAPS = "No look of this answer is complete, or its slots could not be measured."
+TURNED = "The slots, states and helper image of every second look are turned by half a turn against the input image."
 
 States = Mapping[int, tuple[Shaped[np.ndarray, "looks slots"], Shaped[np.ndarray, "looks slots"]]]
 
@@ -45,7 +46,7 @@ class PageFigures(NamedTuple):
         read: the share of states that probes read right, None without any.
         no_states: why no states are read, "" if they are.
         megabytes: of the file.
-        seconds: that it took, without those of the ordinary evaluation.
+        seconds: for the page alone, without the ordinary evaluation.
     """
 
     answers: int
@@ -93,7 +94,14 @@ def run_traces(evaluator: Evaluator, count: int, path: Path, console: Console | 
         progress.log(f"the slots of {len(same)} answers are measured")
         maps = measure_maps(asked, same, evaluator.rows)
     traces = (
-        trace_of(question, lines[question.key], same.get(number), maps.get(number), states.get(question.key.number))
+        trace_of(
+            question,
+            lines[question.key],
+            same.get(number),
+            maps.get(number),
+            states.get(question.key.number),
+            DIFFERS if number in again else NO_MAPS,
+        )
         for number, question in enumerate(shown, start=len(fresh))
     )
     write_trace_page(page, traces, f"Answers of {evaluator.task}", remark(evaluator, len(shown), plan, no_states))
@@ -167,6 +175,10 @@ def remark(evaluator: Evaluator, answers: int, plan: ProbePlan | None, no_states
         sentences.append(
             f"States are read from slots by linear probes, fitted on {len(plan.fitted)} records ({plan.fitted_on})."
         )
+    if no_states:
+        sentences.append(f"No states are read from slots, as by --probes: {no_states}.")
+    if evaluator.decoding.get("slot_positions") == "turning_grid":
+        sentences.append(TURNED)
     return " ".join(sentences)
 
 
@@ -176,24 +188,23 @@ def trace_of(
     output: RequestOutput | None,
     maps: SlotMaps | None,
     states: tuple[Shaped[np.ndarray, "looks slots"], Shaped[np.ndarray, "looks slots"]] | None,
+    reason: str,
 ) -> Trace:
     """Return an answer for the page.
 
-    `output` is the answer once more, None if it came out differently: its looks then have no maps.
+    `output` is the answer once more, None if it came out differently or not at all: its looks then have no maps, for
+    this `reason`.
     """
     evaluator, record, module = question.evaluator, question.record, question.evaluator.module
     if output is None:
-        texts = LOOK.split(line["text"])
-        sizes, missing = [evaluator.decoding["latent_size"]] * (len(texts) - 1), DIFFERS
+        texts, missing = LOOK.split(line["text"]), reason
+        sizes = [int(re.search(r"\d+", mark)[0]) for mark in LOOK.findall(line["text"])]
     else:
         texts, sizes = split_at_looks(output.tokens, evaluator.trained.tokenizer, evaluator.trained.special)
         texts = cut_texts(texts, len(output.plain_text)) if output.stop_reason == "stop" else texts
         missing = NO_MAPS if maps is None and any(sizes) else ""
-    if maps is not None:
-        images, grids = [_pixels(image) for image in maps.images], [grid_of(image) for image in maps.images]
-    else:
-        images = [pixels for pixels in (_loaded(image, evaluator) for image in record.images) if pixels is not None]
-        grids = [(1, 1)] * len(images)
+    grids = [(1, 1)] * len(record.images) if maps is None else maps.grids
+    helpers = [step.helper_image for step in record.steps if isinstance(step, Look)]
     return Trace(
         number=question.key.number,
         name=record.name,
@@ -204,9 +215,9 @@ def trace_of(
         tokens=line["tokens"],
         level=module.level(record) if hasattr(module, "level") else "",
         groups=module.groups(record) if hasattr(module, "groups") else (),
-        images=images,
+        images=[_pixels(image, grid, evaluator) for image, grid in zip(record.images, grids, strict=True)],
         grids=grids,
-        looks=[look_trace(evaluator, number, sizes[number], maps, states) for number in range(len(texts) - 1)],
+        looks=[look_trace(evaluator, number, sizes[number], maps, helpers, states) for number in range(len(sizes))],
         remark=missing,
     )
 
@@ -216,21 +227,22 @@ def look_trace(
     number: int,
     slots: int,
     maps: SlotMaps | None,
+    helpers: Sequence[ImageSource],
     states: tuple[Shaped[np.ndarray, "looks slots"], Shaped[np.ndarray, "looks slots"]] | None,
 ) -> LookTrace:
     """Return a look of an answer, by number; one that was cut off has no maps."""
     if maps is None or number >= len(maps.cosines):
         return LookTrace(slots, slots)
-    helper, true, read = maps.helper_images[number], (), ()
+    grid, true, read = maps.helper_grids[number], (), ()
     if states is not None and number < len(states[0]) and (states[0][number] != "").any():
         true, read = states[0][number].tolist(), states[1][number].tolist()
     return LookTrace(
         slots=slots,
-        columns=slot_columns(evaluator, slots, None if helper is None else grid_of(helper)),
+        columns=slot_columns(evaluator, slots, grid),
         cosines=maps.cosines[number],
         attention=maps.attention[number],
-        helper_image=None if helper is None else _pixels(helper),
-        helper_grid=(0, 0) if helper is None else grid_of(helper),
+        helper_image=None if grid is None else _pixels(helpers[number], grid, evaluator),
+        helper_grid=grid or (0, 0),
         helper_cosines=maps.helper_cosines[number],
         states=true,
         read=read,
@@ -248,17 +260,10 @@ def slot_columns(evaluator: Evaluator, slots: int, helper_grid: tuple[int, int] 
     return math.isqrt(slots) if on_grid else slots
 
 
-def _pixels(image: Any) -> UInt8[np.ndarray, "height width 3"]:
-    """Return an image as the model sees it; of one whose features alone are kept, a grey square for each token."""
-    if isinstance(image, PatchedImage):
-        return unpatch_image(image)
-    return np.full((*grid_of(image), 3), 128, np.uint8)
-
-
-def _loaded(source: ImageSource, evaluator: Evaluator) -> UInt8[np.ndarray, "height width 3"] | None:
-    """Return an image as the model sees it, None if it cannot be read any more."""
+def _pixels(source: ImageSource, grid: tuple[int, int], evaluator: Evaluator) -> UInt8[np.ndarray, "height width 3"]:
+    """Return an image as the model sees it; a grey square for each token if it cannot be read any more."""
     settings = evaluator.prompts
     try:
         return load_image(source, settings.image_scale, settings.min_pixels, settings.max_pixels)
     except InputError:
-        return None
+        return np.full((*grid, 3), 128, np.uint8)

@@ -40,15 +40,15 @@ class SlotMaps:
         attention: the shares of attention that the input images' vision tokens get from the place of each slot, the
             mean over heads and the last LAST_LAYERS layers.
         helper_cosines: as `cosines`, for each look with the features of its true helper image; None without one.
-        images: the input images.
-        helper_images: the true helper image of each look, or None.
+        grids: the rows and columns of the input images' vision tokens.
+        helper_grids: those of each look's true helper image, or None.
     """
 
     cosines: Float[np.ndarray, "looks slots tokens"]
     attention: Float[np.ndarray, "looks slots tokens"]
     helper_cosines: tuple[Float[np.ndarray, "slots helper_tokens"] | None, ...]
-    images: tuple[Picture, ...]
-    helper_images: tuple[Picture | None, ...]
+    grids: tuple[tuple[int, int], ...]
+    helper_grids: tuple[tuple[int, int] | None, ...]
 
 
 def grid_of(image: Picture) -> tuple[int, int]:
@@ -189,6 +189,6 @@ def _maps_of(sample: Sample, measured: MeasuredSlots) -> SlotMaps:
         cosines=of_images(measured.cosines),
         attention=of_images(measured.attention),
         helper_cosines=(*helpers, *missing),
-        images=sample.images,
-        helper_images=(*sample.helper_images, *missing),
+        grids=tuple(map(grid_of, sample.images)),
+        helper_grids=(*map(grid_of, sample.helper_images), *missing),
     )

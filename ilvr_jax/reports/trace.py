@@ -118,16 +118,26 @@ def sample_content(trace: Trace) -> dict[str, Any]:
         **{name: getattr(trace, name) for name in ("question", "answer", "remark")},
         "texts": list(trace.texts),
         "images": [picture(pixels, grid) for pixels, grid in zip(trace.images, trace.grids, strict=True)],
-        "looks": [look_content(look) for look in trace.looks],
+        "looks": [look_content(look, trace.grids) for look in trace.looks],
     }
 
 
-def look_content(look: LookTrace) -> dict[str, Any]:
-    """Return what the page shows of a look, as JSON values."""
+def look_content(look: LookTrace, grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return what the page shows of a look, as JSON values; `grids` are those of the input images."""
     maps = {name: pack_map(getattr(look, name)) for name in ("cosines", "attention", "helper_cosines")}
     helper = None if look.helper_image is None else picture(look.helper_image, look.helper_grid)
     states = {name: list(map(str, getattr(look, name))) for name in ("states", "read")}
-    return {"slots": look.slots, "columns": look.columns, "helper_image": helper, **maps, **states}
+    shares = None if look.attention is None else attention_shares(look.attention, grids)
+    content = {"slots": look.slots, "columns": look.columns, "helper_image": helper, "attention_shares": shares}
+    return {**content, **maps, **states}
+
+
+def attention_shares(
+    attention: Float[np.ndarray, "slots tokens"], grids: Sequence[tuple[int, int]]
+) -> list[list[float]]:
+    """Return the attention of each slot to each image in all, which the steps of `pack_map` would round."""
+    ends = np.cumsum([rows * columns for rows, columns in grids])
+    return [[float(f"{image.sum():.4g}") for image in np.split(row, ends)[:-1]] for row in attention]
 
 
 def picture(pixels: UInt8[np.ndarray, "height width 3"], grid: tuple[int, int]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ilvr_jax.analysis.slot_probes import run_probes
-from ilvr_jax.analysis.traces import DIFFERS, run_traces
+from ilvr_jax.analysis.traces import DIFFERS, TURNED, run_traces
 from ilvr_jax.checkpoints.trained import load_model
 from ilvr_jax.config.schema import FrozenLakeConfig, SamplingParams
 from ilvr_jax.data.export import write_records
@@ -18,7 +18,7 @@ from ilvr_jax.data.frozen_lake.source import FrozenLakeSource
 from ilvr_jax.evaluate import main
 from ilvr_jax.evaluation.evaluator import Evaluator
 from ilvr_jax.evaluation.records import EvaluationRecords
-from ilvr_jax.evaluation.slot_maps import grid_of, measure_maps, measure_slots, own_sample
+from ilvr_jax.evaluation.slot_maps import measure_maps, measure_slots, own_sample
 from ilvr_jax.evaluation.slot_vectors import complete_looks, own_answers, questions_of
 from ilvr_jax.inference.decode import decode_steps
 from ilvr_jax.models.lora import decoder_params
@@ -162,7 +162,9 @@ def test_the_page_has_the_answers_of_the_results_file_and_their_maps(page, measu
     lines = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()[1:]]
     assert {line["form"] for line in lines} == {"", "without holes"}  # the ordinary evaluation, with its controls
     lines = {line["number"]: line for line in lines if not line["form"]}
-    index, samples = embedded((folder / "out-trace.html").read_text())
+    content = (folder / "out-trace.html").read_text()
+    index, samples = embedded(content)
+    assert TURNED in content and "No states" not in content
     assert (figures.answers, figures.differing, figures.no_states) == (14, 0, "") and figures.read > 0.2
     questions = questions_of(dataclasses.replace(evaluator, controls=False))
     outputs = own_answers(questions, Progress(None))
@@ -183,11 +185,12 @@ def test_the_page_has_the_answers_of_the_results_file_and_their_maps(page, measu
             if measured is None or number >= len(measured.cosines):
                 assert look["cosines"] is None
                 continue
-            assert look["columns"] == SKETCH_SIDE and sample["images"][0]["rows"] == grid_of(measured.images[0])[0]
+            assert look["columns"] == SKETCH_SIDE and sample["images"][0]["rows"] == measured.grids[0][0]
             for name in ("cosines", "attention"):
                 packed, exact = look[name], getattr(measured, name)[number]
                 step = (packed["high"] - packed["low"]) / 255
                 np.testing.assert_allclose(read_map(packed, K), exact, atol=0.51 * step + ATOL)
+            np.testing.assert_allclose(look["attention_shares"], measured.attention[number].sum(-1)[:, None], rtol=1e-3)
 
 
 def test_cells_are_those_that_the_command_for_probes_reads(page, tmp_path):
@@ -208,13 +211,13 @@ def test_an_answer_that_differs_from_the_file_has_no_maps(page, tmp_path):
     content = (folder / "out.jsonl").read_text().splitlines()
     other = [json.loads(line) for line in content]
     for line in other[1:]:
-        line["text"] = "‹looking: 16 slots› <b>elsewhere" if line["number"] == 2 else line["text"]
+        line["text"] = "‹looking: 7 slots› <b>elsewhere" if line["number"] == 2 else line["text"]
     (tmp_path / "out.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in other))
     figures = run_traces(evaluator, 20, tmp_path / "out.jsonl")
     index, samples = embedded((tmp_path / "out-trace.html").read_text())
     sample = samples[[entry["number"] for entry in index].index(2)]
     assert (figures.differing, sample["remark"], sample["texts"]) == (1, DIFFERS, ["", " <b>elsewhere"])
-    assert sample["looks"][0]["cosines"] is None and sample["images"]
+    assert sample["looks"][0]["cosines"] is None and sample["looks"][0]["slots"] == 7 and sample["images"]
 
 
 def test_the_command_names_why_no_states_are_read(run, data, tmp_path, capsys):
@@ -223,9 +226,12 @@ def test_the_command_names_why_no_states_are_read(run, data, tmp_path, capsys):
     assert evaluate(other, data, tmp_path / "page.jsonl", "--page") == 0
     assert decode_steps._cache_size() - before == 2  # with slots recorded, and without
     printed = capsys.readouterr().out
-    assert "no states are read from slots: `latents.selection` must be dense for --probes" in printed
+    assert "no states are read from slots, as by --probes: `latents.selection` must be dense for --probes" in printed
     assert f"page written to {tmp_path / 'page-trace.html'}" in printed
-    _, samples = embedded((tmp_path / "page-trace.html").read_text())
+    page = (tmp_path / "page-trace.html").read_text()
+    assert "No states are read from slots, as by --probes: `latents.selection` must be dense" in page
+    assert TURNED not in page  # its slots have the positions of text
+    _, samples = embedded(page)
     assert len(samples) == 3 and not any(look["states"] for sample in samples for look in sample["looks"])
     assert all(look["columns"] == look["slots"] for sample in samples for look in sample["looks"])  # a row
     assert evaluate(other, data, tmp_path / "plain.jsonl") == 0

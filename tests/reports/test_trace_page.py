@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ilvr_jax.reports.trace import LookTrace, Trace, pack_map, write_trace_page
+from ilvr_jax.reports.trace import LookTrace, Trace, pack_map, sample_content, write_trace_page
 
 HOSTILE = "</script><img src=x onerror=alert(1)> & <!--<script> {{ 7*7 }} \u2028 \ud800"
 EMBEDDED = re.compile(r'<script type="application/json" id="([a-z]+(?:-\d+)?)">(.*?)</script>', re.DOTALL)
@@ -81,6 +81,18 @@ def test_maps_of_one_value_and_without_tokens_can_be_packed():
     assert pack_map(None) is None
     assert pack_map(np.zeros((2, 0))) == {"low": 0.0, "high": 0.0, "data": ""}
     assert base64.b64decode(pack_map(np.full((1, 3), 0.5))["data"]) == bytes(3)
+
+
+def test_attention_in_all_is_exact_for_each_of_several_images():
+    """One step of this map is 0.3 / 255, to which each of the 999 small shares would be rounded, as 0."""
+    attention = np.full((2, 1006), 0.308 / 999)
+    attention[:, :6], attention[:, 6] = 1e-3, 0.3
+    trace, look = random_trace(0), LookTrace(2, 2, np.zeros((2, 1006)), attention)
+    images, grids = [trace.images[0], np.zeros((56, 56, 3), np.uint8)], [(2, 3), (25, 40)]
+    both = Trace(**{**vars(trace), "images": images, "grids": grids, "looks": [look, LookTrace(1, 1)]})
+    first, cut_off = sample_content(both)["looks"]
+    assert first["attention_shares"] == [pytest.approx([0.006, 0.608], rel=1e-3)] * 2
+    assert cut_off["attention_shares"] is None and cut_off["cosines"] is None
 
 
 def test_a_large_image_is_made_smaller(tmp_path):
@@ -156,7 +168,9 @@ def test_a_browser_shows_looks_filters_and_keys(page, browser_page):
     assert "Look 1, mean" in tab.inner_text("#state")
     tab.keyboard.press("ArrowRight")
     assert "Look 2, mean" in tab.inner_text("#state")
-    tab.locator(".slots button").nth(0).focus()
+    tab.keyboard.press("ArrowLeft")
+    tab.keyboard.press("Tab")
+    assert "Look 1, slot 1" in tab.inner_text("#state")
     tab.keyboard.press("ArrowDown")
     assert "slot 3" in tab.inner_text("#state")
     tab.keyboard.press("m")
@@ -170,7 +184,11 @@ def test_a_browser_shows_looks_filters_and_keys(page, browser_page):
     tab.select_option("#outcome", "wrong")
     assert tab.inner_text("#count") == "1 of 4 answers" and "Answer 1" in tab.inner_text("#sample h2")
     tab.select_option("#outcome", "")
+    tab.select_option("#outcome", "unparsed")
     tab.select_option("#level", "level 4")
+    assert tab.inner_text("#sample") == "No answer passes the filters."
+    tab.keyboard.press("Escape")
+    tab.select_option("#outcome", "")
     tab.select_option("#order", "longest")
     assert [button.inner_text()[:3].split()[-1] for button in tab.locator("#list button").all()] == ["3", "1"]
 
